@@ -1,0 +1,1 @@
+//! Benches, peers and end-to-end measurements of leank

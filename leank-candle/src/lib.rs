@@ -1,0 +1,1 @@
+//! Llama-family models on candle with the lean cache as their attention

@@ -1,0 +1,1 @@
+//! The CPU backend of leank: lean KV cache and its decode attention

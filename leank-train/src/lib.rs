@@ -1,0 +1,1 @@
+//! Activation dumps and mask learning for leank
