@@ -1,12 +1,53 @@
 //! Masks, block bookkeeping, backend traits and the f64 oracle of the leank pruned KV cache.
+//!
+//! Most channels of the K cache do not matter, and which ones do not is a static property of the
+//! model (LeanK, arXiv 2508.02215). This crate says what that means, and nothing about how fast it
+//! is done:
+//!
+//! - [`ModelMask`] holds the kept channels of every KV head; [`files`] reads and writes masks.
+//! - [`CacheConfig`], [`CacheLayout`] and [`Planner`] say what a cache stores and what it takes.
+//! - [`Ledger`] keeps the books of blocks and sequences, as a pure state machine.
+//! - [`Backend`] and [`Cache`] are what `leank-cpu` and `leank-cuda` implement.
+//! - [`oracle`] is the reference that every backend is tested against.
+//!
+//! ```
+//! use leank_core::{CacheConfig, ChannelMask, LayoutRules, ModelMask, ModelShape, Planner};
+//!
+//! // One layer, two KV heads: one keeps 16 of 64 channels, one is dead.
+//! let shape = ModelShape::new(1, 8, 2, 64)?;
+//! let heads = vec![ChannelMask::new(64, (0..16).collect())?, ChannelMask::none(64)];
+//! let config = CacheConfig::new(shape, ModelMask::new(1, 2, 64, heads)?)?;
+//!
+//! let rules = LayoutRules { k_channel_multiple: 1, section_align: 64 };
+//! let footprint = Planner::new(&config, rules)?.footprint(32_768);
+//! assert!(footprint.whole_kv_ratio().unwrap() < 0.32);
+//! # Ok::<(), leank_core::Error>(())
+//! ```
 #![forbid(unsafe_code)]
 
+mod backend;
+pub mod blocks;
+mod config;
 mod error;
 #[cfg(feature = "files")]
 pub mod files;
+mod format;
+mod layout;
 mod mask;
+pub mod oracle;
+mod planner;
 mod shape;
+mod view;
 
+pub use backend::{Backend, Cache};
+pub use blocks::{
+    Block, BlockCount, Ledger, Memory, Pack, SequenceId, Step, StepEntry, StepSequence,
+};
+pub use config::{CacheConfig, DEFAULT_BLOCK, MAX_BLOCK};
 pub use error::{Error, Result};
+pub use format::{Dtype, HeadFormat, LeanFormat};
+pub use layout::{CacheLayout, LayerLayout, LayoutRules, LeanHead};
 pub use mask::{ChannelMask, Fingerprint, MaskInfo, MaskSummary, ModelMask};
+pub use planner::{Footprint, Planner};
 pub use shape::{KvHead, Layer, MAX_HEAD_DIM, ModelShape, QueryHead, Windows};
+pub use view::{Elements, ElementsMut, HostView, HostViewMut, ViewShape};

@@ -1,0 +1,117 @@
+//! What a cache is made for: [`CacheConfig`].
+
+use crate::{Dtype, Error, HeadFormat, KvHead, Layer, ModelMask, ModelShape, Result, Windows};
+
+/// Everything that decides what a cache stores and what attention over it means.
+///
+/// ```
+/// use leank_core::{CacheConfig, Dtype, ModelMask, ModelShape, Windows};
+///
+/// let shape = ModelShape::new(30, 9, 3, 64)?;
+/// let mut config = CacheConfig::new(shape, ModelMask::dense(&shape))?;
+/// config.windows = Windows { sink: 32, recent: 128 };
+/// config.dtype = Dtype::Bf16;
+/// # Ok::<(), leank_core::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct CacheConfig {
+    /// Attention shape of the model.
+    pub shape: ModelShape,
+    /// Kept channels of every head.
+    pub mask: ModelMask,
+    /// Tokens that are kept whole.
+    pub windows: Windows,
+    /// Tokens per block.
+    pub block: usize,
+    /// Element type of full blocks, and of lean ones where `formats` says nothing else.
+    pub dtype: Dtype,
+    /// Formats of the heads in lean blocks, layer-major; `None`: plain elements of `dtype`.
+    pub formats: Option<Vec<HeadFormat>>,
+    /// Factor on q·k; `None`: 1/√head_dim with the full `head_dim`, whatever is kept.
+    pub scale: Option<f32>,
+    /// Logits become `cap · tanh(logit / cap)` (Gemma 2); `None`: as they are.
+    pub soft_cap: Option<f32>,
+    /// Most bytes of block storage the cache may take; `None`: no limit.
+    pub limit: Option<u64>,
+}
+
+/// Recommended tokens per block.
+pub const DEFAULT_BLOCK: usize = 64;
+/// Largest number of tokens per block.
+pub const MAX_BLOCK: usize = 1 << 12;
+
+impl CacheConfig {
+    /// A configuration with the mask's windows (or the default ones), blocks of
+    /// [`DEFAULT_BLOCK`] tokens, f16 storage and no limit.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] when the mask's shape is not the model's.
+    pub fn new(shape: ModelShape, mask: ModelMask) -> Result<Self> {
+        shape.validate()?;
+        mask.check_shape(&shape)?;
+        let windows = mask.info().windows.unwrap_or_default();
+        Ok(Self {
+            shape,
+            mask,
+            windows,
+            block: DEFAULT_BLOCK,
+            dtype: Dtype::F16,
+            formats: None,
+            scale: None,
+            soft_cap: None,
+            limit: None,
+        })
+    }
+
+    /// A configuration that prunes nothing and never packs: a plain paged cache.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a shape no model has.
+    pub fn dense(shape: ModelShape) -> Result<Self> {
+        shape.validate()?;
+        let config = Self::new(shape, ModelMask::dense(&shape))?;
+        Ok(Self { windows: Windows::EVERYTHING, ..config })
+    }
+
+    /// Checks every field against the others.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] or [`Error::Invalid`] that names the field.
+    pub fn validate(&self) -> Result<()> {
+        self.shape.validate()?;
+        self.mask.check_shape(&self.shape)?;
+        if self.block == 0 || self.block > MAX_BLOCK {
+            let why = format!("{} tokens per block, not in 1..={MAX_BLOCK}", self.block);
+            return Err(Error::invalid("block size", why));
+        }
+        if let Some(formats) = &self.formats {
+            let heads = self.shape.layers * self.shape.kv_heads;
+            if formats.len() != heads {
+                return Err(Error::mismatch("lean formats, one per head", heads, formats.len()));
+            }
+        }
+        for (what, value) in [("scale", self.scale), ("logit soft-cap", self.soft_cap)] {
+            if let Some(value) = value
+                && !(value.is_finite() && value > 0.0)
+            {
+                return Err(Error::invalid(what, format!("{value} is not a positive number")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The factor on q·k.
+    #[must_use]
+    pub fn scale(&self) -> f32 {
+        self.scale.unwrap_or_else(|| (1.0 / (self.shape.head_dim as f64).sqrt()) as f32)
+    }
+
+    /// The formats of one head in lean blocks.
+    #[must_use]
+    pub fn format(&self, layer: Layer, head: KvHead) -> HeadFormat {
+        match &self.formats {
+            Some(formats) => formats[layer.0 * self.shape.kv_heads + head.0],
+            None => HeadFormat::plain(self.dtype),
+        }
+    }
+}

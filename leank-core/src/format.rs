@@ -1,0 +1,93 @@
+//! Storage formats: what an element of K or V is while it lies in the cache.
+
+use std::fmt;
+
+/// Element type of activations and of full blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "files", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "files", serde(rename_all = "lowercase"))]
+pub enum Dtype {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16: the upper half of an `f32`.
+    Bf16,
+}
+
+impl Dtype {
+    /// Every element type.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+
+    /// Bytes of one element.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// `x` rounded to this type and back, to the nearest even.
+    #[must_use]
+    pub fn round(self, x: f32) -> f32 {
+        match self {
+            Self::F32 => x,
+            Self::F16 => half::f16::from_f32(x).to_f32(),
+            Self::Bf16 => half::bf16::from_f32(x).to_f32(),
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+/// How K or V of one head is stored in a lean block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum LeanFormat {
+    /// Plain elements.
+    Plain(Dtype),
+}
+
+impl LeanFormat {
+    /// Bytes of `channels` channels of `tokens` tokens.
+    #[must_use]
+    pub fn bytes(self, tokens: usize, channels: usize) -> usize {
+        match self {
+            Self::Plain(dtype) => tokens * channels * dtype.bytes(),
+        }
+    }
+}
+
+impl fmt::Display for LeanFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain(dtype) => dtype.fmt(f),
+        }
+    }
+}
+
+/// Formats of one KV head in lean blocks: K and V are independent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HeadFormat {
+    /// Format of the kept channels of K.
+    pub k: LeanFormat,
+    /// Format of V.
+    pub v: LeanFormat,
+}
+
+impl HeadFormat {
+    /// K and V as plain elements of one type.
+    #[must_use]
+    pub fn plain(dtype: Dtype) -> Self {
+        Self { k: LeanFormat::Plain(dtype), v: LeanFormat::Plain(dtype) }
+    }
+}

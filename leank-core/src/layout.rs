@@ -1,0 +1,120 @@
+//! Where things lie inside a block, in bytes: the single source of every size that the planner
+//! predicts, the ledger counts and the backends allocate.
+
+use crate::{CacheConfig, HeadFormat, KvHead, Layer, Result};
+
+/// What a backend asks of block layouts. The padding it causes is counted in every size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayoutRules {
+    /// Stored channels of K per live head are a multiple of this.
+    pub k_channel_multiple: usize,
+    /// K and V of each head start at a multiple of this many bytes.
+    pub section_align: usize,
+}
+
+/// One KV head inside a lean block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeanHead {
+    /// Kept channels.
+    pub kept: usize,
+    /// Stored channels: `kept` padded to [`LayoutRules::k_channel_multiple`].
+    pub stored: usize,
+    /// Byte offset of K. A dead head has no K and no V.
+    pub k_offset: usize,
+    /// Byte offset of V.
+    pub v_offset: usize,
+    /// Storage formats.
+    pub format: HeadFormat,
+}
+
+/// Block layouts of one layer.
+#[derive(Clone, Debug)]
+pub struct LayerLayout {
+    /// Bytes of a lean block; 0 where every head is dead.
+    pub lean_bytes: usize,
+    /// Heads inside a lean block.
+    pub lean: Vec<LeanHead>,
+}
+
+/// Block layouts of a whole cache.
+#[derive(Clone, Debug)]
+pub struct CacheLayout {
+    /// Tokens per block.
+    pub block: usize,
+    /// Bytes of K or V of one head in a full block, padding included.
+    pub full_section: usize,
+    /// Bytes of a full block of one layer: K of every head, then V of every head.
+    pub full_bytes: usize,
+    /// Bytes that a dense cache takes per token, all layers, no padding.
+    pub dense_token_bytes: usize,
+    layers: Vec<LayerLayout>,
+}
+
+impl CacheLayout {
+    /// The layout of a cache under a backend's rules.
+    ///
+    /// # Errors
+    /// As [`CacheConfig::validate`].
+    pub fn new(config: &CacheConfig, rules: LayoutRules) -> Result<Self> {
+        config.validate()?;
+        let shape = config.shape;
+        let element = config.dtype.bytes();
+        let align = |bytes: usize| bytes.next_multiple_of(rules.section_align);
+        let full_section = align(config.block * shape.head_dim * element);
+        let layers = shape.layer_indices().map(|layer| {
+            let mut offset = 0;
+            let lean = shape.kv_head_indices().map(|head| {
+                let kept = config.mask.head(layer, head).kept_count();
+                let stored = kept.next_multiple_of(rules.k_channel_multiple);
+                let format = config.format(layer, head);
+                let k_offset = offset;
+                let v_offset = k_offset + align(format.k.bytes(config.block, stored));
+                let v_channels = if kept == 0 { 0 } else { shape.head_dim };
+                offset = v_offset + align(format.v.bytes(config.block, v_channels));
+                LeanHead { kept, stored, k_offset, v_offset, format }
+            });
+            let lean = lean.collect();
+            LayerLayout { lean, lean_bytes: offset }
+        });
+        Ok(Self {
+            block: config.block,
+            full_section,
+            full_bytes: 2 * shape.kv_heads * full_section,
+            dense_token_bytes: 2 * shape.layers * shape.kv_heads * shape.head_dim * element,
+            layers: layers.collect(),
+        })
+    }
+
+    /// Block layouts of one layer.
+    ///
+    /// # Panics
+    /// When the index is out of range.
+    #[must_use]
+    pub fn layer(&self, layer: Layer) -> &LayerLayout {
+        &self.layers[layer.0]
+    }
+
+    /// Byte offset of K of a head in a full block.
+    #[must_use]
+    pub fn full_k_offset(&self, head: KvHead) -> usize {
+        head.0 * self.full_section
+    }
+
+    /// Byte offset of V of a head in a full block.
+    #[must_use]
+    pub fn full_v_offset(&self, head: KvHead) -> usize {
+        self.full_bytes / 2 + head.0 * self.full_section
+    }
+
+    /// Bytes of a full block, all layers.
+    #[must_use]
+    pub fn full_bytes_all_layers(&self) -> u64 {
+        self.full_bytes as u64 * self.layers.len() as u64
+    }
+
+    /// Bytes of a lean block, all layers.
+    #[must_use]
+    pub fn lean_bytes_all_layers(&self) -> u64 {
+        self.layers.iter().map(|layer| layer.lean_bytes as u64).sum()
+    }
+}
