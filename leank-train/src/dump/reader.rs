@@ -1,0 +1,282 @@
+//! Reading a dump: everything is checked at [`Dump::open`], then mapped one range at a time.
+
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use leank_core::{KvHead, Layer};
+use safetensors::tensor::Metadata;
+
+use super::{
+    convert,
+    layout::{
+        LENGTH_BYTES, Layout, MANIFEST_FILE, META_DUMP, META_LAYER, Tensor, dump_id, layer_path,
+        max_header, safetensors_dtype,
+    },
+    manifest::Manifest,
+    mmap,
+    writer::Place,
+};
+use crate::{Error, Result};
+
+/// Largest manifest that is read.
+const MAX_MANIFEST: u64 = 1 << 28;
+
+/// A dump on disk, validated: its manifest, and the size and header of every layer file.
+#[derive(Debug)]
+pub struct Dump {
+    dir: PathBuf,
+    id: String,
+    manifest: Manifest,
+}
+
+impl Dump {
+    /// Opens and validates the dump at `dir`. No activation is read yet.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a file is missing or unreadable, [`Error::Manifest`],
+    /// [`Error::Version`], [`Error::LayerFile`] for a file whose size or header does not fit the
+    /// manifest, [`Error::OtherDump`] for a file of another dump or layer.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join(MANIFEST_FILE);
+        let file = File::open(&path).map_err(Error::io(&path, "opening the dump"))?;
+        let mut json = Vec::new();
+        let read = file.take(MAX_MANIFEST + 1).read_to_end(&mut json);
+        read.map_err(Error::io(&path, "reading"))?;
+        if json.len() as u64 > MAX_MANIFEST {
+            let why = format!("it is longer than {MAX_MANIFEST} bytes");
+            return Err(Error::Manifest { path, why });
+        }
+        let manifest = Manifest::from_json(&json, &path)?;
+        let dump = Self { dir: dir.to_owned(), id: dump_id(&json), manifest };
+        for layer in dump.manifest.shape.layer_indices() {
+            dump.layer(layer)?;
+        }
+        Ok(dump)
+    }
+
+    /// What the dump says about itself.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The dump's directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Identity of the dump: the SHA-256 of its manifest, in hexadecimal.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Opens one layer, its file validated anew.
+    ///
+    /// # Errors
+    /// As [`Dump::open`]; [`Error::OutOfRange`].
+    pub fn layer(&self, layer: Layer) -> Result<LayerDump<'_>> {
+        let count = self.manifest.shape.layers;
+        if layer.0 >= count {
+            return Err(Error::OutOfRange { what: "layer", index: layer.0, count });
+        }
+        let path = layer_path(&self.dir, layer);
+        let file = File::open(&path).map_err(Error::io(&path, "opening"))?;
+        let header = Header { dump: self, layer, path: &path };
+        let (layout, data_start) = header.read(&file)?;
+        Ok(LayerDump { dump: self, layer, path, file, layout, data_start })
+    }
+}
+
+/// Reads and checks the header of one layer file.
+struct Header<'a> {
+    dump: &'a Dump,
+    layer: Layer,
+    path: &'a Path,
+}
+
+impl Header<'_> {
+    fn fail<T>(&self, why: String) -> Result<T> {
+        Err(Error::LayerFile { path: self.path.to_owned(), why })
+    }
+
+    /// Offsets of the tensors, and where their data begins.
+    fn read(&self, mut file: &File) -> Result<(Layout, u64)> {
+        let manifest = &self.dump.manifest;
+        let expected = Layout::new(manifest, self.path)?;
+        let size = file.metadata().map_err(Error::io(self.path, "asking for the size"))?.len();
+        let mut length = [0; LENGTH_BYTES as usize];
+        if size < LENGTH_BYTES {
+            return self.fail(format!("it has {size} bytes, too few for a safetensors header"));
+        }
+        file.read_exact(&mut length).map_err(Error::io(self.path, "reading"))?;
+        let length = u64::from_le_bytes(length);
+        if length > max_header(manifest) {
+            return self.fail(format!("its header claims {length} bytes, more than any layer has"));
+        }
+        let data_start = LENGTH_BYTES + length;
+        let whole = data_start.checked_add(expected.data_len);
+        if whole != Some(size) {
+            let whole = whole.map_or("more".into(), |n| n.to_string());
+            return self.fail(format!("it has {size} bytes where {whole} are expected"));
+        }
+        let mut json = vec![0; length as usize];
+        file.read_exact(&mut json).map_err(Error::io(self.path, "reading the header"))?;
+        let metadata: Metadata = match serde_json::from_slice(&json) {
+            Ok(metadata) => metadata,
+            Err(error) => return self.fail(format!("its header is not valid: {error}")),
+        };
+        self.check_identity(&metadata)?;
+        let starts = self.check_tensors(&metadata)?;
+        Ok((Layout::with_starts(starts, expected.data_len), data_start))
+    }
+
+    fn check_identity(&self, metadata: &Metadata) -> Result<()> {
+        let layer = self.layer.to_string();
+        let own = metadata.metadata().as_ref();
+        for (key, what, expected) in
+            [(META_DUMP, "the id of the dump", &self.dump.id), (META_LAYER, "the layer", &layer)]
+        {
+            match own.and_then(|own| own.get(key)) {
+                Some(found) if found == expected => {}
+                Some(found) => {
+                    return Err(Error::OtherDump {
+                        path: self.path.to_owned(),
+                        what,
+                        expected: expected.clone(),
+                        found: found.clone(),
+                    });
+                }
+                None => return self.fail(format!("its metadata lacks {key}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts of all tensors. Their sizes are checked against the shapes and against each other
+    /// by safetensors' own parser (contiguous, no holes), so equal shapes are enough here.
+    fn check_tensors(&self, metadata: &Metadata) -> Result<Vec<u64>> {
+        let manifest = &self.dump.manifest;
+        let dtype = safetensors_dtype(manifest.dtype);
+        let count = metadata.tensors().len();
+        if count != 4 * manifest.sequences.len() {
+            let expected = 4 * manifest.sequences.len();
+            return self.fail(format!("it has {count} tensors where {expected} are expected"));
+        }
+        let mut starts = Vec::with_capacity(count);
+        for sequence in 0..manifest.sequences.len() {
+            for tensor in Tensor::ALL {
+                let name = format!("{}.{sequence}", tensor.name());
+                let Some(info) = metadata.info(&name) else {
+                    return self.fail(format!("tensor {name} is missing"));
+                };
+                let shape = tensor.shape(manifest, sequence);
+                if info.dtype != dtype || info.shape != shape {
+                    return self.fail(format!(
+                        "tensor {name} is {:?} {:?} where {dtype:?} {shape:?} is expected",
+                        info.dtype, info.shape
+                    ));
+                }
+                starts.push(info.data_offsets.0 as u64);
+            }
+        }
+        if metadata.data_len() as u64 != Layout::new(manifest, self.path)?.data_len {
+            return self.fail("its tensors do not fill the file".into());
+        }
+        Ok(starts)
+    }
+}
+
+/// One layer of a dump, open for reading.
+#[derive(Debug)]
+pub struct LayerDump<'a> {
+    dump: &'a Dump,
+    layer: Layer,
+    path: PathBuf,
+    file: File,
+    layout: Layout,
+    data_start: u64,
+}
+
+/// What one KV head and its group of query heads hold in one sequence, as f32.
+///
+/// Reused from sequence to sequence, so that nothing is allocated in the long run.
+#[derive(Clone, Debug, Default)]
+pub struct HeadData {
+    /// `[group, N, head_dim]`
+    pub q: Vec<f32>,
+    /// `[R, group, N, head_dim]`
+    pub g: Vec<f32>,
+    /// `[T + N, head_dim]`
+    pub k: Vec<f32>,
+    /// `[T + N, head_dim]`
+    pub v: Vec<f32>,
+}
+
+impl LayerDump<'_> {
+    /// The layer's index.
+    #[must_use]
+    pub fn layer(&self) -> Layer {
+        self.layer
+    }
+
+    /// Reads what `head` and its group hold in one sequence.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] for NaN or infinity, named to the channel; [`Error::Io`];
+    /// [`Error::OutOfRange`].
+    pub fn read(&self, head: KvHead, sequence: usize, data: &mut HeadData) -> Result<()> {
+        let manifest = &self.dump.manifest;
+        let shape = &manifest.shape;
+        for (what, index, count) in
+            [("KV head", head.0, shape.kv_heads), ("sequence", sequence, manifest.sequences.len())]
+        {
+            if index >= count {
+                return Err(Error::OutOfRange { what, index, count });
+            }
+        }
+        let query_row = manifest.positions * shape.head_dim;
+        let key_row = manifest.tokens(sequence) * shape.head_dim;
+        let group = shape.group();
+
+        data.q.resize(group * query_row, 0.0);
+        data.k.resize(key_row, 0.0);
+        data.v.resize(key_row, 0.0);
+        data.g.resize(manifest.draws * group * query_row, 0.0);
+        let place = |tensor| Place { layer: self.layer, sequence, tensor };
+        self.range(place(Tensor::Q), head.0 * group * query_row, &mut data.q)?;
+        self.range(place(Tensor::K), head.0 * key_row, &mut data.k)?;
+        self.range(place(Tensor::V), head.0 * key_row, &mut data.v)?;
+        for (draw, g) in data.g.chunks_exact_mut(group * query_row).enumerate() {
+            let first_head = draw * shape.query_heads + head.0 * group;
+            self.range(place(Tensor::G), first_head * query_row, g)?;
+        }
+        Ok(())
+    }
+
+    /// Reads `out.len()` elements of a tensor from `first` on.
+    fn range(&self, place: Place, first: usize, out: &mut [f32]) -> Result<()> {
+        let dtype = self.dump.manifest.dtype;
+        let size = dtype.size();
+        let offset = self.data_start
+            + self.layout.start(place.tensor, place.sequence)
+            + first as u64 * size as u64;
+        let bytes = mmap::map(&self.file, offset, out.len() * size)
+            .map_err(Error::io(&self.path, "mapping"))?;
+        if convert::read(dtype, &bytes, out) {
+            return Ok(());
+        }
+        let bad = out.iter().position(|value| !value.is_finite()).unwrap_or_default();
+        let mut at = place.position(&self.dump.manifest, first + bad);
+        at.path = Some(self.path.clone());
+        Err(Error::NonFinite {
+            at: Box::new(at),
+            value: out[bad],
+            mend: "dump again; if the model overflows f16, with --dtype bf16",
+        })
+    }
+}
