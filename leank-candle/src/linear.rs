@@ -1,0 +1,92 @@
+//! Linear layers and embeddings, dense or quantized.
+
+use std::sync::Arc;
+
+use candle_core::quantized::QTensor;
+use candle_core::{Device, Tensor};
+
+use crate::ops::{DenseLinear, with_slice};
+use crate::{Error, Result};
+
+/// A frozen matrix `[rows, columns]`.
+#[derive(Clone)]
+pub(crate) enum Matrix {
+    /// f32, contiguous, on the CPU.
+    Dense(Tensor),
+    /// As the GGUF file holds it.
+    Quantized(Arc<QTensor>),
+}
+
+/// `y = x Wᵀ + b`.
+#[derive(Clone)]
+pub(crate) enum Linear {
+    Dense(DenseLinear),
+    Quantized { weight: Arc<QTensor>, bias: Option<Tensor> },
+}
+
+impl Linear {
+    /// A layer from its `[out, in]` matrix and bias `[out]`.
+    pub(crate) fn new(weight: Matrix, bias: Option<Vec<f32>>) -> Result<Self> {
+        Ok(match weight {
+            Matrix::Dense(weight) => {
+                Self::Dense(DenseLinear { weight, bias: bias.map(Into::into) })
+            }
+            Matrix::Quantized(weight) => {
+                let bias = bias.map(|bias| {
+                    let n = bias.len();
+                    Tensor::from_vec(bias, (1, n), &Device::Cpu)
+                });
+                Self::Quantized { weight, bias: bias.transpose()? }
+            }
+        })
+    }
+
+    /// `[tokens, in]` to `[tokens, out]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(op) => Ok(x.apply_op1(op.clone())?),
+            Self::Quantized { .. } if x.track_op() => Err(no_gradient()),
+            Self::Quantized { weight, bias } => {
+                let y = x.apply_op1_no_bwd(weight.as_ref())?;
+                Ok(match bias {
+                    Some(bias) => y.broadcast_add(bias)?,
+                    None => y,
+                })
+            }
+        }
+    }
+
+    /// `[tokens, out]` gradient of the output to `[tokens, in]` gradient of the input.
+    pub(crate) fn backward(&self, grad: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(op) => Ok(grad.contiguous()?.matmul(&op.weight)?),
+            Self::Quantized { .. } => Err(no_gradient()),
+        }
+    }
+}
+
+fn no_gradient() -> Error {
+    Error::option(
+        "precision",
+        "gradients need f32 weights and this model was loaded as stored; load it with Precision::F32",
+    )
+}
+
+impl Matrix {
+    /// Rows `tokens` of the matrix, `[tokens, columns]` f32. The tokens must be in range.
+    pub(crate) fn rows(&self, tokens: &[u32]) -> Result<Tensor> {
+        match self {
+            Self::Dense(matrix) => {
+                let width = matrix.dim(1)?;
+                let rows: Vec<f32> = with_slice(matrix, |matrix| {
+                    let row = |&token: &u32| &matrix[token as usize * width..][..width];
+                    Ok(tokens.iter().flat_map(row).copied().collect())
+                })?;
+                Ok(Tensor::from_vec(rows, (tokens.len(), width), &Device::Cpu)?)
+            }
+            Self::Quantized(matrix) => {
+                Ok(matrix.embedding(&Tensor::new(tokens, &Device::Cpu)?)?)
+            }
+        }
+    }
+}

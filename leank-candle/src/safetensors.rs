@@ -1,0 +1,261 @@
+//! A model from a folder: `config.json`, `tokenizer.json` and safetensors, as Hugging Face's
+//! transformers writes them.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use leank_core::ModelShape;
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::config::{FAMILIES, Family, ModelConfig, RopeScaling};
+use crate::linear::Matrix;
+use crate::model::Loaded;
+use crate::tokenizer::Tokenizer;
+use crate::weights::{Part, Source, Weights};
+use crate::{Error, Result};
+
+/// `config.json`, the fields that matter here.
+#[derive(Deserialize)]
+struct ConfigFile {
+    model_type: String,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    rms_norm_eps: f64,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<Value>,
+    /// transformers 5 puts base and scaling together.
+    rope_parameters: Option<Value>,
+    #[serde(default)]
+    tie_word_embeddings: bool,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    #[serde(default)]
+    use_sliding_window: bool,
+    hidden_act: Option<String>,
+    eos_token_id: Option<Value>,
+    bos_token_id: Option<u32>,
+    #[serde(rename = "_name_or_path")]
+    name: Option<String>,
+}
+
+/// Loads a folder.
+pub(crate) fn load(folder: &Path) -> Result<Loaded> {
+    let path = folder.join("config.json");
+    let text = read_text(&path)?;
+    let file: ConfigFile = serde_json::from_str(&text).map_err(|e| Error::Damaged {
+        path: path.clone(),
+        format: "config.json",
+        why: e.to_string(),
+    })?;
+    let config = read_config(&path, folder, &file)?;
+    config.validate(&path)?;
+    let eos = match &file.eos_token_id {
+        Some(Value::Array(ids)) => ids.iter().filter_map(token_id).collect(),
+        Some(id) => token_id(id).into_iter().collect(),
+        None => Vec::new(),
+    };
+    let tokenizer = folder.join("tokenizer.json");
+    let tokenizer = Tokenizer::from_json(&read_text(&tokenizer)?, file.bos_token_id, eos)?;
+    let mut source = FolderSource { folder: folder.to_owned(), tensors: read_tensors(folder)? };
+    let weights = Weights::load(&mut source, &config)?;
+    Ok(Loaded { config, tokenizer, weights })
+}
+
+fn token_id(value: &Value) -> Option<u32> {
+    value.as_u64().and_then(|id| u32::try_from(id).ok())
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        action: "reading",
+        source,
+    })
+}
+
+fn read_config(path: &Path, folder: &Path, file: &ConfigFile) -> Result<ModelConfig> {
+    let unsupported = |what, found: String, supported| Error::Unsupported {
+        path: path.to_owned(),
+        what,
+        found,
+        supported,
+    };
+    let family = Family::from_name(&file.model_type)
+        .ok_or_else(|| unsupported("architecture", file.model_type.clone(), FAMILIES))?;
+    if file.mlp_bias {
+        return Err(unsupported("MLP", "with biases".into(), "MLPs without"));
+    }
+    if file.use_sliding_window {
+        return Err(unsupported("attention", "with a sliding window".into(), "full attention"));
+    }
+    if family == Family::Llama && file.attention_bias {
+        return Err(unsupported("attention_bias", "true".into(), "llama models without biases"));
+    }
+    if let Some(act) = file.hidden_act.as_ref().filter(|act| *act != "silu") {
+        return Err(unsupported("activation", act.clone(), "silu"));
+    }
+    let heads = file.num_attention_heads;
+    let head_dim = file.head_dim.unwrap_or(file.hidden_size / heads.max(1));
+    let kv_heads = file.num_key_value_heads.unwrap_or(heads);
+    let parameters = file.rope_parameters.as_ref();
+    let base = parameters.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64);
+    let name = file.name.clone().filter(|name| !name.is_empty());
+    let folder_name = || folder.file_name().map(|name| name.to_string_lossy().into_owned());
+    Ok(ModelConfig {
+        name: name.or_else(folder_name).unwrap_or_else(|| file.model_type.clone()),
+        family,
+        shape: ModelShape::new(file.num_hidden_layers, heads, kv_heads, head_dim)?,
+        hidden: file.hidden_size,
+        intermediate: file.intermediate_size,
+        vocab: file.vocab_size,
+        rope_base: base.or(file.rope_theta).unwrap_or(10_000.0),
+        rope_scaling: rope_scaling(path, parameters.or(file.rope_scaling.as_ref()))?,
+        rms_eps: file.rms_norm_eps,
+        context_length: file.max_position_embeddings,
+        tied_embeddings: file.tie_word_embeddings,
+        qkv_bias: family == Family::Qwen2,
+    })
+}
+
+fn rope_scaling(path: &Path, value: Option<&Value>) -> Result<RopeScaling> {
+    let Some(value) = value.filter(|value| !value.is_null()) else {
+        return Ok(RopeScaling::None);
+    };
+    let number = |key: &str| {
+        value.get(key).and_then(Value::as_f64).ok_or_else(|| Error::Config {
+            path: path.to_owned(),
+            key: format!("rope_scaling.{key}"),
+            expected: "a number".into(),
+            found: value.get(key).map_or("nothing".into(), Value::to_string),
+        })
+    };
+    let kind = value.get("rope_type").or_else(|| value.get("type")).and_then(Value::as_str);
+    Ok(match kind {
+        None | Some("default") => RopeScaling::None,
+        Some("linear") => RopeScaling::Linear { factor: number("factor")? },
+        Some("llama3") => RopeScaling::Llama3 {
+            factor: number("factor")?,
+            low: number("low_freq_factor")?,
+            high: number("high_freq_factor")?,
+            original: number("original_max_position_embeddings")?,
+        },
+        Some("yarn") => RopeScaling::Yarn {
+            factor: number("factor")?,
+            original: number("original_max_position_embeddings")?,
+        },
+        Some(other) => {
+            return Err(Error::Unsupported {
+                path: path.to_owned(),
+                what: "RoPE scaling",
+                found: other.to_owned(),
+                supported: "none, linear, llama3, yarn",
+            });
+        }
+    })
+}
+
+/// All tensors of the folder: one `model.safetensors`, or the shards that its index names.
+fn read_tensors(folder: &Path) -> Result<HashMap<String, Tensor>> {
+    let index = folder.join("model.safetensors.index.json");
+    let shards = if index.exists() {
+        shard_names(&index)?
+    } else {
+        BTreeSet::from(["model.safetensors".to_owned()])
+    };
+    let mut tensors = HashMap::new();
+    for shard in shards {
+        let path = folder.join(shard);
+        let bytes = std::fs::read(&path).map_err(|source| Error::Io {
+            path: path.clone(),
+            action: "reading",
+            source,
+        })?;
+        let loaded = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu);
+        let loaded = loaded.map_err(|e| Error::Damaged {
+            path: path.clone(),
+            format: "safetensors",
+            why: e.to_string(),
+        })?;
+        tensors.extend(loaded);
+    }
+    Ok(tensors)
+}
+
+fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: HashMap<String, String>,
+    }
+    let damaged = |why: String| Error::Damaged {
+        path: index.to_owned(),
+        format: "safetensors index",
+        why,
+    };
+    let parsed: Index =
+        serde_json::from_str(&read_text(index)?).map_err(|e| damaged(e.to_string()))?;
+    let names: BTreeSet<String> = parsed.weight_map.into_values().collect();
+    // A shard lies in the folder itself: an index must not reach other files.
+    match names.iter().find(|name| Path::new(name).components().count() != 1 || *name == "..") {
+        Some(name) => Err(damaged(format!("the shard {name:?} is not a file of the folder"))),
+        None => Ok(names),
+    }
+}
+
+struct FolderSource {
+    folder: PathBuf,
+    tensors: HashMap<String, Tensor>,
+}
+
+impl FolderSource {
+    /// A tensor of the right shape, widened to f32, and given up by the map.
+    fn take(&mut self, part: Part, shape: &[usize]) -> Result<Tensor> {
+        let name = part.hf_name();
+        let tensor = self.tensors.remove(&name).ok_or_else(|| Error::MissingTensor {
+            path: self.folder.clone(),
+            name: name.clone(),
+        })?;
+        if tensor.dims() != shape {
+            return Err(Error::TensorShape {
+                path: self.folder.clone(),
+                name,
+                expected: shape.to_vec(),
+                found: tensor.dims().to_vec(),
+            });
+        }
+        match tensor.dtype() {
+            DType::F32 | DType::F16 | DType::BF16 | DType::F64 => {
+                Ok(tensor.to_dtype(DType::F32)?.contiguous()?)
+            }
+            other => Err(Error::Unsupported {
+                path: self.folder.clone(),
+                what: "tensor type",
+                found: format!("{other:?} of {name}"),
+                supported: "F32, F16, BF16, F64",
+            }),
+        }
+    }
+}
+
+impl Source for FolderSource {
+    fn path(&self) -> &Path {
+        &self.folder
+    }
+
+    fn vector(&mut self, part: Part, len: usize) -> Result<Vec<f32>> {
+        Ok(self.take(part, &[len])?.to_vec1()?)
+    }
+
+    fn matrix(&mut self, part: Part, rows: usize, cols: usize) -> Result<Matrix> {
+        Ok(Matrix::Dense(self.take(part, &[rows, cols])?))
+    }
+}

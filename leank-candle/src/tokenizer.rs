@@ -1,0 +1,263 @@
+//! Text to tokens and back.
+
+use tokenizers::decoders::byte_level::ByteLevel;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::unicode::NFC;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, SplitDelimiterBehavior};
+
+use crate::gguf_file::{GgufFile, Value};
+use crate::{Error, Result};
+
+/// What byte-level BPE of Llama 3 and of Qwen2 splits a text into; only the digits differ.
+const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// GGUF's token types that never come out of a merge.
+const CONTROL: u64 = 3;
+const USER_DEFINED: u64 = 4;
+
+/// The tokenizer of a model: byte-level BPE from a GGUF file's metadata, or any `tokenizer.json`.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// Put before every encoded text, where the model wants it.
+    prepend: Option<u32>,
+    bos: Option<u32>,
+    eos: Vec<u32>,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("vocab", &self.vocab())
+            .field("bos", &self.bos)
+            .field("eos", &self.eos)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Tokenizer {
+    /// From the text of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the text is not one.
+    pub(crate) fn from_json(text: &str, bos: Option<u32>, eos: Vec<u32>) -> Result<Self> {
+        let inner = tokenizers::Tokenizer::from_bytes(text.as_bytes())
+            .map_err(|e| Error::Tokenizer(format!("tokenizer.json: {e}")))?;
+        // Its post-processor adds BOS itself, where the model wants it.
+        Ok(Self { inner, prepend: None, bos, eos })
+    }
+
+    /// From the metadata of a GGUF file whose embedding has `vocab` rows.
+    pub(crate) fn from_gguf(file: &GgufFile, vocab: usize) -> Result<Self> {
+        let text = |v: &Value| v.as_str().map(str::to_owned);
+        let model = file.required("tokenizer.ggml.model", "a name", text)?;
+        if model != "gpt2" {
+            return Err(Error::Unsupported {
+                path: file.path.clone(),
+                what: "tokenizer",
+                found: model,
+                supported: "gpt2 (byte-level BPE); for others use a folder with tokenizer.json",
+            });
+        }
+        let texts = |v: &Value| match v {
+            Value::Array(items) => {
+                items.iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>()
+            }
+            _ => None,
+        };
+        let tokens = file.required("tokenizer.ggml.tokens", "an array of texts", texts)?;
+        let merges = file.required("tokenizer.ggml.merges", "an array of texts", texts)?;
+        if tokens.len() > vocab {
+            let (expected, found) = (format!("at most {vocab} (the embedding)"), tokens.len());
+            return Err(Error::mismatch("tokens of the tokenizer", expected, found));
+        }
+        let pre = file.optional("tokenizer.ggml.pre", "a name", text)?;
+        let mut inner = byte_level_bpe(&tokens, &merges, pre.as_deref().unwrap_or("default"))?;
+        add_special_tokens(&mut inner, file, &tokens)?;
+        let id = |key: &str| {
+            let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+            file.optional(&format!("tokenizer.ggml.{key}"), "a token", id)
+        };
+        let flag = |v: &Value| match v {
+            Value::Bool(flag) => Some(*flag),
+            _ => None,
+        };
+        let bos = id("bos_token_id")?;
+        let add_bos = file.optional("tokenizer.ggml.add_bos_token", "true or false", flag)?;
+        // Llama 3's files say nothing and mean yes.
+        let add_bos = add_bos.unwrap_or(pre.as_deref() == Some("llama-bpe"));
+        let mut eos: Vec<u32> =
+            [id("eos_token_id")?, id("eot_token_id")?].into_iter().flatten().collect();
+        eos.dedup();
+        Ok(Self { inner, prepend: bos.filter(|_| add_bos), bos, eos })
+    }
+
+    /// Tokens of the vocabulary.
+    #[must_use]
+    pub fn vocab(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The token that begins a text, if the model has one.
+    #[must_use]
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// Tokens that end a generation.
+    #[must_use]
+    pub fn eos(&self) -> &[u32] {
+        &self.eos
+    }
+
+    /// The tokens of a text, with BOS in front where the model wants one. Names of special tokens
+    /// in the text become these tokens.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when a character cannot be expressed.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding =
+            self.inner.encode_fast(text, true).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        Ok(self.prepend.into_iter().chain(encoding.get_ids().iter().copied()).collect())
+    }
+
+    /// As [`Tokenizer::encode`], without BOS or anything else around: for pieces of a text.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_piece(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding =
+            self.inner.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of tokens, special ones left out; bytes that are not UTF-8 become `U+FFFD`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the decoder fails.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        self.inner.decode(tokens, true).map_err(|e| Error::Tokenizer(e.to_string()))
+    }
+
+    /// A decoder that takes token after token and gives text as soon as it is whole.
+    #[must_use]
+    pub fn stream(&self) -> TextStream<'_> {
+        TextStream { tokenizer: self, tokens: Vec::new(), given: 0 }
+    }
+}
+
+/// Text from tokens one by one; never half a character. See [`Tokenizer::stream`].
+#[derive(Debug)]
+pub struct TextStream<'a> {
+    tokenizer: &'a Tokenizer,
+    /// The last token whose text was given, and those after it: decoding needs a left neighbour.
+    tokens: Vec<u32>,
+    /// Tokens at the front whose text was given.
+    given: usize,
+}
+
+impl TextStream<'_> {
+    /// Takes a token and returns the text that it completes; empty while a character is unfinished.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the decoder fails.
+    pub fn push(&mut self, token: u32) -> Result<String> {
+        self.tokens.push(token);
+        self.text(false)
+    }
+
+    /// The text of what is left, unfinished characters as `U+FFFD`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when the decoder fails.
+    pub fn finish(mut self) -> Result<String> {
+        self.text(true)
+    }
+
+    fn text(&mut self, everything: bool) -> Result<String> {
+        let before = self.tokenizer.decode(&self.tokens[..self.given])?;
+        let whole = self.tokenizer.decode(&self.tokens)?;
+        if !everything && whole.ends_with('\u{FFFD}') {
+            return Ok(String::new());
+        }
+        let new = whole.get(before.len()..).unwrap_or_default().to_owned();
+        self.tokens.drain(..self.tokens.len().saturating_sub(1));
+        self.given = self.tokens.len();
+        Ok(new)
+    }
+}
+
+fn byte_level_bpe(
+    tokens: &[String],
+    merges: &[String],
+    pre: &str,
+) -> Result<tokenizers::Tokenizer> {
+    let failed = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
+    let vocab = tokens.iter().zip(0u32..).map(|(token, id)| (token.clone(), id));
+    let merges = merges
+        .iter()
+        .map(|merge| match merge.split_once(' ') {
+            Some((left, right)) => Ok((left.to_owned(), right.to_owned())),
+            None => Err(Error::Tokenizer(format!("{merge:?} is not a merge of two tokens"))),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
+    let model = BPE::builder()
+        .vocab_and_merges(vocab.collect::<Vocab>(), merges)
+        .ignore_merges(llama3)
+        .build()
+        .map_err(failed)?;
+    let split = |pattern: &str| -> Result<PreTokenizerWrapper> {
+        let pattern = SplitPattern::Regex(pattern.to_owned());
+        Ok(Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(failed)?.into())
+    };
+    let bytes = |regex: bool| PreTokenizerWrapper::from(ByteLevel::new(false, true, regex));
+    let mut inner = tokenizers::Tokenizer::new(model);
+    let steps = match pre {
+        "smollm" => vec![Digits::new(true).into(), bytes(true)],
+        "qwen2" => {
+            inner.with_normalizer(Some(NFC)).map_err(failed)?;
+            vec![split(QWEN2_SPLIT)?, bytes(false)]
+        }
+        _ if llama3 => vec![split(LLAMA3_SPLIT)?, bytes(false)],
+        "default" | "gpt-2" => vec![bytes(true)],
+        other => {
+            return Err(Error::Tokenizer(format!(
+                "the pre-tokenizer {other} is not supported; supported: smollm, qwen2, llama-bpe, gpt-2, or a folder with tokenizer.json"
+            )));
+        }
+    };
+    inner.with_pre_tokenizer(Some(Sequence::new(steps)));
+    inner.with_decoder(Some(ByteLevel::new(false, true, true)));
+    Ok(inner)
+}
+
+/// Tells the tokenizer which tokens are found in a text before any merge.
+fn add_special_tokens(
+    inner: &mut tokenizers::Tokenizer,
+    file: &GgufFile,
+    tokens: &[String],
+) -> Result<()> {
+    let numbers = |v: &Value| match v {
+        Value::Array(items) => items.iter().map(Value::as_u64).collect::<Option<Vec<_>>>(),
+        _ => None,
+    };
+    let key = "tokenizer.ggml.token_type";
+    let types = file.optional(key, "an array of numbers", numbers)?.unwrap_or_default();
+    let of_type = |wanted: u64| {
+        let typed = tokens.iter().zip(&types);
+        typed.filter(move |&(_, &kind)| kind == wanted).map(|(token, _)| token.clone())
+    };
+    let special: Vec<_> = of_type(CONTROL).map(|token| AddedToken::from(token, true)).collect();
+    let user: Vec<_> = of_type(USER_DEFINED)
+        .map(|token| AddedToken::from(token, false).normalized(false))
+        .collect();
+    let failed = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
+    inner.add_special_tokens(special).map_err(failed)?;
+    inner.add_tokens(user).map_err(failed)?;
+    Ok(())
+}
