@@ -1,1 +1,126 @@
-//! The conformance suite that every leank backend runs
+//! The conformance suite that every leank backend runs.
+//!
+//! A backend describes itself as a [`Subject`] and calls [`conformance!`] in one of its test files;
+//! that makes one `#[test]` per property. Every property runs random cases ([`Case`]: shapes,
+//! masks, windows, block sizes, lengths, storage formats, batches, several query tokens) against
+//! the f64 oracle of `leank-core`, or checks one of the invariances of its definition: that a
+//! result depends on the tokens and on where the step begins, and on nothing else.
+//!
+//! ```
+//! use leank_core::{Backend, Cache, CacheConfig, HostView, HostViewMut, Layer, Result};
+//! use leank_testkit::{Rows, Subject};
+//!
+//! struct Host<B>(B);
+//!
+//! impl<B: Backend> Subject for Host<B>
+//! where
+//!     B::Cache: for<'a> Cache<View<'a> = HostView<'a>, ViewMut<'a> = HostViewMut<'a>>,
+//! {
+//!     type Backend = B;
+//!     fn backend(&self) -> &B {
+//!         &self.0
+//!     }
+//!     fn append(&self, cache: &mut B::Cache, layer: Layer, k: &Rows, v: &Rows) -> Result<()> {
+//!         cache.append(layer, k.view(), v.view())
+//!     }
+//!     fn attend(&self, cache: &mut B::Cache, layer: Layer, q: &Rows) -> Result<Rows> {
+//!         let mut out = q.like(f32::NAN);
+//!         cache.attend(layer, q.view(), out.view_mut())?;
+//!         Ok(out)
+//!     }
+//! }
+//! ```
+#![forbid(unsafe_code)]
+
+mod case;
+mod data;
+mod properties;
+mod world;
+
+pub use case::{Case, HeadKind, Load};
+pub use data::{Kind, Rows};
+pub use properties::{
+    calls_out_of_order_are_refused, cancelled_steps_leave_no_trace, chunks_do_not_matter,
+    neighbours_do_not_matter, non_finite_values_are_refused, oracle_agrees,
+    out_of_memory_changes_nothing, planner_agrees, pool_order_does_not_matter,
+    wrong_shapes_are_refused,
+};
+
+use leank_core::{Backend, Dtype, Layer, Result};
+
+/// A backend under test, fed from host memory.
+pub trait Subject {
+    /// The backend.
+    type Backend: Backend;
+
+    /// The backend.
+    fn backend(&self) -> &Self::Backend;
+
+    /// [`leank_core::Cache::append`] with rows in host memory.
+    ///
+    /// # Errors
+    /// Those of the cache.
+    fn append(&self, cache: &mut CacheOf<Self>, layer: Layer, k: &Rows, v: &Rows) -> Result<()>;
+
+    /// [`leank_core::Cache::attend`] with rows in host memory; rows that the cache did not write
+    /// come back as NaN.
+    ///
+    /// # Errors
+    /// Those of the cache.
+    fn attend(&self, cache: &mut CacheOf<Self>, layer: Layer, q: &Rows) -> Result<Rows>;
+
+    /// Storage types that the backend has.
+    fn dtypes(&self) -> &[Dtype] {
+        &Dtype::ALL
+    }
+
+    /// Largest error against the oracle *on the stored values*, as a share of the largest |v|: the
+    /// accuracy of the backend's arithmetic.
+    fn arithmetic_error(&self, _dtype: Dtype) -> f64 {
+        2e-5
+    }
+
+    /// Random cases per property.
+    fn cases(&self) -> u32 {
+        192
+    }
+}
+
+/// The cache type of a subject.
+pub type CacheOf<S> = <<S as Subject>::Backend as Backend>::Cache;
+
+/// Largest error against the oracle on the values *before* they were rounded to `dtype`, as a share
+/// of the largest |v|, for data like a model's (|logits| up to about 20).
+#[must_use]
+pub fn rounding_error(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 => 2e-5,
+        Dtype::F16 => 1e-2,
+        Dtype::Bf16 => 8e-2,
+    }
+}
+
+/// One `#[test]` per property for the [`Subject`] that the expression makes.
+#[macro_export]
+macro_rules! conformance {
+    ($subject:expr) => {
+        $crate::conformance!(@each $subject;
+            oracle_agrees
+            chunks_do_not_matter
+            neighbours_do_not_matter
+            pool_order_does_not_matter
+            cancelled_steps_leave_no_trace
+            out_of_memory_changes_nothing
+            planner_agrees
+            wrong_shapes_are_refused
+            non_finite_values_are_refused
+            calls_out_of_order_are_refused
+        );
+    };
+    (@each $subject:expr; $($property:ident)*) => {$(
+        #[test]
+        fn $property() {
+            $crate::$property(&$subject);
+        }
+    )*};
+}

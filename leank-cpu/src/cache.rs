@@ -1,0 +1,174 @@
+//! The cache itself: the ledger's operations carried out on host memory.
+
+use std::fmt;
+
+use leank_core::{
+    Cache, CacheConfig, CacheLayout, Error, HostView, HostViewMut, Layer, LayoutRules, LeanFormat,
+    Ledger, Memory, Result, SequenceId, StepEntry, ViewShape,
+};
+
+use crate::{attend::LayerView, executor::Executor, store::Store, write::LayerWriter};
+
+/// A lean KV cache in host memory. Made by [`crate::Cpu`].
+pub struct CpuCache {
+    config: CacheConfig,
+    layout: CacheLayout,
+    ledger: Ledger,
+    store: Store,
+    executor: Executor,
+    /// Layers appended to in the step under way.
+    appended: Vec<bool>,
+}
+
+impl fmt::Debug for CpuCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CpuCache")
+            .field("shape", &self.config.shape)
+            .field("memory", &self.memory())
+            .finish_non_exhaustive()
+    }
+}
+
+impl CpuCache {
+    pub(crate) fn new(config: CacheConfig, rules: LayoutRules, executor: Executor) -> Result<Self> {
+        let layout = CacheLayout::new(&config, rules)?;
+        for layer in config.shape.layer_indices() {
+            for head in &layout.layer(layer).lean {
+                for format in [head.format.k, head.format.v] {
+                    let LeanFormat::Plain(_) = format else {
+                        let why = format!("the CPU backend has no kernel for {format}");
+                        return Err(Error::Unavailable { what: "lean format", why });
+                    };
+                }
+            }
+        }
+        let ledger = Ledger::new(&layout, config.windows, config.limit);
+        let store = Store::new(&layout, config.shape.layers);
+        let appended = vec![false; config.shape.layers];
+        Ok(Self { config, layout, ledger, store, executor, appended })
+    }
+
+    fn check_layer(&self, call: &'static str, layer: Layer) -> Result<()> {
+        if self.ledger.step().is_none() {
+            return Err(Error::Order { call, when: "without a plan".into() });
+        }
+        if layer.0 >= self.config.shape.layers {
+            let expected = format!("below {}", self.config.shape.layers);
+            return Err(Error::mismatch("layer", expected, layer));
+        }
+        Ok(())
+    }
+
+    fn check_view(&self, what: &'static str, view: ViewShape, heads: usize) -> Result<()> {
+        let tokens = self.ledger.step().map_or(0, |step| step.tokens);
+        let head_dim = self.config.shape.head_dim;
+        if (view.tokens, view.heads, view.head_dim) == (tokens, heads, head_dim) {
+            return Ok(());
+        }
+        let expected = format!("[{tokens} tokens, {heads} heads, {head_dim} channels]");
+        let found = format!("[{}, {}, {}]", view.tokens, view.heads, view.head_dim);
+        Err(Error::mismatch(what, expected, found))
+    }
+
+    fn follow_plan(&mut self) -> Result<()> {
+        let Some(step) = self.ledger.step() else { return Ok(()) };
+        for &block in &step.reclaim {
+            self.store.free(block);
+        }
+        let allocate = step.allocate.clone();
+        for (done, &block) in allocate.iter().enumerate() {
+            if let Err(error) = self.store.allocate(block) {
+                self.ledger.cancel();
+                self.ledger.lost_storage(&allocate[done..]);
+                return Err(error);
+            }
+            #[cfg(any(test, debug_assertions))]
+            self.store.poison(block);
+        }
+        Ok(())
+    }
+}
+
+impl Cache for CpuCache {
+    type View<'a> = HostView<'a>;
+    type ViewMut<'a> = HostViewMut<'a>;
+
+    fn config(&self) -> &CacheConfig {
+        &self.config
+    }
+
+    fn layout(&self) -> &CacheLayout {
+        &self.layout
+    }
+
+    fn add_sequence(&mut self) -> SequenceId {
+        self.ledger.add_sequence()
+    }
+
+    fn sequence_len(&self, sequence: SequenceId) -> Result<usize> {
+        self.ledger.len(sequence)
+    }
+
+    fn plan(&mut self, entries: &[StepEntry]) -> Result<()> {
+        self.ledger.plan(entries)?;
+        self.appended.fill(false);
+        self.follow_plan()
+    }
+
+    fn append(&mut self, layer: Layer, k: HostView<'_>, v: HostView<'_>) -> Result<()> {
+        self.check_layer("append", layer)?;
+        self.check_view("K of a step", k.shape(), self.config.shape.kv_heads)?;
+        self.check_view("V of a step", v.shape(), self.config.shape.kv_heads)?;
+        let Self { config, layout, ledger, store, .. } = self;
+        let mut writer = LayerWriter { config, layout, store, layer };
+        for sequence in ledger.step().map_or(&[][..], |step| &step.sequences) {
+            writer.append(sequence, ledger.table(sequence.id)?, k, v)?;
+        }
+        self.appended[layer.0] = true;
+        Ok(())
+    }
+
+    fn attend(&mut self, layer: Layer, q: HostView<'_>, out: HostViewMut<'_>) -> Result<()> {
+        self.check_layer("attend", layer)?;
+        if !self.appended[layer.0] {
+            let when = format!("before append of layer {layer}");
+            return Err(Error::Order { call: "attend", when });
+        }
+        let query_heads = self.config.shape.query_heads;
+        self.check_view("q of a step", q.shape(), query_heads)?;
+        self.check_view("output of a step", out.shape(), query_heads)?;
+        let view =
+            LayerView { config: &self.config, layout: &self.layout, store: &self.store, layer };
+        view.attend(&self.ledger, self.executor, q, out)
+    }
+
+    fn commit(&mut self) -> Result<()> {
+        let Some(step) = self.ledger.step() else {
+            return Err(Error::Order { call: "commit", when: "without a plan".into() });
+        };
+        if let Some(layer) = self.appended.iter().position(|appended| !appended) {
+            let when = format!("before append of layer {layer}");
+            return Err(Error::Order { call: "commit", when });
+        }
+        let Self { config, layout, store, .. } = self;
+        for layer in config.shape.layer_indices() {
+            let mut writer = LayerWriter { config, layout, store, layer };
+            for pack in &step.packs {
+                writer.pack(pack.full, pack.lean);
+            }
+        }
+        self.ledger.commit()
+    }
+
+    fn cancel(&mut self) {
+        self.ledger.cancel();
+    }
+
+    fn release(&mut self, sequence: SequenceId) -> Result<()> {
+        self.ledger.release(sequence)
+    }
+
+    fn memory(&self) -> Memory {
+        self.ledger.memory()
+    }
+}

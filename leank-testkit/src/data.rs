@@ -1,0 +1,78 @@
+//! Test activations: a pure function of who they belong to, so that the same token has the same
+//! K, V and q however and whenever it is fed.
+
+use leank_core::{HostView, HostViewMut, ViewShape};
+
+/// Activations in host memory, `[tokens, heads, head_dim]` without gaps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rows {
+    /// Elements.
+    pub data: Vec<f32>,
+    /// Tokens.
+    pub tokens: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Channels per head.
+    pub head_dim: usize,
+}
+
+impl Rows {
+    /// A view of all of it.
+    #[must_use]
+    pub fn view(&self) -> HostView<'_> {
+        HostView::new(&self.data[..], self.shape()).expect("rows fit their own shape")
+    }
+
+    /// A mutable view of all of it.
+    #[must_use]
+    pub fn view_mut(&mut self) -> HostViewMut<'_> {
+        let shape = self.shape();
+        HostViewMut::new(&mut self.data[..], shape).expect("rows fit their own shape")
+    }
+
+    /// Rows of the same shape, filled with `value`.
+    #[must_use]
+    pub fn like(&self, value: f32) -> Self {
+        Self { data: vec![value; self.data.len()], ..*self }
+    }
+
+    /// The shape.
+    #[must_use]
+    pub fn shape(&self) -> ViewShape {
+        ViewShape::contiguous(self.tokens, self.heads, self.head_dim)
+    }
+}
+
+/// What an activation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A key.
+    Key,
+    /// A value.
+    Value,
+    /// A query.
+    Query,
+}
+
+/// One activation, about N(0, 1), with some channels of K and q much larger than others, as RoPE
+/// models have them.
+pub(crate) fn activation(seed: u64, kind: Kind, at: [usize; 4]) -> f32 {
+    let [sequence, layer, position, element] = at;
+    let mut hash = seed ^ (kind as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    for part in [sequence, layer, position, element] {
+        hash = mix(hash ^ part as u64);
+    }
+    // The sum of four uniforms is near enough to a normal.
+    let uniform = |shift: u32| ((hash >> shift) & 0xffff) as f32 / 65_536.0 - 0.5;
+    let normal = (uniform(0) + uniform(16) + uniform(32) + uniform(48)) * 1.732;
+    let large = kind != Kind::Value && mix(seed ^ element as u64).is_multiple_of(7);
+    if large { normal * 3.0 } else { normal }
+}
+
+/// SplitMix64.
+fn mix(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}

@@ -1,0 +1,320 @@
+//! The properties themselves.
+
+use leank_core::{Backend, Cache, CacheConfig, Error, Layer, Planner, StepEntry};
+use proptest::{
+    prelude::*,
+    strategy::ValueTree as _,
+    test_runner::{Config, TestRunner},
+};
+
+use crate::{
+    Case, Kind, Load, Rows, Subject,
+    case::cases,
+    world::{Outputs, World},
+};
+
+fn for_cases<S: Subject>(subject: &S, property: impl Fn(&Case)) {
+    for_cases_and(subject, Just(()), |case, ()| property(case));
+}
+
+/// Runs `property` on random cases together with something else that is random.
+fn for_cases_and<S: Subject, T: std::fmt::Debug>(
+    subject: &S,
+    more: impl Strategy<Value = T>,
+    property: impl Fn(&Case, T),
+) {
+    let config = Config { cases: subject.cases(), failure_persistence: None, ..Config::default() };
+    let strategy = (cases(subject.dtypes()), more);
+    let result = TestRunner::new(config).run(&strategy, |(case, more)| {
+        property(&case, more);
+        Ok(())
+    });
+    if let Err(failure) = result {
+        panic!("{failure}");
+    }
+}
+
+fn split_seed() -> impl Strategy<Value = Vec<usize>> {
+    prop::collection::vec(prop_oneof![Just(1usize), 1usize..50], 1..6)
+}
+
+/// Every output of every step is what the oracle says, on the values as they are stored to the
+/// accuracy of the arithmetic, and on exact ones to the accuracy of the storage type.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn oracle_agrees<S: Subject>(subject: &S) {
+    for_cases(subject, |case| {
+        let mut world = World::new(subject, case);
+        for step in &case.steps {
+            world.checked_step(step);
+        }
+    });
+    for tokens in [2047, 2048, 4500] {
+        long_context(subject, tokens);
+    }
+}
+
+/// Thousands of tokens, which random cases seldom reach.
+fn long_context<S: Subject>(subject: &S, tokens: usize) {
+    let mut runner = TestRunner::deterministic();
+    for &dtype in subject.dtypes() {
+        let mut case = cases(&[dtype]).new_tree(&mut runner).expect("a case").current();
+        case.sequences = 1;
+        let mut world = World::new(subject, &case);
+        world.step(&[Load { sequence: 0, tokens, attend: false }]).expect("the prompt is valid");
+        world.checked_step(&[Load { sequence: 0, tokens: 1, attend: true }]);
+        world.checked_step(&[Load { sequence: 0, tokens: 3, attend: true }]);
+    }
+}
+
+/// What a step gives does not depend on how the tokens before it came: as one prompt that is only
+/// stored, or in pieces that attend.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn chunks_do_not_matter<S: Subject>(subject: &S) {
+    for_cases_and(subject, split_seed(), |case, pieces| {
+        let case = Case { sequences: 1, ..case.clone() };
+        let last = Load { sequence: 0, tokens: 2, attend: true };
+        let mut whole = World::new(subject, &case);
+        let total = pieces.iter().sum();
+        whole.step(&[Load { sequence: 0, tokens: total, attend: false }]).expect("valid");
+        let mut chunked = World::new(subject, &case);
+        for (i, &tokens) in pieces.iter().enumerate() {
+            chunked.step(&[Load { sequence: 0, tokens, attend: i % 2 == 0 }]).expect("valid");
+        }
+        same(&whole.step(&[last]).expect("valid"), &chunked.step(&[last]).expect("valid"));
+        assert_eq!(whole.cache.memory().used_bytes(), chunked.cache.memory().used_bytes());
+    });
+}
+
+/// A sequence gives the same alone as beside others of other lengths.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn neighbours_do_not_matter<S: Subject>(subject: &S) {
+    for_cases(subject, |case| {
+        let mut together = World::new(subject, case);
+        let mut alone: Vec<_> = (0..case.sequences)
+            .map(|name| {
+                let mut world = World::new(subject, &Case { sequences: 0, ..case.clone() });
+                world.add(name);
+                world
+            })
+            .collect();
+        for step in &case.steps {
+            let all = together.step(step).expect("valid");
+            for load in step {
+                let own = alone[load.sequence].step(&[Load { sequence: 0, ..*load }]);
+                let of_this = |output: &&(_, usize, _, _)| output.1 == load.sequence;
+                let same_name: Outputs = all.iter().filter(of_this).cloned().collect();
+                same(&own.expect("valid"), &same_name);
+            }
+        }
+    });
+}
+
+/// Where blocks lie in the pools does not matter: a cache that others used before gives the same.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn pool_order_does_not_matter<S: Subject>(subject: &S) {
+    for_cases_and(subject, split_seed(), |case, others| {
+        let mut fresh = World::new(subject, case);
+        let mut used = World::new(subject, &Case { sequences: 0, ..case.clone() });
+        for (i, &tokens) in others.iter().enumerate() {
+            used.add(1000 + i);
+            used.step(&[Load { sequence: i, tokens: tokens * 5, attend: false }]).expect("valid");
+        }
+        let guests: Vec<_> = used.sequences.drain(..).collect();
+        for (i, (id, _)) in guests.iter().enumerate() {
+            if i % 2 == 0 {
+                used.cache.release(*id).expect("it is there");
+            }
+        }
+        (0..case.sequences).for_each(|name| used.add(name));
+        for step in &case.steps {
+            same(&fresh.step(step).expect("valid"), &used.step(step).expect("valid"));
+        }
+    });
+}
+
+/// A step that was cancelled at any point leaves results and bytes as if it had never been.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn cancelled_steps_leave_no_trace<S: Subject>(subject: &S) {
+    for_cases(subject, |case| {
+        let mut plain = World::new(subject, case);
+        let mut shaken = World::new(subject, case);
+        for step in &case.steps {
+            let other: Vec<Load> =
+                step.iter().map(|load| Load { tokens: load.tokens * 2 + 1, ..*load }).collect();
+            shaken.begin(&other).expect("valid");
+            shaken.cache.cancel();
+            same(&plain.step(step).expect("valid"), &shaken.step(step).expect("valid"));
+            let bytes = |world: &World<'_, S>| world.cache.memory().used_bytes();
+            assert_eq!(bytes(&plain), bytes(&shaken));
+        }
+    });
+}
+
+/// Under a limit a step either runs, with the same result as without, or changes nothing; never is
+/// more held than the limit.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn out_of_memory_changes_nothing<S: Subject>(subject: &S) {
+    for_cases_and(subject, 0.0f64..1.2, |case, share| {
+        let mut free = World::new(subject, case);
+        for step in &case.steps {
+            free.step(step).expect("valid");
+        }
+        let limit = (free.cache.memory().allocated_bytes as f64 * share) as u64;
+        let config = CacheConfig { limit: Some(limit), ..case.config() };
+        let mut bound = World::with_config(subject, case, config);
+        let mut free = World::new(subject, case);
+        for step in &case.steps {
+            let before = bound.cache.memory();
+            match bound.step(step) {
+                Ok(outputs) => same(&outputs, &free.step(step).expect("valid")),
+                Err(Error::OutOfMemory { missing, .. }) => {
+                    assert!(missing > 0);
+                    assert_eq!(bound.cache.memory(), before);
+                    return;
+                }
+                Err(other) => panic!("{other}"),
+            }
+            assert!(bound.cache.memory().allocated_bytes <= limit);
+        }
+    });
+}
+
+/// The planner predicts the cache's bytes to the byte.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn planner_agrees<S: Subject>(subject: &S) {
+    for_cases(subject, |case| {
+        let mut world = World::new(subject, case);
+        let rules = subject.backend().layout_rules();
+        let planner = Planner::new(&world.config, rules).expect("the case is valid");
+        for step in &case.steps {
+            world.step(step).expect("valid");
+            let planned: u64 =
+                (0..case.sequences).map(|i| planner.footprint(world.len(i)).bytes).sum();
+            assert_eq!(world.cache.memory().used_bytes(), planned);
+        }
+    });
+}
+
+/// Views, layers and sequences that do not fit are typed errors, and the step can still be ended.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn wrong_shapes_are_refused<S: Subject>(subject: &S) {
+    for_cases(subject, |case| {
+        let mut world = World::new(subject, &Case { sequences: 1, ..case.clone() });
+        let load = [Load { sequence: 0, tokens: 2, attend: true }];
+        let id = world.sequences[0].0;
+        world.cache.plan(&[StepEntry::decode(id, 2)]).expect("valid");
+        let k = world.rows(Kind::Key, Layer(0), &load);
+        let q = world.rows(Kind::Query, Layer(0), &load);
+        let longer = |rows: &Rows, heads: usize, head_dim: usize| Rows {
+            data: vec![0.5; 2 * heads * head_dim],
+            heads,
+            head_dim,
+            ..rows.clone()
+        };
+        let layers = case.shape.layers;
+        let mismatch = |result: Result<(), Error>| {
+            assert!(matches!(result, Err(Error::Mismatch { .. })), "{result:?}");
+        };
+        let cache = &mut world.cache;
+        let wide = longer(&k, k.heads + 1, k.head_dim);
+        mismatch(subject.append(cache, Layer(0), &wide, &k));
+        mismatch(subject.append(cache, Layer(0), &k, &longer(&k, k.heads, k.head_dim + 1)));
+        mismatch(subject.append(cache, Layer(layers), &k, &k));
+        for layer in 0..layers {
+            subject.append(cache, Layer(layer), &k, &k).expect("valid");
+        }
+        let short = Rows { data: q.data[..q.data.len() / 2].to_vec(), tokens: 1, ..q.clone() };
+        mismatch(subject.attend(cache, Layer(0), &short).map(drop));
+        mismatch(subject.attend(cache, Layer(layers), &q).map(drop));
+        subject.attend(cache, Layer(0), &q).expect("valid");
+        cache.commit().expect("valid");
+        assert_eq!(world.len(0), 2);
+    });
+}
+
+/// NaN, infinities and values beyond the storage type are refused by name, and the step can be
+/// taken again with good ones.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn non_finite_values_are_refused<S: Subject>(subject: &S) {
+    let bad = prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX]);
+    for_cases_and(subject, (bad, any::<usize>(), any::<bool>()), |case, (bad, at, in_k)| {
+        if bad == f32::MAX && case.dtype == leank_core::Dtype::F32 {
+            return;
+        }
+        let mut world = World::new(subject, &Case { sequences: 1, ..case.clone() });
+        let load = [Load { sequence: 0, tokens: 3, attend: true }];
+        let id = world.sequences[0].0;
+        world.cache.plan(&[StepEntry::decode(id, 3)]).expect("valid");
+        let good = world.rows(Kind::Key, Layer(0), &load);
+        let mut rows = good.clone();
+        let at = at % rows.data.len();
+        rows.data[at] = bad;
+        let (k, v) = if in_k { (&rows, &good) } else { (&good, &rows) };
+        let result = subject.append(&mut world.cache, Layer(0), k, v);
+        assert!(matches!(result, Err(Error::Invalid { .. })), "{result:?}");
+        world.cache.cancel();
+        world.checked_step(&load);
+    });
+}
+
+/// A step is plan, append, attend, commit; anything else is a typed error.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn calls_out_of_order_are_refused<S: Subject>(subject: &S) {
+    for_cases(subject, |case| {
+        let mut world = World::new(subject, &Case { sequences: 1, ..case.clone() });
+        let load = [Load { sequence: 0, tokens: 1, attend: true }];
+        let id = world.sequences[0].0;
+        let k = world.rows(Kind::Key, Layer(0), &load);
+        let q = world.rows(Kind::Query, Layer(0), &load);
+        let order = |result: Result<(), Error>| {
+            assert!(matches!(result, Err(Error::Order { .. })), "{result:?}");
+        };
+        let cache = &mut world.cache;
+        order(subject.append(cache, Layer(0), &k, &k));
+        order(subject.attend(cache, Layer(0), &q).map(drop));
+        order(cache.commit());
+        cache.plan(&[StepEntry::decode(id, 1)]).expect("valid");
+        order(cache.plan(&[StepEntry::decode(id, 1)]));
+        order(subject.attend(cache, Layer(0), &q).map(drop));
+        order(cache.commit());
+        order(cache.release(id));
+        cache.cancel();
+        cache.release(id).expect("it is there");
+        assert!(matches!(cache.release(id), Err(Error::UnknownSequence(_))));
+        assert_eq!(cache.memory().used_bytes(), 0);
+    });
+}
+
+fn same(a: &Outputs, b: &Outputs) {
+    let key = |output: &(Layer, usize, usize, Vec<f32>)| (output.0, output.1, output.2);
+    let sorted = |outputs: &Outputs| {
+        let mut outputs = outputs.clone();
+        outputs.sort_by_key(key);
+        outputs
+    };
+    for (a, b) in sorted(a).iter().zip(&sorted(b)) {
+        assert_eq!(key(a), key(b));
+        assert_eq!(a.3, b.3, "layer {}, sequence {}, position {}", a.0, a.1, a.2);
+    }
+    assert_eq!(a.len(), b.len());
+}

@@ -1,0 +1,232 @@
+//! A cache under test together with what is known about it.
+
+use leank_core::{
+    Backend, Cache, CacheConfig, Dtype, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
+    StepEntry, blocks::is_lean, oracle::Attention,
+};
+
+use crate::{CacheOf, Case, Kind, Load, Rows, Subject, data::activation, rounding_error};
+
+/// A cache and its sequences. A sequence has a *name*, which decides its activations, so that two
+/// worlds can hold the same tokens.
+pub(crate) struct World<'s, S: Subject> {
+    pub(crate) subject: &'s S,
+    pub(crate) config: CacheConfig,
+    pub(crate) cache: CacheOf<S>,
+    pub(crate) sequences: Vec<(SequenceId, usize)>,
+    seed: u64,
+}
+
+/// Output rows of the attending tokens of one step: layer, sequence name, position, row
+/// `[query heads, head_dim]`.
+pub(crate) type Outputs = Vec<(Layer, usize, usize, Vec<f32>)>;
+
+impl<'s, S: Subject> World<'s, S> {
+    pub(crate) fn new(subject: &'s S, case: &Case) -> Self {
+        Self::with_config(subject, case, case.config())
+    }
+
+    pub(crate) fn with_config(subject: &'s S, case: &Case, config: CacheConfig) -> Self {
+        let cache = subject.backend().create(config.clone()).expect("the case is valid");
+        let mut world = Self { subject, config, cache, sequences: Vec::new(), seed: case.seed };
+        for name in 0..case.sequences {
+            world.add(name);
+        }
+        world
+    }
+
+    pub(crate) fn add(&mut self, name: usize) {
+        self.sequences.push((self.cache.add_sequence(), name));
+    }
+
+    pub(crate) fn len(&self, sequence: usize) -> usize {
+        self.cache.sequence_len(self.sequences[sequence].0).expect("it is there")
+    }
+
+    fn entries(&self, loads: &[Load]) -> Vec<StepEntry> {
+        let entry = |load: &Load| StepEntry {
+            sequence: self.sequences[load.sequence].0,
+            tokens: load.tokens,
+            attend: load.attend,
+        };
+        loads.iter().map(entry).collect()
+    }
+
+    /// Rows of the step's tokens in one layer.
+    pub(crate) fn rows(&self, kind: Kind, layer: Layer, loads: &[Load]) -> Rows {
+        let shape = self.config.shape;
+        let heads = if kind == Kind::Query { shape.query_heads } else { shape.kv_heads };
+        let mut data = Vec::new();
+        for load in loads {
+            let start = self.len(load.sequence);
+            for position in start..start + load.tokens {
+                let name = self.sequences[load.sequence].1;
+                let element = |e| activation(self.seed, kind, [name, layer.0, position, e]);
+                data.extend((0..heads * shape.head_dim).map(element));
+            }
+        }
+        let tokens = loads.iter().map(|load| load.tokens).sum();
+        Rows { data, tokens, heads, head_dim: shape.head_dim }
+    }
+
+    /// Plans the step and appends to and attends from every layer, without committing.
+    pub(crate) fn begin(&mut self, loads: &[Load]) -> Result<Outputs> {
+        self.cache.plan(&self.entries(loads))?;
+        let mut outputs = Vec::new();
+        for layer in self.config.shape.layer_indices() {
+            let (k, v) = (self.rows(Kind::Key, layer, loads), self.rows(Kind::Value, layer, loads));
+            self.subject.append(&mut self.cache, layer, &k, &v)?;
+            let q = self.rows(Kind::Query, layer, loads);
+            let out = self.subject.attend(&mut self.cache, layer, &q)?;
+            let width = out.heads * out.head_dim;
+            let mut rows = out.data.chunks_exact(width);
+            for load in loads {
+                let start = self.len(load.sequence);
+                for (position, row) in (start..start + load.tokens).zip(&mut rows) {
+                    if load.attend {
+                        let name = self.sequences[load.sequence].1;
+                        outputs.push((layer, name, position, row.to_vec()));
+                    } else {
+                        assert!(row.iter().all(|x| x.is_nan()), "a storing row was written");
+                    }
+                }
+            }
+        }
+        Ok(outputs)
+    }
+
+    /// A whole step.
+    pub(crate) fn step(&mut self, loads: &[Load]) -> Result<Outputs> {
+        let outputs = self.begin(loads)?;
+        self.cache.commit()?;
+        Ok(outputs)
+    }
+
+    /// A whole step, checked against the oracle.
+    pub(crate) fn checked_step(&mut self, loads: &[Load]) {
+        let starts: Vec<usize> = loads.iter().map(|load| self.len(load.sequence)).collect();
+        let outputs = self.step(loads).expect("the step is valid");
+        for (load, start) in loads.iter().zip(starts) {
+            if load.attend {
+                let name = self.sequences[load.sequence].1;
+                for layer in self.config.shape.layer_indices() {
+                    self.check(layer, name, start..start + load.tokens, &outputs);
+                }
+            }
+        }
+    }
+
+    fn check(
+        &self,
+        layer: Layer,
+        name: usize,
+        positions: std::ops::Range<usize>,
+        outputs: &Outputs,
+    ) {
+        let got: Vec<f32> = outputs
+            .iter()
+            .filter(|(l, n, p, _)| *l == layer && *n == name && positions.contains(p))
+            .flat_map(|(_, _, _, row)| row.iter().copied())
+            .collect();
+        let arithmetic = self.subject.arithmetic_error(self.config.dtype);
+        let stored = self.oracle(layer, name, positions.clone(), true);
+        compare(&got, &stored, arithmetic, "the oracle on stored values");
+        let coarsest = |dtype: Dtype, format: HeadFormat| {
+            let plain = |format| match format {
+                LeanFormat::Plain(dtype) => rounding_error(dtype),
+                _ => panic!("no bound is stated for {format}"),
+            };
+            rounding_error(dtype).max(plain(format.k)).max(plain(format.v))
+        };
+        let heads = self.config.shape.kv_head_indices();
+        let bound = heads
+            .map(|head| coarsest(self.config.dtype, self.config.format(layer, head)))
+            .fold(arithmetic, f64::max);
+        let exact = self.oracle(layer, name, positions, false);
+        compare(&got, &exact, bound, "the oracle on exact values");
+    }
+
+    /// What the oracle says; on values as they are stored, or as they were given.
+    fn oracle(
+        &self,
+        layer: Layer,
+        name: usize,
+        positions: std::ops::Range<usize>,
+        stored: bool,
+    ) -> Expected {
+        let shape = self.config.shape;
+        let width = shape.kv_heads * shape.head_dim;
+        let tokens = |kind: Kind| -> Vec<f64> {
+            let value = |i: usize| {
+                let (position, element) = (i / width, i % width);
+                let x = activation(self.seed, kind, [name, layer.0, position, element]);
+                if !stored {
+                    return f64::from(x);
+                }
+                let head = KvHead(element / shape.head_dim);
+                f64::from(self.store(kind, layer, head, (position, positions.start), x))
+            };
+            (0..positions.end * width).map(value).collect()
+        };
+        let q_width = shape.query_heads * shape.head_dim;
+        let query = |i: usize| {
+            let position = positions.start + i / q_width;
+            f64::from(activation(self.seed, Kind::Query, [name, layer.0, position, i % q_width]))
+        };
+        let queries: Vec<f64> = (0..positions.len() * q_width).map(query).collect();
+        let (keys, values) = (tokens(Kind::Key), tokens(Kind::Value));
+        let attention = Attention {
+            masks: self.config.mask.layer(layer),
+            query_heads: shape.query_heads,
+            windows: self.config.windows,
+            block: self.config.block,
+            scale: f64::from(self.config.scale()),
+            soft_cap: self.config.soft_cap.map(f64::from),
+            start: positions.start,
+            keys: &keys,
+            values: &values,
+            queries: &queries,
+        };
+        let largest = values.iter().fold(0.0f64, |most, v| most.max(v.abs()));
+        Expected { output: attention.output(), largest }
+    }
+
+    /// `x` as the cache holds it in a step that begins at `start`.
+    fn store(
+        &self,
+        kind: Kind,
+        layer: Layer,
+        head: KvHead,
+        (position, start): (usize, usize),
+        x: f32,
+    ) -> f32 {
+        let x = self.config.dtype.round(x);
+        let block = self.config.block;
+        if !is_lean(position / block, block, self.config.windows, start) {
+            return x;
+        }
+        let format = self.config.format(layer, head);
+        match if kind == Kind::Key { format.k } else { format.v } {
+            LeanFormat::Plain(dtype) => dtype.round(x),
+            other => panic!("the suite does not know {other} yet"),
+        }
+    }
+}
+
+struct Expected {
+    output: Vec<f64>,
+    /// Largest |v|.
+    largest: f64,
+}
+
+fn compare(got: &[f32], expected: &Expected, bound: f64, against: &str) {
+    assert_eq!(got.len(), expected.output.len());
+    for (i, (&got, &want)) in got.iter().zip(&expected.output).enumerate() {
+        let error = (f64::from(got) - want).abs() / expected.largest;
+        // Written so that NaN fails.
+        assert!(
+            error <= bound,
+            "element {i}: {got}, {against} says {want} (error {error:.2e} > {bound:.0e})"
+        );
+    }
+}
