@@ -36,6 +36,7 @@ mod layout;
 mod mask;
 pub mod oracle;
 mod planner;
+mod quantile;
 mod shape;
 mod view;
 
@@ -49,5 +50,6 @@ pub use format::{Dtype, HeadFormat, LeanFormat};
 pub use layout::{CacheLayout, LayerLayout, LayoutRules, LeanHead};
 pub use mask::{ChannelMask, Fingerprint, MaskInfo, MaskSummary, ModelMask};
 pub use planner::{Footprint, Planner};
+pub use quantile::quantile_and_round;
 pub use shape::{KvHead, Layer, MAX_HEAD_DIM, ModelShape, QueryHead, Windows};
 pub use view::{Elements, ElementsMut, HostView, HostViewMut, ViewShape};
