@@ -154,12 +154,7 @@ impl Causal<'_> {
 
     /// Gradients with respect to the queries and to the keys and values of the queries' own
     /// tokens, given the gradient of the output. Earlier tokens are constants.
-    pub(crate) fn backward(
-        &self,
-        queries: &[f32],
-        grad: &[f32],
-        tokens: usize,
-    ) -> AttentionGrads {
+    pub(crate) fn backward(&self, queries: &[f32], grad: &[f32], tokens: usize) -> AttentionGrads {
         let tiles = self.tiles(tokens);
         let parts: Vec<AttentionGrads> = tiles
             .par_iter()
@@ -326,7 +321,10 @@ mod tests {
             let numeric = (above - loss(&case)) / (2.0 * f64::from(step));
             pick(&mut case)[i] = before;
             let found = f64::from(got);
-            assert!((numeric - found).abs() < 2e-3 * (1.0 + numeric.abs()), "{what} {i}: {numeric} {found}");
+            assert!(
+                (numeric - found).abs() < 2e-3 * (1.0 + numeric.abs()),
+                "{what} {i}: {numeric} {found}"
+            );
         };
         for i in (0..grads.queries.len()).step_by(37) {
             check(|case| &mut case.queries, i, grads.queries[i], "query");

@@ -74,8 +74,7 @@ impl DenseAttention {
     /// An empty sequence with room for `capacity` tokens; it grows when more come.
     #[must_use]
     pub fn new(shape: ModelShape, capacity: usize) -> Self {
-        let layers =
-            (0..shape.layers).map(|_| Arc::new(LayerKv::new(&shape, capacity))).collect();
+        let layers = (0..shape.layers).map(|_| Arc::new(LayerKv::new(&shape, capacity))).collect();
         Self { shape, layers, tokens: vec![0; shape.layers] }
     }
 
@@ -170,7 +169,8 @@ impl DenseAttention {
         let (new, heads, dim) = keys.dims3()?;
         let shape = self.shape;
         if (heads, dim) != (shape.kv_heads, shape.head_dim) || keys.dims() != values.dims() {
-            let expected = format!("keys and values [tokens, {}, {}]", shape.kv_heads, shape.head_dim);
+            let expected =
+                format!("keys and values [tokens, {}, {}]", shape.kv_heads, shape.head_dim);
             let found = format!("{:?} and {:?}", keys.dims(), values.dims());
             return Err(Error::mismatch("attention input", expected, found));
         }

@@ -145,6 +145,9 @@ pub enum Error {
     /// A shape, mask or cache failed.
     #[error(transparent)]
     Core(#[from] leank_core::Error),
+    /// Writing a dump failed.
+    #[error(transparent)]
+    Train(#[from] leank_train::Error),
 }
 
 /// Result with this crate's [`Error`].

@@ -253,8 +253,7 @@ mod tests {
         let stored = [0, 2, 1, 3, 10, 12, 11, 13];
         assert_eq!(uninterleave(&stored, 2, 1), [0, 1, 2, 3, 10, 11, 12, 13]);
         let wide: Vec<i32> = stored.iter().flat_map(|&x| [x, -x]).collect();
-        let want: Vec<i32> =
-            [0, 1, 2, 3, 10, 11, 12, 13].iter().flat_map(|&x| [x, -x]).collect();
+        let want: Vec<i32> = [0, 1, 2, 3, 10, 11, 12, 13].iter().flat_map(|&x| [x, -x]).collect();
         assert_eq!(uninterleave(&wide, 2, 2), want);
     }
 }

@@ -85,9 +85,7 @@ pub(crate) struct GgufFile {
 impl GgufFile {
     /// Opens a file and reads its header.
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let io = |action| {
-            move |source| Error::Io { path: path.to_owned(), action, source }
-        };
+        let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
         let file = File::open(path).map_err(io("opening"))?;
         let len = file.metadata().map_err(io("reading the length"))?.len();
         let mut header = Header { path, reader: BufReader::new(file), at: 0, len };
@@ -113,7 +111,9 @@ impl GgufFile {
         let elements = entry.dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
         let columns = entry.dims.last().copied().unwrap_or(0);
         let Some(elements) = elements.filter(|_| columns.is_multiple_of(kind.block_size())) else {
-            return Err(self.damaged(format!("tensor {name} has the impossible shape {:?}", entry.dims)));
+            return Err(
+                self.damaged(format!("tensor {name} has the impossible shape {:?}", entry.dims))
+            );
         };
         let bytes = (elements / kind.block_size() as u64).checked_mul(kind.type_size() as u64);
         let start = self.data_start.checked_add(entry.offset);
@@ -122,7 +122,10 @@ impl GgufFile {
             return Err(self.damaged(format!("tensor {name} lies beyond any file")));
         };
         if end > self.len {
-            let why = format!("tensor {name} ends at byte {end}, the file has {}: it was cut short", self.len);
+            let why = format!(
+                "tensor {name} ends at byte {end}, the file has {}: it was cut short",
+                self.len
+            );
             return Err(self.damaged(why));
         }
         let io = |source| Error::Io { path: self.path.clone(), action: "reading a tensor", source };
@@ -166,7 +169,8 @@ impl GgufFile {
         expected: &str,
         get: impl FnOnce(&Value) -> Option<T>,
     ) -> Result<T> {
-        self.optional(key, expected, get)?.ok_or_else(|| self.wrong(key, expected, "nothing".into()))
+        self.optional(key, expected, get)?
+            .ok_or_else(|| self.wrong(key, expected, "nothing".into()))
     }
 
     /// A metadata value that may be missing but must not be wrong.
@@ -232,7 +236,9 @@ impl<R: Read> Header<'_, R> {
     fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
         let mut bytes = [0; N];
         if self.len - self.at < N as u64 {
-            return Err(self.damaged(format!("the file ends within its header, at byte {}", self.len)));
+            return Err(
+                self.damaged(format!("the file ends within its header, at byte {}", self.len))
+            );
         }
         self.reader.read_exact(&mut bytes).map_err(|source| Error::Io {
             path: self.path.to_owned(),
@@ -256,7 +262,9 @@ impl<R: Read> Header<'_, R> {
         let n = self.u64()?;
         let room = (self.len - self.at) / size;
         if n > room {
-            return Err(self.damaged(format!("it announces {n} {what}, the rest of the file holds {room} at most")));
+            return Err(self.damaged(format!(
+                "it announces {n} {what}, the rest of the file holds {room} at most"
+            )));
         }
         Ok(n as usize)
     }

@@ -84,9 +84,7 @@ impl Matrix {
                 })?;
                 Ok(Tensor::from_vec(rows, (tokens.len(), width), &Device::Cpu)?)
             }
-            Self::Quantized(matrix) => {
-                Ok(matrix.embedding(&Tensor::new(tokens, &Device::Cpu)?)?)
-            }
+            Self::Quantized(matrix) => Ok(matrix.embedding(&Tensor::new(tokens, &Device::Cpu)?)?),
         }
     }
 }

@@ -20,10 +20,7 @@ use crate::rows;
 const ROWS_PER_TASK: usize = 16;
 
 /// The elements of a contiguous f32 tensor's storage.
-pub(crate) fn contiguous<'a>(
-    storage: &'a CpuStorage,
-    layout: &Layout,
-) -> CandleResult<&'a [f32]> {
+pub(crate) fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> CandleResult<&'a [f32]> {
     let data = storage.as_slice::<f32>()?;
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&data[start..end]),

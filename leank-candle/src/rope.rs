@@ -14,12 +14,7 @@ pub(crate) struct RopeTable {
 
 impl RopeTable {
     /// Tables for positions `0..positions`.
-    pub(crate) fn new(
-        head_dim: usize,
-        base: f64,
-        scaling: &RopeScaling,
-        positions: usize,
-    ) -> Self {
+    pub(crate) fn new(head_dim: usize, base: f64, scaling: &RopeScaling, positions: usize) -> Self {
         let frequencies = frequencies(head_dim, base, scaling);
         let warmth = warmth(scaling);
         let mut cos = Vec::with_capacity(positions * frequencies.len());
@@ -74,8 +69,7 @@ fn frequencies(head_dim: usize, base: f64, scaling: &RopeScaling) -> Vec<f64> {
                 };
                 let from = pair_of(32.0).floor().max(0.0);
                 let to = pair_of(1.0).ceil().min(head_dim as f64 - 1.0);
-                let interpolated =
-                    ((pair as f64 - from) / (to - from).max(1e-3)).clamp(0.0, 1.0);
+                let interpolated = ((pair as f64 - from) / (to - from).max(1e-3)).clamp(0.0, 1.0);
                 f * (1.0 - interpolated) + f / factor * interpolated
             }
         }
@@ -110,8 +104,7 @@ mod tests {
     #[test]
     fn scalings_keep_high_and_divide_low_frequencies() {
         let plain = frequencies(128, 500_000.0, &RopeScaling::None);
-        let llama3 =
-            RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 8192.0 };
+        let llama3 = RopeScaling::Llama3 { factor: 8.0, low: 1.0, high: 4.0, original: 8192.0 };
         let yarn = RopeScaling::Yarn { factor: 4.0, original: 8192.0 };
         for (scaling, factor) in [(llama3, 8.0), (yarn, 4.0)] {
             let scaled = frequencies(128, 500_000.0, &scaling);

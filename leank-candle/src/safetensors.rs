@@ -196,11 +196,8 @@ fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
     struct Index {
         weight_map: HashMap<String, String>,
     }
-    let damaged = |why: String| Error::Damaged {
-        path: index.to_owned(),
-        format: "safetensors index",
-        why,
-    };
+    let damaged =
+        |why: String| Error::Damaged { path: index.to_owned(), format: "safetensors index", why };
     let parsed: Index =
         serde_json::from_str(&read_text(index)?).map_err(|e| damaged(e.to_string()))?;
     let names: BTreeSet<String> = parsed.weight_map.into_values().collect();

@@ -47,8 +47,11 @@ impl Tokenizer {
     pub(crate) fn from_json(text: &str, bos: Option<u32>, eos: Vec<u32>) -> Result<Self> {
         let inner = tokenizers::Tokenizer::from_bytes(text.as_bytes())
             .map_err(|e| Error::Tokenizer(format!("tokenizer.json: {e}")))?;
-        // Its post-processor adds BOS itself, where the model wants it.
-        Ok(Self { inner, prepend: None, bos, eos })
+        // Its post-processor tells whether the model wants BOS in front.
+        let around = inner.encode_fast("", true).map_err(|e| Error::Tokenizer(e.to_string()))?;
+        let prepend =
+            around.get_ids().first().copied().filter(|id| bos.is_none_or(|bos| bos == *id));
+        Ok(Self { inner, prepend, bos: bos.or(prepend), eos })
     }
 
     /// From the metadata of a GGUF file whose embedding has `vocab` rows.
@@ -64,9 +67,10 @@ impl Tokenizer {
             });
         }
         let texts = |v: &Value| match v {
-            Value::Array(items) => {
-                items.iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>()
-            }
+            Value::Array(items) => items
+                .iter()
+                .map(|item| item.as_str().map(str::to_owned))
+                .collect::<Option<Vec<_>>>(),
             _ => None,
         };
         let tokens = file.required("tokenizer.ggml.tokens", "an array of texts", texts)?;
@@ -108,6 +112,12 @@ impl Tokenizer {
         self.bos
     }
 
+    /// The token that the model wants before every text, if any.
+    #[must_use]
+    pub fn text_start(&self) -> Option<u32> {
+        self.prepend
+    }
+
     /// Tokens that end a generation.
     #[must_use]
     pub fn eos(&self) -> &[u32] {
@@ -121,7 +131,7 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] when a character cannot be expressed.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding =
-            self.inner.encode_fast(text, true).map_err(|e| Error::Tokenizer(e.to_string()))?;
+            self.inner.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
         Ok(self.prepend.into_iter().chain(encoding.get_ids().iter().copied()).collect())
     }
 

@@ -1,0 +1,314 @@
+//! Dumps activations of a model on texts, for `leank-train` to learn masks from.
+
+use std::ops::RangeInclusive;
+use std::path::Path;
+
+use leank_core::Layer;
+use leank_train::dump::{
+    DumpDtype, DumpWriter, Existing, FORMAT_VERSION, Manifest, Probe, SequenceInfo, SequenceTensors,
+};
+
+use crate::cuts::{Cut, cut, spread_prefixes};
+use crate::model::Model;
+use crate::probe::{ProbeOptions, SequenceProbe, probe};
+use crate::rng::Rng;
+use crate::{Error, Result, retrieval};
+
+/// A text to dump on.
+#[derive(Clone, Debug)]
+pub struct Text {
+    /// Its name, e.g. the file's.
+    pub name: String,
+    /// The text.
+    pub text: String,
+}
+
+/// What to dump.
+#[derive(Clone, Debug)]
+pub struct DumpOptions {
+    /// Sequences.
+    pub sequences: usize,
+    /// Decode positions per sequence.
+    pub positions: usize,
+    /// Prefix lengths in tokens, spread evenly over the sequences.
+    pub prefix: RangeInclusive<usize>,
+    /// The kind of probe.
+    pub probe: Probe,
+    /// Draws of the probe.
+    pub draws: usize,
+    /// Element type on disk.
+    pub dtype: DumpDtype,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Share of the sequences that are retrieval tasks hidden in text, 0 to 1.
+    pub retrieval: f64,
+    /// What to do with a dump that is there already.
+    pub existing: Existing,
+}
+
+impl Default for DumpOptions {
+    fn default() -> Self {
+        Self {
+            sequences: 48,
+            positions: 128,
+            prefix: 1024..=3584,
+            probe: Probe::Fisher,
+            draws: 2,
+            dtype: DumpDtype::F16,
+            seed: 0,
+            retrieval: 0.3,
+            existing: Existing::default(),
+        }
+    }
+}
+
+/// How far a dump is, after each sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DumpProgress {
+    /// Sequences written.
+    pub done: usize,
+    /// Sequences in all.
+    pub sequences: usize,
+    /// Bytes of the whole dump.
+    pub bytes: u64,
+}
+
+/// Runs `model` over pieces of `texts` and writes the dump to `dir`, which appears when it is whole.
+///
+/// # Errors
+/// [`Error::Option`] for options that cannot be, [`Error::EmptyText`], [`Error::ShortText`],
+/// [`Error::Context`] before anything runs; then what [`probe`](crate::probe()) and the
+/// [`DumpWriter`] return. Nothing is left at `dir` after an error.
+pub fn dump(
+    model: &Model,
+    texts: &[Text],
+    dir: &Path,
+    options: &DumpOptions,
+    progress: &mut dyn FnMut(DumpProgress),
+) -> Result<Manifest> {
+    check(model, options)?;
+    let plans = plan(model, texts, options)?;
+    let sequences = plans.iter().map(|plan| plan.info(options.positions)).collect();
+    let manifest = Manifest {
+        version: FORMAT_VERSION,
+        model_id: model.config().name.clone(),
+        fingerprint: model.fingerprint().clone(),
+        shape: model.config().shape(),
+        dtype: options.dtype,
+        probe: options.probe,
+        draws: options.draws,
+        positions: options.positions,
+        seed: options.seed,
+        sequences,
+    };
+    let mut writer = DumpWriter::create_with(dir, manifest.clone(), options.existing)?;
+    for (index, plan) in plans.iter().enumerate() {
+        let probe_options = ProbeOptions {
+            prefix: plan.prefix,
+            probe: options.probe,
+            draws: options.draws,
+            seed: Rng::fork(options.seed, 2 * index as u64 + 1).next(),
+        };
+        let probed = probe(model, &plan.tokens, &probe_options)?;
+        write(&mut writer, index, &probed)?;
+        let bytes = writer.total_bytes();
+        progress(DumpProgress { done: index + 1, sequences: plans.len(), bytes });
+    }
+    writer.finish()?;
+    Ok(manifest)
+}
+
+fn write(writer: &mut DumpWriter, sequence: usize, probed: &SequenceProbe) -> Result<()> {
+    for (index, layer) in probed.layers.iter().enumerate() {
+        let tensors = SequenceTensors { q: &layer.q, k: &layer.k, v: &layer.v, g: &layer.g };
+        writer.write(Layer(index), sequence, tensors)?;
+    }
+    Ok(())
+}
+
+fn check(model: &Model, options: &DumpOptions) -> Result<()> {
+    let (shortest, longest) = (*options.prefix.start(), *options.prefix.end());
+    for (option, n) in [("sequences", options.sequences), ("positions", options.positions)] {
+        if n == 0 {
+            return Err(Error::option(option, "0 leaves nothing to dump; take at least 1"));
+        }
+    }
+    if shortest == 0 || shortest > longest {
+        let why =
+            format!("{shortest}..{longest} is not a range of at least one token, shortest first");
+        return Err(Error::option("prefix", why));
+    }
+    if !(0.0..=1.0).contains(&options.retrieval) {
+        let why = format!("{} is not a share between 0 and 1", options.retrieval);
+        return Err(Error::option("retrieval", why));
+    }
+    let needed = longest.saturating_add(options.positions);
+    let limit = model.config().context_length;
+    if needed > limit {
+        return Err(Error::Context { what: "the longest prefix + positions", needed, limit });
+    }
+    Ok(())
+}
+
+/// A sequence to be dumped.
+struct Plan {
+    tokens: Vec<u32>,
+    prefix: usize,
+    source: String,
+}
+
+impl Plan {
+    fn info(&self, positions: usize) -> SequenceInfo {
+        SequenceInfo::new(self.prefix, positions, self.source.clone())
+    }
+}
+
+fn plan(model: &Model, texts: &[Text], options: &DumpOptions) -> Result<Vec<Plan>> {
+    let (shortest, longest) = (*options.prefix.start(), *options.prefix.end());
+    let tokens = tokenize(model, texts, longest, options.positions)?;
+    let mut rng = Rng::fork(options.seed, 0);
+    let prefixes = spread_prefixes(options.sequences, (shortest, longest), &mut rng);
+    let mut order: Vec<usize> = (0..options.sequences).collect();
+    rng.shuffle(&mut order);
+    let tasks = (options.retrieval * options.sequences as f64).round() as usize;
+    let mut is_task = vec![false; options.sequences];
+    order[..tasks].iter().for_each(|&i| is_task[i] = true);
+    let lengths: Vec<usize> = prefixes.iter().map(|prefix| prefix + options.positions).collect();
+    let text_lengths: Vec<usize> = tokens.iter().map(Vec::len).collect();
+    let cuts = cut(&lengths, &text_lengths, &mut rng);
+    let sequence = |(i, Cut { text, tokens: range }): (usize, Cut)| {
+        let mut piece = tokens[text][range.clone()].to_vec();
+        if let Some(bos) = model.tokenizer().text_start() {
+            piece[0] = bos;
+        }
+        let place = format!("{} tokens {}..{}", texts[text].name, range.start, range.end);
+        let prefix = prefixes[i];
+        if !is_task[i] {
+            return Ok(Plan { tokens: piece, prefix, source: place });
+        }
+        let mut rng = Rng::fork(options.seed, 2 * i as u64 + 2);
+        let task = retrieval::embed(model.tokenizer(), &piece, prefix, &mut rng)?;
+        Ok(Plan { tokens: task.tokens, prefix, source: format!("{} in {place}", task.name) })
+    };
+    cuts.into_iter().enumerate().map(sequence).collect()
+}
+
+fn tokenize(
+    model: &Model,
+    texts: &[Text],
+    prefix: usize,
+    positions: usize,
+) -> Result<Vec<Vec<u32>>> {
+    if texts.is_empty() {
+        return Err(Error::option("texts", "none were given; give at least one"));
+    }
+    let tokens = |text: &Text| {
+        if text.text.trim().is_empty() {
+            return Err(Error::EmptyText(text.name.clone()));
+        }
+        let tokens = model.tokenizer().encode_piece(&text.text)?;
+        let (found, needed) = (tokens.len(), prefix + positions);
+        if found < needed {
+            let name = text.name.clone();
+            return Err(Error::ShortText { name, found, needed, prefix, positions });
+        }
+        Ok(tokens)
+    };
+    texts.iter().map(tokens).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use leank_core::KvHead;
+    use leank_train::dump::{Dump, HeadData};
+
+    use super::*;
+    use crate::testing::TinyModel;
+
+    fn text(n: usize) -> Text {
+        let mut rng = Rng::new(4);
+        let text = (0..n).map(|_| char::from(b'a' + rng.below(26) as u8)).collect();
+        Text { name: "letters".into(), text }
+    }
+
+    fn options() -> DumpOptions {
+        DumpOptions {
+            sequences: 4,
+            positions: 8,
+            prefix: 250..=280,
+            dtype: DumpDtype::F32,
+            retrieval: 0.5,
+            ..DumpOptions::default()
+        }
+    }
+
+    #[test]
+    fn a_dump_holds_what_the_probe_saw() {
+        let model = TinyModel::llama().load();
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("dump");
+        let texts = [text(900), text(1500)];
+        let mut calls = Vec::new();
+        let manifest = dump(&model, &texts, &dir, &options(), &mut |p| calls.push(p.done)).unwrap();
+        assert_eq!(calls, [1, 2, 3, 4]);
+        let tasks = manifest.sequences.iter().filter(|s| s.source.contains(" in letters")).count();
+        assert_eq!(tasks, 2);
+
+        let read = Dump::open(&dir).unwrap();
+        assert_eq!(read.manifest(), &manifest);
+        let plans = plan(&model, &texts, &options()).unwrap();
+        let probe_options = ProbeOptions {
+            prefix: plans[3].prefix,
+            probe: Probe::Fisher,
+            draws: 2,
+            seed: Rng::fork(0, 7).next(),
+        };
+        let probed = probe(&model, &plans[3].tokens, &probe_options).unwrap();
+        let mut data = HeadData::default();
+        read.layer(Layer(1)).unwrap().read(KvHead(1), 3, &mut data).unwrap();
+        let layer = &probed.layers[1];
+        assert_eq!(data.k, layer.k[layer.k.len() / 2..]);
+        assert_eq!(data.v, layer.v[layer.v.len() / 2..]);
+        assert_eq!(data.q, layer.q[layer.q.len() / 2..]);
+        assert_eq!(data.g[..data.q.len()], layer.g[layer.q.len() / 2..layer.q.len()]);
+    }
+
+    #[test]
+    fn the_seed_decides() {
+        let model = TinyModel::llama().load();
+        let texts = [text(2000)];
+        let tokens = |seed| -> Vec<Vec<u32>> {
+            let options = DumpOptions { seed, ..options() };
+            plan(&model, &texts, &options).unwrap().into_iter().map(|p| p.tokens).collect()
+        };
+        assert_eq!(tokens(1), tokens(1));
+        assert_ne!(tokens(1), tokens(2));
+    }
+
+    #[test]
+    fn bad_input_is_named_and_leaves_nothing() {
+        let model = TinyModel::llama().load();
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("dump");
+        let run = |texts: &[Text], change: fn(&mut DumpOptions)| {
+            let mut options = options();
+            change(&mut options);
+            let error = dump(&model, texts, &dir, &options, &mut |_| {}).unwrap_err();
+            assert!(!dir.exists());
+            error.to_string()
+        };
+        let blank = Text { name: "blank".into(), text: " \n".into() };
+        assert!(run(&[text(2000), blank], |_| {}).contains("text blank is empty"));
+        let message = run(&[text(100)], |_| {});
+        assert!(
+            message.contains("has 100 tokens") && message.contains("288 are needed"),
+            "{message}"
+        );
+        assert!(run(&[text(2000)], |o| o.prefix = 1..=600).contains("the model has 512"));
+        assert!(run(&[text(2000)], |o| o.prefix = 5..=20).contains("too short to hide a fact"));
+        assert!(run(&[text(2000)], |o| o.sequences = 0).contains("sequences"));
+        assert!(run(&[text(2000)], |o| o.retrieval = 1.5).contains("between 0 and 1"));
+        assert!(run(&[text(2000)], |o| o.draws = 0).contains("draws"));
+        assert!(run(&[], |_| {}).contains("texts"));
+    }
+}
