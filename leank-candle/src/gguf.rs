@@ -36,7 +36,7 @@ struct GgufSource {
 }
 
 impl GgufSource {
-    fn read_config(&mut self) -> Result<ModelConfig> {
+    fn read_config(&self) -> Result<ModelConfig> {
         let file = &self.file;
         let text = |v: &Value| v.as_str().map(str::to_owned);
         let size = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok());
@@ -115,9 +115,7 @@ impl GgufSource {
         let key = |name: &str| format!("{architecture}.rope.scaling.{name}");
         let number = |name: &str| self.file.optional(&key(name), "a number", Value::as_f64);
         if let Some(entry) = self.file.tensors.get("rope_freqs.weight") {
-            // Read again below through a handle of its own: this one is borrowed.
-            let mut file = GgufFile::open(&self.file.path)?;
-            let divisors = f32_values(&mut file, "rope_freqs.weight", &entry.clone())?;
+            let divisors = f32_values(&self.file, "rope_freqs.weight", entry)?;
             if divisors.len() != head_dim / 2 {
                 return Err(self.shape_error("rope_freqs.weight", &[head_dim / 2], entry));
             }
@@ -176,16 +174,12 @@ impl GgufSource {
 }
 
 impl Source for GgufSource {
-    fn path(&self) -> &Path {
-        &self.file.path
-    }
-
     fn vector(&mut self, part: Part, len: usize) -> Result<Vec<f32>> {
         let (name, entry) = self.entry(part)?;
         if entry.dims != [len] {
             return Err(self.shape_error(&name, &[len], &entry));
         }
-        let values = f32_values(&mut self.file, &name, &entry)?;
+        let values = f32_values(&self.file, &name, &entry)?;
         Ok(match self.interleaved_heads(part) {
             Some(heads) => uninterleave(&values, heads, 1),
             None => values,
@@ -205,12 +199,23 @@ impl Source for GgufSource {
         }
         let kind = self.file.kind(&name, &entry)?;
         let tensor = quantized(&bytes, kind, &entry.dims)?;
-        let plain = matches!(kind, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16);
-        Ok(if self.precision == Precision::F32 || plain {
+        Ok(if self.precision == Precision::F32 || !has_product(kind, cols) {
             Matrix::Dense(tensor.dequantize(&Device::Cpu)?)
         } else {
             Matrix::Quantized(Arc::new(tensor))
         })
+    }
+}
+
+/// Whether candle multiplies with rows of `cols` elements of this type as they are.
+fn has_product(kind: GgmlDType, cols: usize) -> bool {
+    match kind {
+        GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => false,
+        // Its products for these take two blocks at a time and assert an even number.
+        GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1 => {
+            cols.is_multiple_of(2 * kind.block_size())
+        }
+        _ => true,
     }
 }
 
@@ -219,7 +224,7 @@ fn quantized(bytes: &AlignedBytes, kind: GgmlDType, dims: &[usize]) -> Result<QT
     Ok(QTensor::new(storage, dims)?)
 }
 
-fn f32_values(file: &mut GgufFile, name: &str, entry: &TensorEntry) -> Result<Vec<f32>> {
+fn f32_values(file: &GgufFile, name: &str, entry: &TensorEntry) -> Result<Vec<f32>> {
     let bytes = file.bytes(name, entry)?;
     let kind = file.kind(name, entry)?;
     let values: Tensor = quantized(&bytes, kind, &entry.dims)?.dequantize(&Device::Cpu)?;

@@ -106,7 +106,7 @@ impl GgufFile {
 
     /// The bytes of a tensor, in 8-byte aligned memory (blocks hold f16 scales that are read in
     /// place), and their number.
-    pub(crate) fn bytes(&mut self, name: &str, entry: &TensorEntry) -> Result<AlignedBytes> {
+    pub(crate) fn bytes(&self, name: &str, entry: &TensorEntry) -> Result<AlignedBytes> {
         let kind = self.kind(name, entry)?;
         let elements = entry.dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
         let columns = entry.dims.last().copied().unwrap_or(0);
@@ -130,8 +130,9 @@ impl GgufFile {
         }
         let io = |source| Error::Io { path: self.path.clone(), action: "reading a tensor", source };
         let mut memory = AlignedBytes::new(bytes as usize);
-        self.file.seek(SeekFrom::Start(start)).map_err(io)?;
-        self.file.read_exact(memory.as_mut()).map_err(io)?;
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(start)).map_err(io)?;
+        file.read_exact(memory.as_mut()).map_err(io)?;
         Ok(memory)
     }
 

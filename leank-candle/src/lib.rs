@@ -1,9 +1,33 @@
 //! Models of the Llama and Qwen2 families on candle, with the attention left to the caller.
+//!
+//! [`Model`] holds everything but the attention: each layer hands its queries, keys and values to an
+//! [`Attention`], which may be [`DenseAttention`] (whole and exact, for prompts and as the
+//! reference), a lean cache, or your own. [`dump()`] runs a model over texts and
+//! leaves the activations and [probes](probe()) that `leank-train` learns masks from.
+//!
+//! ```no_run
+//! use leank_candle::{DenseAttention, LoadOptions, Model};
+//!
+//! # fn main() -> leank_candle::Result<()> {
+//! let model = Model::load("model.gguf".as_ref(), LoadOptions::default())?;
+//! let tokens = model.tokenizer().encode("The capital of Norway is")?;
+//! let mut attention = DenseAttention::new(model.config().shape(), tokens.len());
+//! let hidden = attention.prefill(&model, &tokens)?;
+//! let next = model.logits(&hidden)?.argmax(1)?.to_vec1::<u32>()?;
+//! println!("{}", model.tokenizer().decode(&next)?);
+//! # Ok(()) }
+//! ```
+//!
+//! Products run on candle's `gemm`; norms, RoPE, gates and attention are operations of this crate
+//! with their own gradients, since candle's backward pass would also differentiate every frozen
+//! weight. All of it is f32 on the CPU. Start reading at [`Model::hidden`], then [`probe()`].
 #![deny(unsafe_code)]
 
 mod attention;
 mod config;
+mod cuts;
 mod dense;
+mod dump;
 mod error;
 mod fingerprint;
 #[allow(unsafe_code)] // one call of `gemm`, behind checked matrix views
@@ -11,18 +35,26 @@ mod gemm;
 mod gguf;
 mod gguf_file;
 mod linear;
+#[cfg(test)]
+mod loading_tests;
 mod model;
 mod ops;
+mod probe;
+mod retrieval;
 mod rng;
 mod rope;
 mod rows;
 mod safetensors;
+#[cfg(test)]
+mod testing;
 mod tokenizer;
 mod weights;
 
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use dense::DenseAttention;
+pub use dump::{DumpOptions, DumpProgress, Text, dump};
 pub use error::{Error, Result};
 pub use model::{Attention, LoadOptions, Model};
+pub use probe::{LayerProbe, ProbeOptions, SequenceProbe, probe};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::Precision;

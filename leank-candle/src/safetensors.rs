@@ -244,10 +244,6 @@ impl FolderSource {
 }
 
 impl Source for FolderSource {
-    fn path(&self) -> &Path {
-        &self.folder
-    }
-
     fn vector(&mut self, part: Part, len: usize) -> Result<Vec<f32>> {
         Ok(self.take(part, &[len])?.to_vec1()?)
     }

@@ -1,7 +1,5 @@
 //! The weights of a model, from whichever file format.
 
-use std::path::Path;
-
 use crate::Result;
 use crate::config::ModelConfig;
 use crate::linear::{Linear, Matrix};
@@ -16,7 +14,8 @@ pub enum Precision {
     F32,
     /// As the GGUF file holds them: small, and fast token by token. Products quantize activations
     /// to 8 bits on the fly, so logits differ a little from [`Precision::F32`]. Unquantized weights
-    /// (and all of a safetensors folder) are widened to f32.
+    /// (and all of a safetensors folder), and rows of an odd number of Q4_1, Q5_0 or Q5_1 blocks,
+    /// are widened to f32.
     AsStored,
 }
 
@@ -90,8 +89,6 @@ pub(crate) trait Source {
     fn vector(&mut self, part: Part, len: usize) -> Result<Vec<f32>>;
     /// A matrix of `rows` x `cols`.
     fn matrix(&mut self, part: Part, rows: usize, cols: usize) -> Result<Matrix>;
-    /// The file, for messages.
-    fn path(&self) -> &Path;
 }
 
 /// One layer.

@@ -1,0 +1,326 @@
+//! Loaders against each other and against damaged files; the forward pass against itself.
+
+use std::path::Path;
+
+use candle_core::Tensor;
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Value;
+
+use crate::rng::Rng;
+use crate::testing::{CONTEXT, LAYERS, TinyModel, load, vocab};
+use crate::weights::Part;
+use crate::{Attention, DenseAttention, Error, Model, Precision, Result};
+
+fn tokens(n: usize, seed: u64) -> Vec<u32> {
+    let mut rng = Rng::new(seed);
+    (0..n).map(|_| rng.below(vocab()) as u32).collect()
+}
+
+fn hidden(model: &Model, tokens: &[u32]) -> Tensor {
+    let positions: Vec<usize> = (0..tokens.len()).collect();
+    let mut attention = DenseAttention::new(model.config().shape(), tokens.len());
+    model.hidden(tokens, &positions, &mut attention).unwrap()
+}
+
+fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    let logits = model.logits(&hidden(model, tokens)).unwrap();
+    logits.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn gguf_and_folder_are_one_model() {
+    for tiny in [TinyModel::llama(), TinyModel::qwen2()] {
+        let folder = tiny.load();
+        let gguf = load(&tiny.write_gguf(GgmlDType::F32), Precision::F32).unwrap();
+        let tokens = tokens(40, 1);
+        // The same numbers in the same order: not a bit may differ.
+        assert_eq!(logits(&folder, &tokens), logits(&gguf, &tokens));
+        assert_eq!(folder.fingerprint(), gguf.fingerprint());
+        assert_eq!(folder.config().shape(), gguf.config().shape());
+        assert_eq!(folder.tokenizer().eos(), gguf.tokenizer().eos());
+        let f16 = load(&tiny.write_gguf(GgmlDType::F16), Precision::AsStored).unwrap();
+        assert!(largest_difference(&logits(&f16, &tokens), &logits(&folder, &tokens)) < 0.1);
+    }
+}
+
+#[test]
+fn other_models_have_other_fingerprints() {
+    let one = TinyModel::llama().load();
+    let other = TinyModel::new(crate::Family::Llama, true, 99).load();
+    assert!(one.fingerprint().check(other.fingerprint(), None).is_err());
+}
+
+#[test]
+fn quantized_weights_give_the_same_model_in_both_precisions() {
+    for kind in [GgmlDType::Q8_0, GgmlDType::Q4_1, GgmlDType::Q5_0, GgmlDType::Q4_0] {
+        for tiny in [TinyModel::llama(), TinyModel::qwen2()] {
+            let path = tiny.write_gguf(kind);
+            let tokens = tokens(30, 2);
+            let widened = load(&path, Precision::F32).unwrap();
+            let stored = load(&path, Precision::AsStored).unwrap();
+            assert_eq!(stored.precision(), Precision::AsStored);
+            assert_eq!(stored.fingerprint(), tiny.load().fingerprint());
+            let wide = logits(&widened, &tokens);
+            let spread = wide.iter().map(|x| x * x).sum::<f32>() / wide.len() as f32;
+            let difference = largest_difference(&wide, &logits(&stored, &tokens));
+            // Activations in 8 bits: some percent of a typical logit, far from a wrong row order.
+            assert!(difference < 0.5 * spread.sqrt(), "{kind:?}: {difference} of {spread}");
+        }
+    }
+}
+
+#[test]
+fn chunks_and_single_tokens_equal_one_pass() {
+    let model = TinyModel::llama().load();
+    let tokens = tokens(100, 3);
+    let whole = hidden(&model, &tokens);
+    for chunk in [1, 7, 64] {
+        let mut attention = DenseAttention::new(model.config().shape(), 0);
+        let mut parts = Vec::new();
+        for piece in tokens.chunks(chunk) {
+            let start = attention.len();
+            let positions: Vec<usize> = (start..start + piece.len()).collect();
+            parts.push(model.hidden(piece, &positions, &mut attention).unwrap());
+        }
+        let parts = Tensor::cat(&parts, 0).unwrap();
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(largest_difference(&flat(&whole), &flat(&parts)) < 1e-4, "chunks of {chunk}");
+        let mut prefilled = DenseAttention::new(model.config().shape(), 0);
+        let last = prefilled.prefill(&model, &tokens).unwrap();
+        assert!(largest_difference(&flat(&whole.narrow(0, 99, 1).unwrap()), &flat(&last)) < 1e-4);
+        assert_eq!(prefilled.len(), attention.len());
+    }
+}
+
+/// Two sequences in one forward pass.
+struct Pair {
+    first: (DenseAttention, usize),
+    second: DenseAttention,
+}
+
+impl Attention for Pair {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (first, cut) = &mut self.first;
+        let part = |t: &Tensor, from: usize, n: usize| t.narrow(0, from, n)?.contiguous();
+        let rest = q.dim(0)? - *cut;
+        let head =
+            first.attend(layer, &part(q, 0, *cut)?, &part(k, 0, *cut)?, &part(v, 0, *cut)?)?;
+        let (q, k, v) = (part(q, *cut, rest)?, part(k, *cut, rest)?, part(v, *cut, rest)?);
+        Ok(Tensor::cat(&[head, self.second.attend(layer, &q, &k, &v)?], 0)?)
+    }
+}
+
+#[test]
+fn a_batch_equals_its_sequences() {
+    let model = TinyModel::qwen2().load();
+    let (a, b) = (tokens(23, 4), tokens(9, 5));
+    let shape = model.config().shape();
+    let mut pair = Pair {
+        first: (DenseAttention::new(shape, 0), a.len()),
+        second: DenseAttention::new(shape, 0),
+    };
+    let both: Vec<u32> = a.iter().chain(&b).copied().collect();
+    let positions: Vec<usize> = (0..a.len()).chain(0..b.len()).collect();
+    let both = model.hidden(&both, &positions, &mut pair).unwrap();
+    let both = both.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let single = Tensor::cat(&[hidden(&model, &a), hidden(&model, &b)], 0).unwrap();
+    let single = single.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert!(largest_difference(&both, &single) < 1e-4);
+}
+
+#[test]
+fn impossible_batches_are_errors() {
+    let model = TinyModel::llama().load();
+    let mut attention = DenseAttention::new(model.config().shape(), 0);
+    let mut run =
+        |tokens: &[u32], positions: &[usize]| model.hidden(tokens, positions, &mut attention);
+    assert!(matches!(run(&[], &[]), Err(Error::Mismatch { .. })));
+    assert!(matches!(run(&[1, 2], &[0]), Err(Error::Mismatch { .. })));
+    let vocab = vocab();
+    assert!(matches!(run(&[vocab as u32], &[0]), Err(Error::Token { .. })));
+    assert!(matches!(run(&[1], &[CONTEXT]), Err(Error::Context { needed: 513, limit: 512, .. })));
+    assert!(matches!(run(&[1], &[usize::MAX]), Err(Error::Context { .. })));
+    let long = vec![1; CONTEXT + 1];
+    assert!(attention.prefill(&model, &long).is_err());
+    assert!(attention.is_empty(), "a failed prefill left tokens behind");
+}
+
+#[test]
+fn a_truncated_gguf_is_an_error_wherever_it_ends() {
+    let tiny = TinyModel::llama();
+    let path = tiny.write_gguf(GgmlDType::Q8_0);
+    let bytes = std::fs::read(&path).unwrap();
+    let cut_path = tiny.folder.path().join("cut.gguf");
+    // The last tensor's padding may be missing, nothing else.
+    let ends = (0..400).chain((400..bytes.len() - 32).step_by(997));
+    for end in ends {
+        std::fs::write(&cut_path, &bytes[..end]).unwrap();
+        let error = load(&cut_path, Precision::F32).expect_err("half a file was taken for a whole");
+        assert!(error.to_string().contains("cut.gguf"), "{end}: {error}");
+    }
+}
+
+#[test]
+fn damaged_headers_never_panic() {
+    let tiny = TinyModel::qwen2();
+    let path = tiny.write_gguf(GgmlDType::F32);
+    let bytes = std::fs::read(&path).unwrap();
+    let damaged_path = tiny.folder.path().join("damaged.gguf");
+    let mut rng = Rng::new(6);
+    let mut errors = 0;
+    for round in 0..600 {
+        let mut damaged = bytes.clone();
+        for _ in 0..=round % 3 {
+            // The header is some 10 kB long: mostly vocabulary, the numbers at its ends.
+            let reach = if round % 2 == 0 { 600 } else { 12_000 };
+            damaged[rng.below(reach)] = [0, 1, 0x7f, 0xff, rng.next() as u8][rng.below(5)];
+        }
+        std::fs::write(&damaged_path, &damaged).unwrap();
+        errors += usize::from(load(&damaged_path, Precision::F32).is_err());
+    }
+    assert!(errors > 100, "only {errors} of 600 damaged files were found out");
+}
+
+#[test]
+fn hostile_metadata_are_named() {
+    let cases: [(&str, Value, &str); 8] = [
+        ("general.alignment", Value::U32(0), "general.alignment"),
+        ("general.architecture", Value::String("mamba".into()), "supported: llama, qwen2"),
+        ("llama.attention.head_count", Value::U32(0), "query heads is 0"),
+        ("llama.attention.head_count_kv", Value::U32(3), "not a multiple of 3 KV heads"),
+        ("llama.embedding_length", Value::U32(64), "token_embd.weight has the shape"),
+        ("llama.rope.freq_base", Value::F32(f32::NAN), "RoPE base"),
+        ("llama.expert_count", Value::U32(8), "8 experts"),
+        ("tokenizer.ggml.pre", Value::String("klingon".into()), "klingon"),
+    ];
+    for (key, value, expected) in cases {
+        let tiny = TinyModel::llama();
+        let path = tiny.write_gguf_with(GgmlDType::F32, |metadata| {
+            metadata.retain(|(name, _)| name != key);
+            metadata.push((key.into(), value));
+        });
+        let message = load(&path, Precision::F32).unwrap_err().to_string();
+        assert!(message.contains(expected), "{key}: {message}");
+    }
+}
+
+#[test]
+fn missing_pieces_are_named() {
+    let mut tiny = TinyModel::llama();
+    tiny.weights.retain(|(part, _)| *part != Part::Up(LAYERS - 1));
+    let check = |path: &Path, expected: &str| {
+        let error = load(path, Precision::F32).unwrap_err();
+        assert!(matches!(error, Error::MissingTensor { .. }), "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
+    };
+    check(&tiny.write_gguf(GgmlDType::F32), "blk.1.ffn_up.weight");
+    check(&tiny.write_folder(), "model.layers.1.mlp.up_proj.weight");
+
+    let gguf = TinyModel::llama();
+    let path = gguf.write_gguf_with(GgmlDType::F32, |metadata| {
+        metadata.retain(|(key, _)| key != "llama.block_count");
+    });
+    let error = load(&path, Precision::F32).unwrap_err();
+    assert!(error.to_string().contains("llama.block_count: expected a count, found nothing"));
+}
+
+#[test]
+fn what_is_not_a_model_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file.gguf");
+    assert!(matches!(load(&path, Precision::F32), Err(Error::Io { .. })));
+    for content in [&b""[..], b"GG", b"PK\x03\x04 a zip file", b"GGUF"] {
+        std::fs::write(&path, content).unwrap();
+        let error = load(&path, Precision::F32).unwrap_err();
+        assert!(matches!(error, Error::NotGguf { .. } | Error::Damaged { .. }), "{error}");
+    }
+    assert!(matches!(load(folder.path(), Precision::F32), Err(Error::Io { .. })));
+    std::fs::write(folder.path().join("config.json"), "{\"model_type\": \"llama\"}").unwrap();
+    assert!(matches!(load(folder.path(), Precision::F32), Err(Error::Damaged { .. })));
+}
+
+#[test]
+fn a_damaged_folder_is_an_error() {
+    let tiny = TinyModel::llama();
+    let folder = tiny.write_folder();
+    let path = folder.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    for end in (0..bytes.len() - 1).step_by(bytes.len() / 60) {
+        std::fs::write(&path, &bytes[..end]).unwrap();
+        let error = load(&folder, Precision::F32).unwrap_err();
+        assert!(matches!(error, Error::Damaged { .. }), "{end}: {error}");
+    }
+    std::fs::write(&path, &bytes).unwrap();
+    std::fs::write(folder.join("tokenizer.json"), "{}").unwrap();
+    assert!(matches!(load(&folder, Precision::F32), Err(Error::Tokenizer(_))));
+    let index = folder.join("model.safetensors.index.json");
+    std::fs::write(&index, "{\"weight_map\": {\"x\": \"../secret\"}}").unwrap();
+    tiny.write_folder();
+    let message = load(&folder, Precision::F32).unwrap_err().to_string();
+    assert!(message.contains("not a file of the folder"), "{message}");
+}
+
+#[test]
+fn texts_survive_the_tokenizer() {
+    let tiny = TinyModel::llama();
+    let folder = tiny.load();
+    let gguf = load(&tiny.write_gguf(GgmlDType::F32), Precision::F32).unwrap();
+    for text in ["the theory", "", " \n\t x", "42 naïve Grüße", "日本語 🦀🦀", "a<|end|>b"]
+    {
+        let tokens = gguf.tokenizer().encode(text).unwrap();
+        assert_eq!(tokens, folder.tokenizer().encode(text).unwrap(), "{text}");
+        assert_eq!(gguf.tokenizer().decode(&tokens).unwrap(), text.replace("<|end|>", ""));
+        let mut stream = gguf.tokenizer().stream();
+        let mut streamed = String::new();
+        for token in tokens {
+            let piece = stream.push(token).unwrap();
+            assert!(!piece.contains('\u{FFFD}'), "half a character of {text:?}");
+            streamed.push_str(&piece);
+        }
+        streamed.push_str(&stream.finish().unwrap());
+        assert_eq!(streamed, text.replace("<|end|>", ""));
+    }
+    let the = gguf.tokenizer().encode("the").unwrap();
+    assert_eq!(the, [257], "merges were not applied");
+    assert_eq!(gguf.tokenizer().encode("<|end|>").unwrap(), gguf.tokenizer().eos());
+    // A character that never ends comes out as a replacement, at the end.
+    let mut stream = gguf.tokenizer().stream();
+    let crab = gguf.tokenizer().encode("🦀").unwrap();
+    assert_eq!(stream.push(crab[0]).unwrap(), "");
+    assert_eq!(stream.finish().unwrap(), "\u{FFFD}");
+}
+
+#[test]
+fn bos_goes_in_front_only_where_the_model_wants_it() {
+    let tiny = TinyModel::llama();
+    let path = tiny.write_gguf_with(GgmlDType::F32, |metadata| {
+        metadata.retain(|(key, _)| key != "tokenizer.ggml.add_bos_token");
+        metadata.push(("tokenizer.ggml.add_bos_token".into(), Value::Bool(true)));
+    });
+    let model = load(&path, Precision::F32).unwrap();
+    assert_eq!(model.tokenizer().encode("the").unwrap(), [258, 257]);
+    assert_eq!(model.tokenizer().encode_piece("the").unwrap(), [257]);
+    assert_eq!(model.tokenizer().text_start(), Some(258));
+    assert_eq!(tiny.load().tokenizer().text_start(), None);
+}
+
+#[test]
+fn gradients_need_f32_weights() {
+    let tiny = TinyModel::llama();
+    let model = load(&tiny.write_gguf(GgmlDType::Q8_0), Precision::AsStored).unwrap();
+    let options = crate::ProbeOptions {
+        prefix: 5,
+        probe: leank_train::dump::Probe::Fisher,
+        draws: 1,
+        seed: 0,
+    };
+    let error = crate::probe(&model, &tokens(9, 7), &options).unwrap_err();
+    assert!(error.to_string().contains("Precision::F32"), "{error}");
+    let random = crate::ProbeOptions { probe: leank_train::dump::Probe::Random, ..options };
+    assert!(crate::probe(&model, &tokens(9, 7), &random).is_ok());
+}
