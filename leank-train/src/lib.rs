@@ -4,6 +4,7 @@
 pub mod dump;
 mod error;
 mod rng;
+pub mod stats;
 pub mod synthetic;
 
 pub use error::{ElementPosition, Error, Result};

@@ -248,13 +248,12 @@ fn damaged_headers_are_refused() {
     };
     let whole = read().unwrap();
     for at in 0..header {
-        for flip in [1, 0x10, 0x80] {
-            let mut damaged = bytes.clone();
-            damaged[at] ^= flip;
-            fs::write(&file, &damaged).unwrap();
-            if let Ok(data) = read() {
-                assert_eq!((&data.k, &data.q), (&whole.k, &whole.q), "byte {at} ^ {flip}");
-            }
+        let flip = [1, 0x10, 0x80][at % 3];
+        let mut damaged = bytes.clone();
+        damaged[at] ^= flip;
+        fs::write(&file, &damaged).unwrap();
+        if let Ok(data) = read() {
+            assert_eq!((&data.k, &data.q), (&whole.k, &whole.q), "byte {at} ^ {flip}");
         }
     }
 }

@@ -1,0 +1,519 @@
+//! One tile: some positions of one sequence, against all the keys they see.
+//!
+//! Everything that grows with the context is key-major, `[keys, rows]` with `rows` the group's
+//! queries of the tile's positions (`head · positions + position`, padded to whole lanes): logits
+//! are then `K · Qᵀ` with K as it lies in the dump, and the contraction over keys is `Kᵀ · PW`
+//! with contiguous rows to pack.
+//!
+//! Keys fall into four ranges: sink, middle of every position of the tile, the boundary (middle
+//! for some positions, recent for others), and recent for every position.
+
+use std::ops::Range;
+
+use leank_core::Windows;
+use ndarray::{ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
+
+use super::{
+    HeadMask, Totals,
+    lanes::{LANES, Sums, center, raise_to_max},
+};
+use crate::dump::HeadData;
+
+/// Scratch that a tile aims at: small enough for a shared cache to help.
+const TILE_BYTES: usize = 12 << 20;
+/// Scratch that is spent on long contexts for the sake of products with enough rows.
+const MAX_TILE_BYTES: usize = 64 << 20;
+/// Rows below which packing K for a product costs more than the product.
+const MIN_ROWS: usize = 48;
+
+/// What a tile is part of: one sequence of one KV head.
+#[derive(Debug)]
+pub(super) struct Tile<'a> {
+    pub(super) data: &'a HeadData,
+    pub(super) d: usize,
+    pub(super) group: usize,
+    pub(super) draws: usize,
+    /// Decode positions of the sequence.
+    pub(super) positions: usize,
+    pub(super) prefix: usize,
+    pub(super) windows: Windows,
+}
+
+/// Outputs of the unmasked head, read or filled in.
+#[derive(Debug)]
+pub(super) struct Reference<'a> {
+    /// `[draws, stride]`, of which the tile's positions start at `first`.
+    pub(super) values: &'a mut [f64],
+    pub(super) is_new: bool,
+    pub(super) stride: usize,
+    pub(super) first: usize,
+}
+
+/// The ranges of keys of a tile.
+#[derive(Debug)]
+struct Keys {
+    /// End of the sink.
+    sink: usize,
+    /// Start of the boundary; `sink..boundary` is the middle of every position.
+    boundary: usize,
+    /// Start of what is recent for every position.
+    recent: usize,
+    /// End of what is seen.
+    end: usize,
+}
+
+/// One mask over a sequence: the columns of K that it adds to the logits.
+#[derive(Debug)]
+struct Part {
+    mask: PartMask,
+    /// `[middle, channels]`; empty where all of K is used as it lies.
+    columns: Vec<f32>,
+    /// Added to the logits of the part before, instead of replacing them.
+    continues: bool,
+}
+
+#[derive(Debug)]
+enum PartMask {
+    Dead,
+    /// Every channel in order, with weights or without.
+    All(Option<Vec<f32>>),
+    Some(Vec<u16>),
+}
+
+/// Buffers that are reused from tile to tile.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    parts: Vec<Part>,
+    /// Whether the first part is there only for the reference.
+    reference_part: Option<usize>,
+    has_last: bool,
+    /// Queries times 1/√D, `[d, rows]`.
+    q: Vec<f32>,
+    /// Queries of a part, `[channels, rows]`.
+    q_part: Vec<f32>,
+    /// `[d, draws, rows]`
+    g: Vec<f32>,
+    /// g·v, `[keys, draws, rows]`.
+    gv: Vec<f32>,
+    /// Full logits of sink and of boundary and recent, `[keys, rows]`.
+    full: Vec<f32>,
+    /// Masked logits of middle and boundary, `[keys, rows]`.
+    masked: Vec<f32>,
+    /// Logits of the boundary, `[keys, rows]`.
+    mixed: Vec<f32>,
+    /// End of the middle and end of what is seen, `[rows]`.
+    middle_end: Vec<u32>,
+    seen_end: Vec<u32>,
+    sums: Sums,
+    /// g·o summed over the group, per part `[draws, positions]`.
+    outputs: Vec<Vec<f64>>,
+    /// Contraction over keys `[channels, draws, rows]`, then `z [channels, draws, positions]`.
+    contraction: Vec<f32>,
+    z: Vec<f32>,
+    /// z zᵀ of the tile.
+    product: Vec<f32>,
+}
+
+impl Buffers {
+    /// Prepares the masks for a sequence.
+    pub(super) fn gather(
+        &mut self,
+        tile: &Tile<'_>,
+        losses: &[HeadMask],
+        last: Option<&HeadMask>,
+        reference_is_new: bool,
+    ) {
+        self.parts.clear();
+        self.has_last = last.is_some();
+        let full = HeadMask::Kept((0..tile.d as u16).collect());
+        let mut previous: Option<&HeadMask> = None;
+        if reference_is_new && last != Some(&full) {
+            self.parts.push(tile.part(&full, None));
+            self.reference_part = Some(0);
+        } else {
+            self.reference_part = reference_is_new.then_some(losses.len());
+        }
+        for mask in losses {
+            self.parts.push(tile.part(mask, previous));
+            previous = Some(mask);
+        }
+        if let Some(mask) = last {
+            self.parts.push(tile.part(mask, None));
+        }
+    }
+}
+
+impl Tile<'_> {
+    /// Positions whose tile stays within the scratch.
+    pub(super) fn positions_at_once(&self) -> usize {
+        let row = (self.prefix + self.positions) * (1 + self.draws) * size_of::<f32>();
+        let rows = (TILE_BYTES / row).max(MIN_ROWS.min(MAX_TILE_BYTES / row));
+        (rows / self.group).clamp(1, self.positions)
+    }
+
+    /// Tokens that are in the middle for some position of the sequence.
+    fn middle(&self) -> Range<usize> {
+        let tokens = self.prefix + self.positions;
+        let sink = self.windows.sink.min(tokens);
+        sink..tokens.saturating_sub(self.windows.recent).max(sink)
+    }
+
+    fn part(&self, mask: &HeadMask, previous: Option<&HeadMask>) -> Part {
+        let channels = match mask {
+            HeadMask::Kept(channels) if !channels.is_empty() => channels,
+            HeadMask::Dead | HeadMask::Kept(_) => {
+                return Part { mask: PartMask::Dead, columns: Vec::new(), continues: false };
+            }
+            HeadMask::Scaled(weights) => {
+                assert_eq!(weights.len(), self.d, "one weight per channel");
+                let mask = PartMask::All(Some(weights.clone()));
+                return Part { mask, columns: Vec::new(), continues: false };
+            }
+        };
+        let tail = match previous {
+            Some(HeadMask::Kept(previous)) if !previous.is_empty() => {
+                channels.strip_prefix(&previous[..])
+            }
+            _ => None,
+        };
+        let continues = tail.is_some();
+        let channels = tail.unwrap_or(channels);
+        if channels.iter().map(|&c| usize::from(c)).eq(0..self.d) {
+            return Part { mask: PartMask::All(None), columns: Vec::new(), continues };
+        }
+        let mut columns = Vec::with_capacity(self.middle().len() * channels.len());
+        for key in self.middle() {
+            let row = &self.data.k[key * self.d..][..self.d];
+            columns.extend(channels.iter().map(|&c| row[usize::from(c)]));
+        }
+        Part { mask: PartMask::Some(channels.to_vec()), columns, continues }
+    }
+
+    /// Evaluates every mask on the positions `valid`.
+    pub(super) fn run(
+        &self,
+        valid: &[u32],
+        buffers: &mut Buffers,
+        reference: Reference<'_>,
+        totals: &mut Totals,
+    ) {
+        let rows = (self.group * valid.len()).next_multiple_of(LANES);
+        let keys = self.keys(valid);
+        self.load_queries(valid, rows, buffers);
+        self.full_products(&keys, rows, buffers);
+
+        buffers.outputs.resize(buffers.parts.len(), Vec::new());
+        let parts = std::mem::take(&mut buffers.parts);
+        for (i, part) in parts.iter().enumerate() {
+            self.logits(part, &keys, rows, buffers);
+            let is_last = buffers.has_last && i + 1 == parts.len();
+            self.softmax(&keys, part, is_last, buffers);
+            let outputs = self.group_sums(valid.len(), &buffers.sums.value, rows);
+            buffers.outputs[i] = outputs;
+            if is_last {
+                self.contract(part, &keys, valid.len(), buffers);
+            }
+        }
+        self.add_up(valid.len(), &parts, buffers, reference, totals);
+        buffers.parts = parts;
+    }
+
+    fn keys(&self, valid: &[u32]) -> Keys {
+        let first = valid.first().map_or(0, |&i| i as usize);
+        let last = valid.last().map_or(0, |&i| i as usize);
+        let end = self.prefix + last + 1;
+        let sink = self.windows.sink.min(end);
+        let boundary = (self.prefix + first + 1).saturating_sub(self.windows.recent).max(sink);
+        let recent = end.saturating_sub(self.windows.recent).max(boundary);
+        Keys { sink, boundary, recent, end }
+    }
+
+    /// Queries and probes with rows contiguous, and the limits of what each row sees.
+    fn load_queries(&self, valid: &[u32], rows: usize, buffers: &mut Buffers) {
+        let (d, n) = (self.d, self.positions);
+        let scale = 1.0 / (d as f32).sqrt();
+        let Buffers { q, g, middle_end, seen_end, .. } = buffers;
+        reset(q, d * rows);
+        reset(g, d * self.draws * rows);
+        middle_end.clear();
+        middle_end.resize(rows, 0);
+        seen_end.clear();
+        seen_end.resize(rows, 0);
+        for head in 0..self.group {
+            for (i, &position) in valid.iter().enumerate() {
+                let (row, position) = (head * valid.len() + i, position as usize);
+                let own = &self.data.q[(head * n + position) * d..][..d];
+                for (c, &value) in own.iter().enumerate() {
+                    q[c * rows + row] = value * scale;
+                }
+                for draw in 0..self.draws {
+                    let own = ((draw * self.group + head) * n + position) * d;
+                    for (c, &value) in self.data.g[own..][..d].iter().enumerate() {
+                        g[(c * self.draws + draw) * rows + row] = value;
+                    }
+                }
+                let seen = self.prefix + position + 1;
+                // Tokens of a dump are far fewer than u32 counts: see the manifest's limits.
+                seen_end[row] = seen as u32;
+                middle_end[row] = seen.saturating_sub(self.windows.recent) as u32;
+            }
+        }
+    }
+
+    /// What all masks share: `g·v`, and the full logits of the windows.
+    fn full_products(&self, keys: &Keys, rows: usize, buffers: &mut Buffers) {
+        let d = self.d;
+        let Buffers { q, g, gv, full, seen_end, .. } = buffers;
+        let wide = self.draws * rows;
+        size(gv, keys.end * wide);
+        multiply(view(&self.data.v, keys.end, d), view(g, d, wide), 0.0, gv);
+
+        let sink = keys.sink * rows;
+        size(full, sink + (keys.end - keys.boundary) * rows);
+        let (first, second) = full.split_at_mut(sink);
+        for (range, out) in [(0..keys.sink, first), (keys.boundary..keys.end, second)] {
+            let k = &self.data.k[range.start * d..range.end * d];
+            multiply(view(k, range.len(), d), view(q, d, rows), 0.0, out);
+            for (key, logits) in range.zip(out.chunks_exact_mut(rows)) {
+                if key <= self.prefix {
+                    continue;
+                }
+                for (logit, &end) in logits.iter_mut().zip(&*seen_end) {
+                    *logit = if key < end as usize { *logit } else { f32::NEG_INFINITY };
+                }
+            }
+        }
+    }
+
+    /// Masked logits of the middle, and the boundary's mixture.
+    fn logits(&self, part: &Part, keys: &Keys, rows: usize, buffers: &mut Buffers) {
+        let Buffers { q, q_part, full, masked, mixed, middle_end, .. } = buffers;
+        let middle = keys.recent - keys.sink;
+        let width = part.width(self.d);
+        if !part.continues {
+            size(masked, middle * rows);
+        }
+        if width > 0 {
+            let beta = if part.continues { 1.0 } else { 0.0 };
+            let queries = part.queries(q, q_part, rows);
+            multiply(self.part_keys(part, keys), view(queries, width, rows), beta, masked);
+        }
+        mixed.clear();
+        let boundary = keys.boundary..keys.recent;
+        let full = full[keys.sink * rows..].chunks_exact(rows);
+        let masked = masked[(keys.boundary - keys.sink) * rows..].chunks_exact(rows);
+        let is_dead = matches!(part.mask, PartMask::Dead);
+        for ((key, full), masked) in boundary.zip(full).zip(masked) {
+            let logits = full.iter().zip(masked).zip(&*middle_end);
+            mixed.extend(logits.map(|((&full, &masked), &end)| {
+                match (key < end as usize, is_dead) {
+                    (false, _) => full,
+                    (true, false) => masked,
+                    (true, true) => f32::NEG_INFINITY,
+                }
+            }));
+        }
+    }
+
+    /// K's columns of a part in the middle and boundary of this tile.
+    fn part_keys<'b>(&'b self, part: &'b Part, keys: &Keys) -> ArrayView2<'b, f32> {
+        let (width, middle) = (part.width(self.d), keys.recent - keys.sink);
+        match part.mask {
+            PartMask::All(_) => view(&self.data.k[keys.sink * width..], middle, width),
+            _ => view(&part.columns, middle, width),
+        }
+    }
+
+    /// Softmax sums over all that is seen; for the last part also the centred weights.
+    fn softmax(&self, keys: &Keys, part: &Part, is_last: bool, buffers: &mut Buffers) {
+        let Buffers { gv, full, masked, mixed, sums, middle_end, .. } = buffers;
+        let rows = middle_end.len();
+        let wide = self.draws * rows;
+        sums.reset(rows, self.draws);
+        let always = (keys.boundary - keys.sink) * rows;
+        let middle =
+            if matches!(part.mask, PartMask::Dead) { &mut [][..] } else { &mut masked[..always] };
+        let (sink, late) = full.split_at(keys.sink * rows);
+        let recent = &late[(keys.recent - keys.boundary) * rows..];
+        for logits in [sink, &*middle, &*mixed, recent] {
+            raise_to_max(logits, &mut sums.max);
+        }
+        let gv_of = |keys: Range<usize>| keys.start * wide..keys.end * wide;
+        sums.add(sink, &gv[gv_of(0..keys.sink)]);
+        sums.add(recent, &gv[gv_of(keys.recent..keys.end)]);
+        let (middle_gv, boundary_gv) =
+            (gv_of(keys.sink..keys.boundary), gv_of(keys.boundary..keys.recent));
+        if !is_last {
+            sums.add(middle, &gv[middle_gv]);
+            sums.add(mixed, &gv[boundary_gv]);
+            sums.finish();
+            return;
+        }
+        if !middle.is_empty() {
+            sums.add_in_place(middle, &gv[middle_gv.clone()]);
+        }
+        sums.add_in_place(mixed, &gv[boundary_gv.clone()]);
+        sums.finish();
+        if middle.is_empty() && always > 0 {
+            gv[middle_gv].fill(0.0);
+        } else {
+            center(&mut gv[middle_gv], middle, &sums.value, rows);
+        }
+        // Only what is in the middle depends on the mask.
+        for (key, weights) in (keys.boundary..keys.recent).zip(mixed.chunks_exact_mut(rows)) {
+            for (weight, &end) in weights.iter_mut().zip(&*middle_end) {
+                *weight = if key < end as usize { *weight } else { 0.0 };
+            }
+        }
+        center(&mut gv[boundary_gv], mixed, &sums.value, rows);
+    }
+
+    /// `z [channels, draws, positions]` from the centred weights in `gv`.
+    fn contract(&self, part: &Part, keys: &Keys, positions: usize, buffers: &mut Buffers) {
+        let Buffers { q, gv, sums, contraction, z, .. } = buffers;
+        let rows = sums.weight.len();
+        let (width, wide) = (part.width(self.d), self.draws * rows);
+        size(contraction, width * wide);
+        reset(z, width * self.draws * positions);
+        if width == 0 {
+            return;
+        }
+        let middle = keys.recent - keys.sink;
+        let weights = view(&gv[keys.sink * wide..], middle, wide);
+        multiply(self.part_keys(part, keys).reversed_axes(), weights, 0.0, contraction);
+        for (at, z) in z.chunks_exact_mut(positions).enumerate() {
+            let (column, draw) = (at / self.draws, at % self.draws);
+            let own = &contraction[(column * self.draws + draw) * rows..][..rows];
+            let q = &q[part.channel(column) * rows..][..rows];
+            for row in 0..self.group * positions {
+                z[row % positions] += q[row] * sums.weight[row] * own[row];
+            }
+        }
+    }
+
+    /// `[draws, rows]` summed over the group: `[draws, positions]`.
+    fn group_sums(&self, positions: usize, values: &[f32], rows: usize) -> Vec<f64> {
+        let mut sums = vec![0.0; self.draws * positions];
+        for (values, sums) in values.chunks_exact(rows).zip(sums.chunks_exact_mut(positions)) {
+            for row in 0..self.group * positions {
+                sums[row % positions] += f64::from(values[row]);
+            }
+        }
+        sums
+    }
+
+    /// Adds the tile's `s` and `z` to the totals.
+    fn add_up(
+        &self,
+        positions: usize,
+        parts: &[Part],
+        buffers: &mut Buffers,
+        reference: Reference<'_>,
+        totals: &mut Totals,
+    ) {
+        let Reference { values, is_new, stride, first } = reference;
+        let Buffers { outputs, z, product, reference_part, has_last, .. } = buffers;
+        let own = |draw: usize| draw * stride + first..draw * stride + first + positions;
+        if let (true, Some(part)) = (is_new, *reference_part) {
+            for (draw, output) in outputs[part].chunks_exact(positions).enumerate() {
+                values[own(draw)].copy_from_slice(output);
+            }
+        }
+        // From outputs to their changes.
+        for outputs in &mut *outputs {
+            for (draw, output) in outputs.chunks_exact_mut(positions).enumerate() {
+                output.iter_mut().zip(&values[own(draw)]).for_each(|(s, o)| *s -= o);
+            }
+        }
+        totals.count += self.draws * positions;
+        let squares = |s: &Vec<f64>| s.iter().map(|s| s * s).sum::<f64>();
+        let last = parts.len() - usize::from(*has_last);
+        let first_loss = last - totals.losses.len();
+        for (total, s) in totals.losses.iter_mut().zip(&outputs[first_loss..last]) {
+            *total += squares(s);
+        }
+        let (Some(stats), Some(s)) = (&mut totals.last, outputs.get(last)) else { return };
+        stats.loss += squares(s);
+        let part = &parts[last];
+        let (width, samples) = (part.width(self.d), self.draws * positions);
+        for (column, z) in z.chunks_exact(samples).enumerate() {
+            let sum: f64 = z.iter().zip(s).map(|(&z, s)| f64::from(z) * s).sum();
+            stats.b[part.channel(column)] += sum;
+        }
+        if stats.a.is_empty() || width == 0 {
+            return;
+        }
+        size(product, width * width);
+        let z = view(z, width, samples);
+        multiply(z, z.reversed_axes(), 0.0, product);
+        for (i, row) in product.chunks_exact(width).enumerate() {
+            for (j, &value) in row.iter().enumerate() {
+                stats.a[part.channel(i) * self.d + part.channel(j)] += f64::from(value);
+            }
+        }
+    }
+}
+
+impl Part {
+    /// Channels whose products it needs.
+    fn width(&self, d: usize) -> usize {
+        match &self.mask {
+            PartMask::Dead => 0,
+            PartMask::All(_) => d,
+            PartMask::Some(channels) => channels.len(),
+        }
+    }
+
+    /// Channel of column `column`.
+    fn channel(&self, column: usize) -> usize {
+        match &self.mask {
+            PartMask::Some(channels) => usize::from(channels[column]),
+            _ => column,
+        }
+    }
+
+    /// The queries that go with the part's columns, `[width, rows]`.
+    fn queries<'b>(&self, q: &'b [f32], scratch: &'b mut Vec<f32>, rows: usize) -> &'b [f32] {
+        scratch.clear();
+        match &self.mask {
+            PartMask::Dead | PartMask::All(None) => return q,
+            PartMask::All(Some(weights)) => {
+                for (q, weight) in q.chunks_exact(rows).zip(weights) {
+                    scratch.extend(q.iter().map(|q| q * weight));
+                }
+            }
+            PartMask::Some(channels) => {
+                for &c in channels {
+                    scratch.extend_from_slice(&q[usize::from(c) * rows..][..rows]);
+                }
+            }
+        }
+        scratch
+    }
+}
+
+/// `values` with `len` elements, all 0.
+fn reset(values: &mut Vec<f32>, len: usize) {
+    values.clear();
+    values.resize(len, 0.0);
+}
+
+/// `values` with `len` elements that are about to be overwritten.
+fn size(values: &mut Vec<f32>, len: usize) {
+    values.resize(len, 0.0);
+}
+
+/// The first `rows · columns` values as a matrix.
+fn view(values: &[f32], rows: usize, columns: usize) -> ArrayView2<'_, f32> {
+    ArrayView2::from_shape((rows, columns), &values[..rows * columns])
+        .expect("the slice was cut to the shape")
+}
+
+/// `out = a · b + beta · out`, row-major.
+fn multiply(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, beta: f32, out: &mut [f32]) {
+    let shape = (a.nrows(), b.ncols());
+    let len = shape.0 * shape.1;
+    let mut out =
+        ArrayViewMut2::from_shape(shape, &mut out[..len]).expect("the slice was cut to the shape");
+    general_mat_mul(1.0, &a, &b, beta, &mut out);
+}
