@@ -10,7 +10,7 @@ use leank_core::{
 use leank_cpu::{Cpu, CpuCache, Executor};
 
 /// Most tokens of all sequences together: the oracle is slow.
-const MAX_TOKENS: usize = 600;
+const MAX_TOKENS: usize = 200;
 
 /// What an activation is.
 #[derive(Clone, Copy)]
@@ -72,7 +72,7 @@ impl World {
         let held: usize = self.sequences.iter().map(|sequence| sequence.tokens).sum();
         let new = loads.iter().fold(0_usize, |sum, load| sum.saturating_add(load.1));
         // Beyond it only absurd sizes are tried, which must be refused.
-        if held + new > MAX_TOKENS && new < usize::MAX / 8 {
+        if held.saturating_add(new) > MAX_TOKENS && new < usize::MAX / 8 {
             return;
         }
         let entries: Vec<StepEntry> = loads
