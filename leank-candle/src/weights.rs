@@ -12,8 +12,8 @@ pub enum Precision {
     /// Widened to f32: exact, fast for prompts, needed for gradients; four bytes per weight.
     #[default]
     F32,
-    /// As the GGUF file holds them: small, and fast token by token. Products quantize activations
-    /// to 8 bits on the fly, so logits differ a little from [`Precision::F32`]. Unquantized weights
+    /// As the GGUF file holds them: small, and slower (the README has numbers). Products quantize
+    /// activations to 8 bits on the fly, so logits differ from [`Precision::F32`]. Unquantized weights
     /// (and all of a safetensors folder), and rows of an odd number of Q4_1, Q5_0 or Q5_1 blocks,
     /// are widened to f32.
     AsStored,
