@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let layer = dump.layer(Layer(0))?;
     let windows = Windows { sink: 32, recent: 128 };
-    let mut evaluator = HeadEvaluator::new(dump.manifest(), &layer, KvHead(0), windows);
+    let mut evaluator = HeadEvaluator::new(&layer, KvHead(0), windows);
     let scores = (sequences * group * positions * prefix) as f64;
     for kept in [64u16, 32, 8] {
         let mask = HeadMask::Kept((0..kept).collect());
@@ -61,7 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     type Order = fn(&mut HeadEvaluator<'_>, usize) -> leank_train::Result<order::HeadCurve>;
     for (name, run) in [("E2", order::eliminate as Order), ("E1", order::eliminate_once)] {
-        let mut evaluator = HeadEvaluator::new(dump.manifest(), &layer, KvHead(0), windows);
+        let mut evaluator = HeadEvaluator::new(&layer, KvHead(0), windows);
         let start = Instant::now();
         black_box(run(&mut evaluator, 8)?);
         let seconds = start.elapsed().as_secs_f64();

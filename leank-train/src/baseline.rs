@@ -5,7 +5,7 @@ use leank_core::{KvHead, Layer, ModelShape};
 use crate::{
     Result,
     allocate::{AllocateOptions, Budget, over_budget},
-    dump::{HeadData, LayerDump, Manifest},
+    dump::{HeadData, LayerDump},
 };
 
 /// The static norm score of a KV head's channels, `[head_dim]`: the root mean square of `q_c`
@@ -14,7 +14,8 @@ use crate::{
 ///
 /// # Errors
 /// As [`LayerDump::read`].
-pub fn static_scores(manifest: &Manifest, layer: &LayerDump<'_>, head: KvHead) -> Result<Vec<f32>> {
+pub fn static_scores(layer: &LayerDump<'_>, head: KvHead) -> Result<Vec<f32>> {
+    let manifest = layer.manifest();
     let d = manifest.shape.head_dim;
     let (mut q, mut k) = (Moments::new(d), Moments::new(d));
     let mut data = HeadData::default();

@@ -143,7 +143,7 @@ fn check(dump: &Dump, windows: Windows, mask: &HeadMask) {
             let s_error = 1e-6 * size;
             let loss_error = s_error * (2.0 * expected.loss.sqrt() + s_error);
             let z_max = (0..d).map(|c| expected.a[c * d + c]).fold(0.0, f64::max).sqrt();
-            let mut evaluator = HeadEvaluator::new(manifest, &reader, head, windows);
+            let mut evaluator = HeadEvaluator::new(&reader, head, windows);
             let last = Some((mask, Want::Quadratic));
             // The second evaluation has the reference already.
             for _ in 0..2 {
@@ -225,7 +225,7 @@ fn windows_beyond_the_context_cost_nothing() {
         Windows { sink: usize::MAX, recent: 0 },
         Windows { sink: 9, recent: 5 },
     ] {
-        let mut evaluator = HeadEvaluator::new(dump.manifest(), &reader, KvHead(1), windows);
+        let mut evaluator = HeadEvaluator::new(&reader, KvHead(1), windows);
         let one = HeadMask::Kept(vec![2]);
         let found = evaluator
             .evaluate(&[HeadMask::Dead, one.clone()], Some((&one, Want::Quadratic)))
@@ -246,7 +246,7 @@ fn growing_masks_share_their_products() {
     let masks: Vec<_> = std::iter::once(HeadMask::Dead)
         .chain([2, 3, 6, 8].map(|n| HeadMask::Kept(order[..n].to_vec())))
         .collect();
-    let mut evaluator = HeadEvaluator::new(dump.manifest(), &reader, KvHead(0), windows);
+    let mut evaluator = HeadEvaluator::new(&reader, KvHead(0), windows);
     let found = evaluator.evaluate(&masks, None).unwrap();
     assert!(found.stats.is_none());
     let expected: Vec<_> =
@@ -262,7 +262,7 @@ fn b_is_half_the_gradient_of_the_loss() {
     let dump = synthetic(2, 6, vec![25, 40], 6).write(&dir.path().join("dump")).unwrap();
     let windows = Windows { sink: 3, recent: 5 };
     let reader = dump.layer(Layer(0)).unwrap();
-    let mut evaluator = HeadEvaluator::new(dump.manifest(), &reader, KvHead(1), windows);
+    let mut evaluator = HeadEvaluator::new(&reader, KvHead(1), windows);
     let weights = vec![1.0, 0.25, 0.75, 0.0, 0.5, 1.0];
     let mask = HeadMask::Scaled(weights.clone());
     let found = evaluator.evaluate(&[], Some((&mask, Want::Gradient))).unwrap();

@@ -217,7 +217,13 @@ pub struct HeadData {
     pub v: Vec<f32>,
 }
 
-impl LayerDump<'_> {
+impl<'a> LayerDump<'a> {
+    /// What the dump says about itself.
+    #[must_use]
+    pub fn manifest(&self) -> &'a Manifest {
+        &self.dump.manifest
+    }
+
     /// The layer's index.
     #[must_use]
     pub fn layer(&self) -> Layer {

@@ -91,12 +91,8 @@ pub struct HeadEvaluator<'a> {
 impl<'a> HeadEvaluator<'a> {
     /// An evaluator of KV head `head` of `layer`.
     #[must_use]
-    pub fn new(
-        manifest: &'a Manifest,
-        layer: &'a LayerDump<'a>,
-        head: KvHead,
-        windows: Windows,
-    ) -> Self {
+    pub fn new(layer: &'a LayerDump<'a>, head: KvHead, windows: Windows) -> Self {
+        let manifest = layer.manifest();
         Self {
             manifest,
             layer,

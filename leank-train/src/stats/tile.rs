@@ -20,7 +20,7 @@ use super::{
 use crate::dump::HeadData;
 
 /// Scratch that a tile aims at: small enough for a shared cache to help.
-const TILE_BYTES: usize = 12 << 20;
+const TILE_BYTES: usize = 4 << 20;
 /// Scratch that is spent on long contexts for the sake of products with enough rows.
 const MAX_TILE_BYTES: usize = 64 << 20;
 /// Rows below which packing K for a product costs more than the product.

@@ -1,0 +1,328 @@
+//! From a dump to a mask.
+
+use std::{fmt, path::PathBuf, str::FromStr};
+
+use leank_core::{ChannelMask, KvHead, MaskInfo, ModelMask, Windows};
+
+use crate::{
+    Error, Result,
+    allocate::{AllocateOptions, Allocation, allocate},
+    baseline::{order_by_score, quantile_counts, static_scores},
+    dump::{Dump, LayerDump, Probe},
+    leank::{self, Trained, Trainer},
+    order::{self, HeadCurve, eliminate, eliminate_once, measured_counts},
+    records::{HeadResult, OnProgress, Phase},
+    stats::HeadEvaluator,
+};
+
+/// How channels are ranked and counts chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Method {
+    /// Backward elimination with re-linearisation, exact allocation.
+    #[default]
+    E2,
+    /// One quadratic model per head, exact curve along its order, exact allocation: faster.
+    E1,
+    /// Norm of q times norm of k, quantile and rounding: a baseline.
+    Static,
+    /// LeanK's two stages of training, quantile and rounding: the paper's method.
+    LeanK,
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::E2 => "e2",
+            Self::E1 => "e1",
+            Self::Static => "static",
+            Self::LeanK => "leank",
+        })
+    }
+}
+
+impl FromStr for Method {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        let all = [Self::E2, Self::E1, Self::Static, Self::LeanK];
+        let named = all.into_iter().find(|method| method.to_string() == s);
+        named.ok_or_else(|| {
+            Error::options("method", format!("{s:?} is not one of e2, e1, static, leank"))
+        })
+    }
+}
+
+/// What a learning run depends on, apart from the budget.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LearnOptions {
+    /// How.
+    pub method: Method,
+    /// Tokens that stay whole.
+    pub windows: Windows,
+    /// Channels removed between two measurements; a divisor of every alignment to come.
+    pub step: usize,
+    /// Seed of what is random (only [`Method::LeanK`]).
+    pub seed: u64,
+    /// Threads; 0 for as many as the machine has.
+    pub threads: usize,
+    /// Where records are kept; the dump's own `learn` directory when `None`.
+    pub records: Option<PathBuf>,
+}
+
+impl Default for LearnOptions {
+    fn default() -> Self {
+        Self {
+            method: Method::default(),
+            windows: Windows::default(),
+            step: 8,
+            seed: 0,
+            threads: 0,
+            records: None,
+        }
+    }
+}
+
+/// The curves of all heads of a model: they serve every budget and alignment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Curves {
+    /// Layer-major: head `h` of layer `l` is `heads[l * kv_heads + h]`.
+    pub heads: Vec<HeadCurve>,
+}
+
+impl Curves {
+    /// Importance of every channel, `[layers, kv_heads, head_dim]`: see [`HeadCurve::importance`].
+    #[must_use]
+    pub fn importance(&self) -> Vec<f32> {
+        self.heads.iter().flat_map(HeadCurve::importance).collect()
+    }
+}
+
+/// A mask, with what it is predicted to cost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Learned {
+    /// The mask, with scores and info.
+    pub mask: ModelMask,
+    /// Kept counts and summed loss.
+    pub allocation: Allocation,
+}
+
+/// Learns the curves of every head, or reads those that are recorded.
+///
+/// [`Method::LeanK`] has no curves: use [`learn_mask`].
+///
+/// # Errors
+/// [`Error::Options`]; [`Error::NonFinite`], [`Error::Overflow`] and [`Error::Io`] from the dump;
+/// [`Error::Record`]; [`Error::Threads`].
+pub fn learn(dump: &Dump, options: &LearnOptions, progress: OnProgress<'_>) -> Result<Curves> {
+    let run = Run::new(dump, options, progress)?;
+    let (windows, step) = (options.windows, options.step);
+    let heads = match options.method {
+        Method::E2 => run.phase("elimination", "", |layer, head| {
+            eliminate(&mut HeadEvaluator::new(layer, head, windows), step)
+        }),
+        Method::E1 => run.phase("elimination", "", |layer, head| {
+            eliminate_once(&mut HeadEvaluator::new(layer, head, windows), step)
+        }),
+        Method::Static => run.phase("static scores", "", |layer, head| {
+            let scores = static_scores(layer, head)?;
+            let order = order_by_score(&scores);
+            let curve = order::measure(&mut HeadEvaluator::new(layer, head, windows), order, step)?;
+            Ok(HeadCurve { scores, ..curve })
+        }),
+        Method::LeanK => {
+            Err(Error::options("method", "leank trains for one budget and has no curves"))
+        }
+    }?;
+    Ok(Curves { heads: heads.into_iter().flatten().collect() })
+}
+
+/// Learns a mask for a budget. Whatever an earlier run has recorded is not computed again.
+///
+/// ```
+/// use leank_core::{ModelShape, Windows};
+/// use leank_train::{
+///     allocate::{AllocateOptions, Budget},
+///     dump::DumpDtype,
+///     learn::{LearnOptions, learn_mask},
+///     synthetic::Synthetic,
+/// };
+///
+/// # fn main() -> leank_train::Result<()> {
+/// # let dir = tempfile::tempdir().unwrap();
+/// # let dir = dir.path().join("dump");
+/// // A dump of a real model comes from `leank dump`.
+/// let dump = Synthetic {
+///     shape: ModelShape::new(2, 4, 2, 16)?,
+///     prefixes: vec![50, 80],
+///     positions: 8,
+///     draws: 2,
+///     dtype: DumpDtype::F16,
+///     seed: 0,
+/// }
+/// .write(&dir)?;
+/// let options = LearnOptions {
+///     windows: Windows { sink: 4, recent: 8 },
+///     step: 4,
+///     ..LearnOptions::default()
+/// };
+/// let budget = AllocateOptions {
+///     budget: Budget::KRatio(0.5),
+///     alignment: 4,
+///     exempt: Vec::new(),
+/// };
+/// let learned = learn_mask(&dump, &options, &budget, &|progress| {
+///     eprintln!("{} of {} heads", progress.done, progress.total);
+/// })?;
+/// assert!(learned.mask.summary().kept_k <= 0.5);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// As [`learn`] and [`allocate`]; options are checked before anything is computed.
+pub fn learn_mask(
+    dump: &Dump,
+    options: &LearnOptions,
+    budget: &AllocateOptions,
+    progress: OnProgress<'_>,
+) -> Result<Learned> {
+    let shape = dump.manifest().shape;
+    let exact = matches!(options.method, Method::E2 | Method::E1);
+    measured_counts(shape.head_dim, options.step)?;
+    // A step of 1 fits every alignment: curves of baselines are only looked up.
+    budget.check(&shape, if options.method == Method::LeanK { 1 } else { options.step })?;
+    budget.budget.limit(shape.layers * shape.kv_heads, shape.head_dim)?;
+    let (kept, scores, loss) = if options.method == Method::LeanK {
+        train(dump, options, budget, progress)?
+    } else {
+        let curves = learn(dump, options, progress)?;
+        let counts = if exact {
+            allocate(&curves.heads, &shape, budget)?.counts
+        } else {
+            let scores: Vec<_> = curves.heads.iter().map(|head| head.scores.clone()).collect();
+            quantile_counts(&scores, &shape, budget)?
+        };
+        let heads = || curves.heads.iter().zip(&counts);
+        let scores = if exact {
+            curves.importance()
+        } else {
+            curves.heads.iter().flat_map(|head| head.scores.clone()).collect()
+        };
+        let loss = heads().filter_map(|(head, &n)| head.loss(n)).sum();
+        (heads().map(|(head, &n)| head.kept(n)).collect(), scores, loss)
+    };
+    finish(dump, options, budget, (kept, scores, loss))
+}
+
+/// Kept channels per head, a score per channel, and the summed loss.
+type Found = (Vec<Vec<u16>>, Vec<f32>, f64);
+
+/// LeanK's stages; see [`crate::leank`].
+fn train(
+    dump: &Dump,
+    options: &LearnOptions,
+    budget: &AllocateOptions,
+    progress: OnProgress<'_>,
+) -> Result<Found> {
+    let run = Run::new(dump, options, progress)?;
+    let (windows, seed) = (options.windows, options.seed);
+    let diagonals =
+        run.phase("choosing λ", "diagonal", |layer, head| leank::diagonal(layer, head, windows))?;
+    let ratio = leank::ratio(budget.budget);
+    let lambda = leank::lambda(&diagonals, ratio);
+    let scales = run.phase("stage 1", &format!("scales-{ratio}"), |layer, head| {
+        Trainer::new(layer, head, windows, seed).learn_scales(lambda)
+    })?;
+    let flat: Vec<Vec<f32>> = scales.into_iter().flatten().map(|own| own.0).collect();
+    let shape = dump.manifest().shape;
+    let counts = quantile_counts(&flat, &shape, budget)?;
+    let exempt: Vec<_> = budget.exempt.iter().map(|layer| layer.0.to_string()).collect();
+    let name =
+        format!("budget {} align {} exempt {}", budget.budget, budget.alignment, exempt.join(","));
+    let name = format!("refined-{}", name.trim_end().replace([' ', ','], "-"));
+    let trained: Vec<Trained> = run
+        .phase("stage 2", &name, |layer, head| {
+            let at = layer.layer().0 * shape.kv_heads + head.0;
+            Trainer::new(layer, head, windows, seed ^ 1).refine(&flat[at], counts[at])
+        })?
+        .into_iter()
+        .flatten()
+        .collect();
+    let loss = trained.iter().map(|own| own.loss).sum();
+    let scores = trained.iter().flat_map(|own| own.scales.clone()).collect();
+    Ok((trained.into_iter().map(|own| own.kept).collect(), scores, loss))
+}
+
+fn finish(
+    dump: &Dump,
+    options: &LearnOptions,
+    budget: &AllocateOptions,
+    (kept, scores, loss): Found,
+) -> Result<Learned> {
+    let manifest = dump.manifest();
+    let shape = manifest.shape;
+    let allocation = Allocation { counts: kept.iter().map(Vec::len).collect(), loss };
+    let mut exempt: Vec<_> = budget.exempt.iter().map(|layer| layer.0).collect();
+    exempt.sort_unstable();
+    exempt.dedup();
+    let info = MaskInfo {
+        model_id: Some(manifest.model_id.clone()),
+        fingerprint: Some(manifest.fingerprint.clone()),
+        windows: Some(options.windows),
+        alignment: Some(budget.alignment),
+        method: Some(options.method.to_string()),
+        budget: Some(budget.budget.to_string()),
+        // Only the Fisher probe measures in nats.
+        predicted_kl: (manifest.probe == Probe::Fisher).then(|| allocation.predicted_kl()),
+        seed: Some(options.seed),
+        exempt_layers: exempt,
+        created_by: Some(concat!("leank ", env!("CARGO_PKG_VERSION")).into()),
+    };
+    let heads = kept
+        .into_iter()
+        .map(|kept| ChannelMask::new(shape.head_dim, kept))
+        .collect::<Result<_, _>>()?;
+    let mask = ModelMask::new(shape.layers, shape.kv_heads, shape.head_dim, heads)?
+        .with_scores(scores)?
+        .with_info(info)?;
+    Ok(Learned { mask, allocation })
+}
+
+/// A learning run: its threads and where its records go.
+struct Run<'a> {
+    dump: &'a Dump,
+    directory: PathBuf,
+    pool: rayon::ThreadPool,
+    progress: OnProgress<'a>,
+}
+
+impl<'a> Run<'a> {
+    fn new(dump: &'a Dump, options: &LearnOptions, progress: OnProgress<'a>) -> Result<Self> {
+        measured_counts(dump.manifest().shape.head_dim, options.step)?;
+        let threads = options.threads;
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let pool = pool.map_err(|e| Error::Threads { threads, why: e.to_string() })?;
+        let records = options.records.clone().unwrap_or_else(|| dump.dir().join("learn"));
+        let LearnOptions { method, windows: Windows { sink, recent }, step, seed, .. } = options;
+        // What a method does not depend on is not in its name.
+        let own = match method {
+            Method::LeanK => format!("seed{seed}"),
+            _ => format!("step{step}"),
+        };
+        let id = &dump.id()[..12];
+        let directory = records.join(format!("{method}-sink{sink}-recent{recent}-{own}-{id}"));
+        Ok(Self { dump, directory, pool, progress })
+    }
+
+    fn phase<T: HeadResult>(
+        &self,
+        name: &'static str,
+        directory: &str,
+        task: impl Fn(&LayerDump<'_>, KvHead) -> Result<T> + Sync,
+    ) -> Result<Vec<Vec<T>>> {
+        let directory = self.directory.join(directory);
+        let (dump, pool, progress) = (self.dump, &self.pool, self.progress);
+        Phase { dump, name, directory, pool, progress }.run(task)
+    }
+}

@@ -1,0 +1,245 @@
+//! What learning leaves on disk per layer, so that a killed run loses no finished layer and a
+//! second budget recomputes nothing.
+//!
+//! A record is one JSON file per layer, `layer-000.json`, written beside its place and renamed, in
+//! a directory named after everything its content depends on. Layers are independent: shards
+//! that learn different layers fill one directory together.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use leank_core::{KvHead, Layer};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::{
+    Error, Result,
+    dump::{Dump, LayerDump},
+};
+
+/// Version of the records.
+const RECORD_VERSION: u32 = 1;
+
+/// What happened in a learning run, for a progress display.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress<'a> {
+    /// What is being computed, for people.
+    pub phase: &'a str,
+    /// KV heads done in this phase, those read from records included.
+    pub done: usize,
+    /// KV heads of the phase.
+    pub total: usize,
+    /// Of those done, how many were read from records.
+    pub reused: usize,
+}
+
+/// Hears of progress, from any thread.
+pub type OnProgress<'a> = &'a (dyn Fn(Progress<'_>) + Sync);
+
+/// What one phase of learning finds for a KV head.
+pub(crate) trait HeadResult: Serialize + DeserializeOwned + Send {
+    /// Checks one that was read from disk.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    fn check(&self, head_dim: usize) -> Result<(), String>;
+}
+
+impl HeadResult for crate::order::HeadCurve {
+    fn check(&self, head_dim: usize) -> Result<(), String> {
+        self.check(head_dim)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record<T> {
+    version: u32,
+    /// Id of the dump.
+    dump: String,
+    layer: usize,
+    heads: Vec<T>,
+}
+
+/// One phase of learning over all heads of a dump.
+pub(crate) struct Phase<'a> {
+    pub(crate) dump: &'a Dump,
+    /// Name for progress.
+    pub(crate) name: &'static str,
+    /// Directory of the phase's records.
+    pub(crate) directory: PathBuf,
+    pub(crate) pool: &'a rayon::ThreadPool,
+    pub(crate) progress: OnProgress<'a>,
+}
+
+/// What the workers of a phase share.
+struct Shared<'a, T> {
+    /// Heads still to do, in order of layers.
+    tasks: Vec<(Layer, KvHead)>,
+    next: AtomicUsize,
+    failed: AtomicBool,
+    state: Mutex<State<T>>,
+    phase: &'a Phase<'a>,
+    reused: usize,
+}
+
+struct State<T> {
+    /// Per layer and head.
+    found: Vec<Vec<Option<T>>>,
+    done: usize,
+    /// The error of the first head, in order, that failed.
+    error: Option<((Layer, KvHead), Error)>,
+}
+
+impl Phase<'_> {
+    /// Runs `task` on every head that no record covers; all results, by layer and head.
+    ///
+    /// Heads are taken in order by whichever thread is free, so that a killed run leaves whole
+    /// layers. Results do not depend on the number of threads, since a task does not.
+    ///
+    /// # Errors
+    /// The first error of a task in order of heads among those that ran; [`Error::Record`];
+    /// [`Error::Io`].
+    pub(crate) fn run<T: HeadResult>(
+        &self,
+        task: impl Fn(&LayerDump<'_>, KvHead) -> Result<T> + Sync,
+    ) -> Result<Vec<Vec<T>>> {
+        let shape = self.dump.manifest().shape;
+        fs::create_dir_all(&self.directory)
+            .map_err(Error::io(&self.directory, "creating the directory"))?;
+        let mut found = Vec::with_capacity(shape.layers);
+        let mut tasks = Vec::new();
+        for layer in shape.layer_indices() {
+            match self.read(layer)? {
+                Some(heads) => found.push(heads.into_iter().map(Some).collect()),
+                None => {
+                    found.push((0..shape.kv_heads).map(|_| None).collect::<Vec<_>>());
+                    tasks.extend(shape.kv_head_indices().map(|head| (layer, head)));
+                }
+            }
+        }
+        let reused = shape.layers * shape.kv_heads - tasks.len();
+        let shared = Shared {
+            tasks,
+            next: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+            state: Mutex::new(State { found, done: reused, error: None }),
+            phase: self,
+            reused,
+        };
+        shared.report(reused);
+        self.pool.broadcast(|_| shared.work(&task));
+        let state = shared.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        match state.error {
+            Some((_, error)) => Err(error),
+            None => {
+                Ok(state.found.into_iter().map(|own| own.into_iter().flatten().collect()).collect())
+            }
+        }
+    }
+
+    fn path(&self, layer: Layer) -> PathBuf {
+        self.directory.join(format!("layer-{:03}.json", layer.0))
+    }
+
+    /// The record of a layer, where there is one.
+    fn read<T: HeadResult>(&self, layer: Layer) -> Result<Option<Vec<T>>> {
+        let path = self.path(layer);
+        let json = match fs::read(&path) {
+            Ok(json) => json,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io(&path, "reading")(error)),
+        };
+        let shape = self.dump.manifest().shape;
+        let check = || -> Result<Vec<T>, String> {
+            let record: Record<T> = serde_json::from_slice(&json).map_err(|e| e.to_string())?;
+            let differs = |what, found: &dyn ToString, expected: &dyn ToString| {
+                let (found, expected) = (found.to_string(), expected.to_string());
+                if found == expected {
+                    return Ok(());
+                }
+                Err(format!("{what} is {found} where {expected} is expected"))
+            };
+            differs("its version", &record.version, &RECORD_VERSION)?;
+            differs("its dump", &record.dump, &self.dump.id())?;
+            differs("its layer", &record.layer, &layer)?;
+            differs("its number of heads", &record.heads.len(), &shape.kv_heads)?;
+            record.heads.iter().try_for_each(|head| head.check(shape.head_dim))?;
+            Ok(record.heads)
+        };
+        check().map(Some).map_err(|why| Error::Record { path: path.clone(), why })
+    }
+
+    /// Writes the record of a layer: whole or not at all.
+    fn write<T: HeadResult>(&self, layer: Layer, heads: Vec<T>) -> Result<Vec<T>> {
+        let path = self.path(layer);
+        let dump = self.dump.id().to_owned();
+        let record = Record { version: RECORD_VERSION, dump, layer: layer.0, heads };
+        let broken =
+            |e: serde_json::Error| Error::Record { path: path.clone(), why: e.to_string() };
+        let json = serde_json::to_vec(&record).map_err(broken)?;
+        write_atomically(&path, &json)?;
+        Ok(record.heads)
+    }
+}
+
+/// Writes `bytes` beside `path`, flushes and renames.
+fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(directory)
+        .map_err(Error::io(directory, "creating a temporary file"))?;
+    file.write_all(bytes).map_err(Error::io(path, "writing"))?;
+    file.as_file().sync_all().map_err(Error::io(path, "flushing"))?;
+    let persisted = file.persist(path).map(|_: File| ()).map_err(|e| e.error);
+    persisted.map_err(Error::io(path, "moving the record into place"))
+}
+
+impl<T: HeadResult> Shared<'_, T> {
+    fn report(&self, done: usize) {
+        let total = self.reused + self.tasks.len();
+        (self.phase.progress)(Progress {
+            phase: self.phase.name,
+            done,
+            total,
+            reused: self.reused,
+        });
+    }
+
+    /// Takes heads until none is left or one failed.
+    fn work(&self, task: impl Fn(&LayerDump<'_>, KvHead) -> Result<T>) {
+        while !self.failed.load(Ordering::Relaxed) {
+            let at = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(&(layer, head)) = self.tasks.get(at) else { return };
+            let result = self.phase.dump.layer(layer).and_then(|own| task(&own, head));
+            if let Err(error) = result.and_then(|found| self.finished(layer, head, found)) {
+                self.failed.store(true, Ordering::Relaxed);
+                let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                if state.error.as_ref().is_none_or(|(first, _)| (layer, head) < *first) {
+                    state.error = Some(((layer, head), error));
+                }
+            }
+        }
+    }
+
+    /// Keeps a result, and writes the layer's record when it was the last one missing.
+    fn finished(&self, layer: Layer, head: KvHead, found: T) -> Result<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.found[layer.0][head.0] = Some(found);
+        state.done += 1;
+        let done = state.done;
+        if state.found[layer.0].iter().all(Option::is_some) {
+            let heads = state.found[layer.0].drain(..).flatten().collect();
+            let heads = self.phase.write(layer, heads)?;
+            state.found[layer.0] = heads.into_iter().map(Some).collect();
+        }
+        drop(state);
+        self.report(done);
+        Ok(())
+    }
+}
