@@ -94,11 +94,11 @@ impl Synthetic {
         let weights: Vec<_> = (0..shape.kv_heads).map(weight).collect();
         let stream = (1 << 40) + ((layer.0 as u64) << 20) + sequence as u64;
         let mut rng = Rng::new(self.seed, stream);
-        let flat = vec![vec![1.0; d]];
+        let flat = vec![1.0; d];
         let mut rows = |heads: usize, rows: usize, group: Option<usize>, bias: f32| {
             let mut values = Vec::with_capacity(heads * rows * d);
             for head in 0..heads {
-                let own = group.map_or(&flat[0], |group| &weights[head / group]);
+                let own = group.map_or(&flat, |group| &weights[head / group]);
                 for row in 0..rows {
                     let sink = if row == 0 { 2.0 } else { 1.0 };
                     values.extend(own.iter().map(|scale| scale * sink * (rng.normal() + bias)));
@@ -116,7 +116,7 @@ impl Synthetic {
 }
 
 /// Owned activations of one sequence in one layer; shapes as in
-/// [`SequenceTensors`](crate::dump::SequenceTensors).
+/// [`SequenceTensors`].
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub struct OwnedTensors {

@@ -58,6 +58,65 @@ pub(super) fn raise_to_max(logits: &[f32], max: &mut [f32]) {
     Arch::new().dispatch(Pass(lanes(logits), lanes_mut(max)));
 }
 
+/// Most channels that [`add_channels`] takes at once.
+pub(super) const FEW: usize = 8;
+
+/// Adds to `logits [keys, rows]` the products of few channels: `k [keys, channels]` and
+/// `q [channels, rows]`. A matrix product of so little depth spends its time on packing.
+///
+/// # Panics
+/// When there are more channels than [`FEW`].
+pub(super) fn add_channels(logits: &mut [f32], k: &[f32], q: &[f32], rows: usize) {
+    const HALF: usize = LANES / 2;
+    struct Pass<'a> {
+        logits: &'a mut [f32],
+        k: &'a [[f32; FEW]],
+        q: &'a [f32],
+        rows: usize,
+    }
+    impl WithSimd for Pass<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            let Self { logits, k, q, rows } = self;
+            let width = rows / HALF;
+            let (logits, _) = logits.as_chunks_mut::<HALF>();
+            let (q, _) = q.as_chunks::<HALF>();
+            for (logits, k) in logits.chunks_mut(2 * UNROLL * width).zip(k.chunks(2 * UNROLL)) {
+                for r in 0..width {
+                    let mut own = [[0.0; HALF]; FEW];
+                    for (own, q) in own.iter_mut().zip(q.iter().skip(r).step_by(width)) {
+                        *own = *q;
+                    }
+                    for (key, k) in logits.chunks_exact_mut(width).zip(k) {
+                        let mut sum = key[r];
+                        for c in 0..FEW {
+                            for i in 0..HALF {
+                                sum[i] = fma::<S>(own[c][i], k[c], sum[i]);
+                            }
+                        }
+                        key[r] = sum;
+                    }
+                }
+            }
+        }
+    }
+    let channels = q.len() / rows;
+    assert!((1..=FEW).contains(&channels), "{channels} channels at once");
+    let mut padded = Vec::new();
+    let k = if channels == FEW {
+        k.as_chunks().0
+    } else {
+        padded.extend(k.chunks_exact(channels).map(|k| {
+            let mut own = [0.0; FEW];
+            own[..channels].copy_from_slice(k);
+            own
+        }));
+        &padded
+    };
+    Arch::new().dispatch(Pass { logits, k, q, rows });
+}
+
 /// Running sums of the softmax of every row.
 #[derive(Debug, Default)]
 pub(super) struct Sums {

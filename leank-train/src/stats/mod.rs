@@ -19,6 +19,8 @@
 //! and in a fixed order, so results do not depend on how heads are spread over threads.
 
 mod lanes;
+mod matrix;
+mod part;
 mod tile;
 
 use leank_core::{KvHead, Windows};

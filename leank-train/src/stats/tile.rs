@@ -11,11 +11,13 @@
 use std::ops::Range;
 
 use leank_core::Windows;
-use ndarray::{ArrayView2, ArrayViewMut2, linalg::general_mat_mul};
+use ndarray::ArrayView2;
 
 use super::{
     HeadMask, Totals,
-    lanes::{LANES, Sums, center, raise_to_max},
+    lanes::{FEW, LANES, Sums, add_channels, center, raise_to_max},
+    matrix::{multiply, reset, size, view},
+    part::{Part, PartMask},
 };
 use crate::dump::HeadData;
 
@@ -60,24 +62,6 @@ struct Keys {
     recent: usize,
     /// End of what is seen.
     end: usize,
-}
-
-/// One mask over a sequence: the columns of K that it adds to the logits.
-#[derive(Debug)]
-struct Part {
-    mask: PartMask,
-    /// `[middle, channels]`; empty where all of K is used as it lies.
-    columns: Vec<f32>,
-    /// Added to the logits of the part before, instead of replacing them.
-    continues: bool,
-}
-
-#[derive(Debug)]
-enum PartMask {
-    Dead,
-    /// Every channel in order, with weights or without.
-    All(Option<Vec<f32>>),
-    Some(Vec<u16>),
 }
 
 /// Buffers that are reused from tile to tile.
@@ -149,44 +133,6 @@ impl Tile<'_> {
         let row = (self.prefix + self.positions) * (1 + self.draws) * size_of::<f32>();
         let rows = (TILE_BYTES / row).max(MIN_ROWS.min(MAX_TILE_BYTES / row));
         (rows / self.group).clamp(1, self.positions)
-    }
-
-    /// Tokens that are in the middle for some position of the sequence.
-    fn middle(&self) -> Range<usize> {
-        let tokens = self.prefix + self.positions;
-        let sink = self.windows.sink.min(tokens);
-        sink..tokens.saturating_sub(self.windows.recent).max(sink)
-    }
-
-    fn part(&self, mask: &HeadMask, previous: Option<&HeadMask>) -> Part {
-        let channels = match mask {
-            HeadMask::Kept(channels) if !channels.is_empty() => channels,
-            HeadMask::Dead | HeadMask::Kept(_) => {
-                return Part { mask: PartMask::Dead, columns: Vec::new(), continues: false };
-            }
-            HeadMask::Scaled(weights) => {
-                assert_eq!(weights.len(), self.d, "one weight per channel");
-                let mask = PartMask::All(Some(weights.clone()));
-                return Part { mask, columns: Vec::new(), continues: false };
-            }
-        };
-        let tail = match previous {
-            Some(HeadMask::Kept(previous)) if !previous.is_empty() => {
-                channels.strip_prefix(&previous[..])
-            }
-            _ => None,
-        };
-        let continues = tail.is_some();
-        let channels = tail.unwrap_or(channels);
-        if channels.iter().map(|&c| usize::from(c)).eq(0..self.d) {
-            return Part { mask: PartMask::All(None), columns: Vec::new(), continues };
-        }
-        let mut columns = Vec::with_capacity(self.middle().len() * channels.len());
-        for key in self.middle() {
-            let row = &self.data.k[key * self.d..][..self.d];
-            columns.extend(channels.iter().map(|&c| row[usize::from(c)]));
-        }
-        Part { mask: PartMask::Some(channels.to_vec()), columns, continues }
     }
 
     /// Evaluates every mask on the positions `valid`.
@@ -296,7 +242,12 @@ impl Tile<'_> {
         if width > 0 {
             let beta = if part.continues { 1.0 } else { 0.0 };
             let queries = part.queries(q, q_part, rows);
-            multiply(self.part_keys(part, keys), view(queries, width, rows), beta, masked);
+            if part.continues && width <= FEW {
+                let k = &part.columns[..middle * width];
+                add_channels(masked, k, &queries[..width * rows], rows);
+            } else {
+                multiply(self.part_keys(part, keys), view(queries, width, rows), beta, masked);
+            }
         }
         mixed.clear();
         let boundary = keys.boundary..keys.recent;
@@ -452,68 +403,4 @@ impl Tile<'_> {
             }
         }
     }
-}
-
-impl Part {
-    /// Channels whose products it needs.
-    fn width(&self, d: usize) -> usize {
-        match &self.mask {
-            PartMask::Dead => 0,
-            PartMask::All(_) => d,
-            PartMask::Some(channels) => channels.len(),
-        }
-    }
-
-    /// Channel of column `column`.
-    fn channel(&self, column: usize) -> usize {
-        match &self.mask {
-            PartMask::Some(channels) => usize::from(channels[column]),
-            _ => column,
-        }
-    }
-
-    /// The queries that go with the part's columns, `[width, rows]`.
-    fn queries<'b>(&self, q: &'b [f32], scratch: &'b mut Vec<f32>, rows: usize) -> &'b [f32] {
-        scratch.clear();
-        match &self.mask {
-            PartMask::Dead | PartMask::All(None) => return q,
-            PartMask::All(Some(weights)) => {
-                for (q, weight) in q.chunks_exact(rows).zip(weights) {
-                    scratch.extend(q.iter().map(|q| q * weight));
-                }
-            }
-            PartMask::Some(channels) => {
-                for &c in channels {
-                    scratch.extend_from_slice(&q[usize::from(c) * rows..][..rows]);
-                }
-            }
-        }
-        scratch
-    }
-}
-
-/// `values` with `len` elements, all 0.
-fn reset(values: &mut Vec<f32>, len: usize) {
-    values.clear();
-    values.resize(len, 0.0);
-}
-
-/// `values` with `len` elements that are about to be overwritten.
-fn size(values: &mut Vec<f32>, len: usize) {
-    values.resize(len, 0.0);
-}
-
-/// The first `rows · columns` values as a matrix.
-fn view(values: &[f32], rows: usize, columns: usize) -> ArrayView2<'_, f32> {
-    ArrayView2::from_shape((rows, columns), &values[..rows * columns])
-        .expect("the slice was cut to the shape")
-}
-
-/// `out = a · b + beta · out`, row-major.
-fn multiply(a: ArrayView2<'_, f32>, b: ArrayView2<'_, f32>, beta: f32, out: &mut [f32]) {
-    let shape = (a.nrows(), b.ncols());
-    let len = shape.0 * shape.1;
-    let mut out =
-        ArrayViewMut2::from_shape(shape, &mut out[..len]).expect("the slice was cut to the shape");
-    general_mat_mul(1.0, &a, &b, beta, &mut out);
 }
