@@ -2,8 +2,9 @@
 //!
 //! [`Model`] holds everything but the attention: each layer hands its queries, keys and values to an
 //! [`Attention`], which may be [`DenseAttention`] (whole and exact, for prompts and as the
-//! reference), a lean cache, or your own. [`dump()`] runs a model over texts and
-//! leaves the activations and [probes](probe()) that `leank-train` learns masks from.
+//! reference), [`LeanAttention`] (a lean cache) or your own. [`dump()`] runs a model over texts and
+//! leaves the activations and [probes](probe()) that `leank-train` learns masks from; [`eval`] says
+//! what a mask costs.
 //!
 //! ```no_run
 //! use leank_candle::{DenseAttention, LoadOptions, Model};
@@ -29,11 +30,13 @@ mod cuts;
 mod dense;
 mod dump;
 mod error;
+pub mod eval;
 mod fingerprint;
 #[allow(unsafe_code)] // one call of `gemm`, behind checked matrix views
 mod gemm;
 mod gguf;
 mod gguf_file;
+mod lean;
 mod linear;
 #[cfg(test)]
 mod loading_tests;
@@ -45,6 +48,7 @@ mod rng;
 mod rope;
 mod rows;
 mod safetensors;
+mod tasks;
 #[cfg(test)]
 mod testing;
 mod tokenizer;
@@ -54,7 +58,9 @@ pub use config::{Family, ModelConfig, RopeScaling};
 pub use dense::DenseAttention;
 pub use dump::{DumpOptions, DumpProgress, Text, dump};
 pub use error::{Error, Result};
+pub use lean::{LeanAttention, store_prefix};
 pub use model::{Attention, LoadOptions, Model};
 pub use probe::{LayerProbe, ProbeOptions, SequenceProbe, probe};
+pub use tasks::{Task, TaskItem};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::Precision;

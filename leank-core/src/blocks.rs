@@ -13,6 +13,10 @@ use std::collections::HashMap;
 
 use crate::{CacheLayout, Error, Result, Windows};
 
+/// Most tokens of one sequence: no model's context comes near, and sizes in bytes stay far from
+/// the end of `u64`.
+pub const MAX_TOKENS: usize = 1 << 32;
+
 /// Whether block `index` (tokens `index·block..(index+1)·block`) is lean in a step whose first
 /// query stands at position `start`.
 ///
@@ -321,9 +325,12 @@ impl Ledger {
         }
         for entry in entries {
             let len = self.sequence(entry.sequence)?.len;
-            let fits = len.checked_add(entry.tokens).is_some_and(|end| end < usize::MAX / 4);
+            let fits = len.checked_add(entry.tokens).is_some_and(|end| end <= MAX_TOKENS);
             if entry.tokens == 0 || !fits {
-                let why = format!("{} new tokens for sequence {}", entry.tokens, entry.sequence.0);
+                let why = format!(
+                    "{} new tokens for sequence {} of {len}; at least 1, and {MAX_TOKENS} in all",
+                    entry.tokens, entry.sequence.0
+                );
                 return Err(Error::invalid("step", why));
             }
         }

@@ -1,9 +1,8 @@
 //! Answers before anything runs: what a cache will take at some length, and what fits.
 
-use crate::{BlockCount, CacheConfig, CacheLayout, LayoutRules, Result, Windows};
-
-/// Contexts beyond this count as without end.
-const MAX_PLANNED_TOKENS: usize = 1 << 40;
+use crate::{
+    BlockCount, CacheConfig, CacheLayout, LayoutRules, Result, Windows, blocks::MAX_TOKENS,
+};
 
 /// Predicts the bytes of a sequence, to the byte as [`crate::Ledger::memory`] will count them.
 #[derive(Clone, Debug)]
@@ -68,13 +67,13 @@ impl Planner {
     }
 
     /// Most tokens of one sequence, decoded token by token, that never take more than `bytes`.
-    /// `None`: more than any model can use (2^40), e.g. where lean blocks take nothing.
+    /// `None`: more than any model can use (2^32), e.g. where lean blocks take nothing.
     #[must_use]
     pub fn tokens_within(&self, bytes: u64) -> Option<usize> {
         let block = self.layout.block;
         let fits_block = |index: usize| self.peak_at_block(index, (index + 1) * block) <= bytes;
         // The peak never falls from one block to the next: find the first that does not fit.
-        let end = MAX_PLANNED_TOKENS / block;
+        let end = MAX_TOKENS / block;
         if fits_block(end) {
             return None;
         }

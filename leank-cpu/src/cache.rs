@@ -119,6 +119,8 @@ impl Cache for CpuCache {
         self.check_layer("append", layer)?;
         self.check_view("K of a step", k.shape(), self.config.shape.kv_heads)?;
         self.check_view("V of a step", v.shape(), self.config.shape.kv_heads)?;
+        // An append that fails leaves the layer half written.
+        self.appended[layer.0] = false;
         let Self { config, layout, ledger, store, .. } = self;
         let mut writer = LayerWriter { config, layout, store, layer };
         for sequence in ledger.step().map_or(&[][..], |step| &step.sequences) {

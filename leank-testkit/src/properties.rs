@@ -270,6 +270,13 @@ pub fn non_finite_values_are_refused<S: Subject>(subject: &S) {
         let (k, v) = if in_k { (&rows, &good) } else { (&good, &rows) };
         let result = subject.append(&mut world.cache, Layer(0), k, v);
         assert!(matches!(result, Err(Error::Invalid { .. })), "{result:?}");
+        // A refused append takes back an earlier one of the same layer, which it may have
+        // overwritten in part.
+        subject.append(&mut world.cache, Layer(0), &good, &good).expect("valid");
+        subject.append(&mut world.cache, Layer(0), k, v).expect_err("not finite");
+        let q = world.rows(Kind::Query, Layer(0), &load);
+        let result = subject.attend(&mut world.cache, Layer(0), &q);
+        assert!(matches!(result, Err(Error::Order { .. })), "{result:?}");
         world.cache.cancel();
         world.checked_step(&load);
     });

@@ -1,0 +1,145 @@
+//! What a mask costs in quality and saves in bytes, measured by decoding through the lean cache.
+//!
+//! Every item is a prefix and a continuation. The model reads the prefix densely, as engines do,
+//! and both ways go on from there with the same tokens: densely, and token by token through a
+//! lean cache that holds the prefix. Nothing is simulated with masked tensors.
+
+mod items;
+mod runner;
+mod score;
+
+use leank_core::CacheConfig;
+use serde::Serialize;
+
+use crate::{Error, Model, Result, tasks::Task};
+pub use score::{TaskScore, TextScore};
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct EvalOptions {
+    /// Tokens of context at the last decoded position.
+    pub context: usize,
+    /// Decoded positions per sequence of text.
+    pub positions: usize,
+    /// Sequences of text.
+    pub sequences: usize,
+    /// Retrieval tasks.
+    pub tasks: Vec<Task>,
+    /// Items per task.
+    pub items: usize,
+    /// Sequences that decode together.
+    pub batch: usize,
+    /// Seed of where sequences are cut and what is hidden.
+    pub seed: u64,
+}
+
+impl Default for EvalOptions {
+    fn default() -> Self {
+        Self {
+            context: 2048,
+            positions: 128,
+            sequences: 16,
+            tasks: Vec::new(),
+            items: 32,
+            batch: 8,
+            seed: 1,
+        }
+    }
+}
+
+/// Bytes of the lean caches at the end of the text sequences, as they report them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct CacheBytes {
+    /// Tokens.
+    pub tokens: u64,
+    /// Bytes of the blocks in use.
+    pub bytes: u64,
+    /// Bytes of a dense cache of the same tokens.
+    pub dense_bytes: u64,
+}
+
+impl CacheBytes {
+    /// Whole-KV ratio; `None` when nothing was measured.
+    #[must_use]
+    pub fn whole_kv_ratio(&self) -> Option<f64> {
+        (self.dense_bytes > 0).then(|| self.bytes as f64 / self.dense_bytes as f64)
+    }
+}
+
+/// The measurements of one mask.
+#[derive(Clone, Debug, Serialize)]
+pub struct MaskReport {
+    /// On plain text; absent when no sequences were asked for.
+    pub text: Option<TextScore>,
+    /// On retrieval tasks.
+    pub tasks: Vec<TaskScore>,
+    /// Measured on the caches.
+    pub cache: CacheBytes,
+}
+
+/// Progress of an evaluation: items done and all of them. An item is one sequence read densely or
+/// one sequence decoded through one mask.
+pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
+
+/// Measures every configuration on the same items; the dense side is computed once.
+///
+/// # Errors
+/// [`Error::Option`] for options that cannot be right, [`Error::Context`] when the model's context
+/// is shorter than asked for, [`Error::ShortText`] and [`Error::EmptyText`], and what the model or
+/// a cache says.
+pub fn evaluate(
+    model: &Model,
+    configs: &[CacheConfig],
+    texts: &[(String, String)],
+    options: &EvalOptions,
+    progress: Progress<'_>,
+) -> Result<Vec<MaskReport>> {
+    check(model, options)?;
+    let groups = items::groups(model, texts, options)?;
+    let all: usize = groups.iter().map(|group| group.items.len()).sum();
+    let mut done = 0;
+    let total = all * (1 + configs.len());
+    let mut tick = || {
+        done += 1;
+        progress(done, total);
+    };
+    let mut reports: Vec<MaskReport> = configs
+        .iter()
+        .map(|_| MaskReport { text: None, tasks: Vec::new(), cache: CacheBytes::default() })
+        .collect();
+    for group in &groups {
+        let measured = runner::run(model, configs, &group.items, options.batch, &mut tick)?;
+        for (report, measured) in reports.iter_mut().zip(measured) {
+            match group.task {
+                Some(task) => report.tasks.push(TaskScore::new(task, &measured.items)),
+                None => {
+                    report.text = Some(TextScore::new(&measured.items));
+                    report.cache = measured.cache;
+                }
+            }
+        }
+    }
+    Ok(reports)
+}
+
+fn check(model: &Model, options: &EvalOptions) -> Result<()> {
+    let &EvalOptions { context, positions, sequences, items, batch, .. } = options;
+    for (option, n) in [("positions", positions), ("batch", batch)] {
+        if n == 0 {
+            return Err(Error::option(option, "must be at least 1"));
+        }
+    }
+    if positions >= context {
+        let why =
+            format!("{positions} decoded positions leave no prefix in a context of {context}");
+        return Err(Error::option("positions", why));
+    }
+    if sequences == 0 && (items == 0 || options.tasks.is_empty()) {
+        return Err(Error::option("sequences", "0 and no task: there is nothing to measure"));
+    }
+    let limit = model.config().context_length;
+    if context > limit {
+        return Err(Error::Context { what: "the evaluation", needed: context, limit });
+    }
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! `leank dump`
+
+use std::{ops::RangeInclusive, path::PathBuf};
+
+use anyhow::Context as _;
+use leank::{
+    Dtype,
+    candle::{DumpOptions, Text, dump},
+    train::dump::{DumpDtype, Existing, Probe},
+};
+
+use crate::{model, output, parse, texts};
+
+/// Record what a model's attention sees on your text, for `leank learn`.
+///
+/// Per layer: queries, keys and values after RoPE at the last positions of each sequence, and how
+/// the model's own predictions react to each head's output there (the Fisher probe). Use text like
+/// what the model will see; 40 sequences and more. One dump serves every method and budget.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: model::Args,
+    /// Text files, UTF-8.
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    text: Vec<PathBuf>,
+    /// The folder to write; it appears when the dump is whole.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Sequences.
+    #[arg(long, default_value_t = 48)]
+    sequences: usize,
+    /// Decode positions per sequence.
+    #[arg(long, default_value_t = 128)]
+    positions: usize,
+    /// Tokens before them, spread evenly over this range: the context lengths of deployment.
+    #[arg(long, default_value = "1024..3584", value_name = "FROM..TO", value_parser = parse::lengths)]
+    prefix: RangeInclusive<usize>,
+    /// Draws of the probe.
+    #[arg(long, default_value_t = 2, value_name = "DRAWS")]
+    probes: usize,
+    /// fisher: from gradients of the model's own predictions. random: without gradients, rougher.
+    #[arg(long, default_value = "fisher")]
+    probe: ProbeName,
+    /// Share of the sequences that hide facts in the text and ask for them.
+    #[arg(long, default_value_t = 0.3, value_parser = parse::share)]
+    retrieval: f64,
+    /// Element type on disk: f32, f16 or bf16.
+    #[arg(long, default_value = "f16", value_parser = parse::dtype)]
+    dtype: Dtype,
+    /// Seed of everything random.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Replace a dump that is there.
+    #[arg(long)]
+    overwrite: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum ProbeName {
+    Fisher,
+    Random,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let texts = texts::read(&args.text)?;
+    let texts: Vec<_> = texts.into_iter().map(|(name, text)| Text { name, text }).collect();
+    let model = args.model.load()?;
+    let options = DumpOptions {
+        sequences: args.sequences,
+        positions: args.positions,
+        prefix: args.prefix.clone(),
+        probe: match args.probe {
+            ProbeName::Fisher => Probe::Fisher,
+            ProbeName::Random => Probe::Random,
+        },
+        draws: args.probes,
+        dtype: match args.dtype {
+            Dtype::F32 => DumpDtype::F32,
+            Dtype::F16 => DumpDtype::F16,
+            Dtype::Bf16 => DumpDtype::Bf16,
+        },
+        seed: args.seed,
+        retrieval: args.retrieval,
+        existing: if args.overwrite { Existing::Replace } else { Existing::default() },
+    };
+    let bar = output::bar(args.sequences as u64, "dumping sequences");
+    let mut bytes = 0;
+    let manifest = dump(&model, &texts, &args.out, &options, &mut |progress| {
+        bytes = progress.bytes;
+        bar.set_position(progress.done as u64);
+    })
+    .with_context(|| format!("dumping to {}", args.out.display()))?;
+    bar.finish_and_clear();
+    output::line(format!(
+        "{}: {} of {}, {} sequences × {} positions, {}",
+        args.out.display(),
+        manifest.model_id,
+        manifest.shape,
+        manifest.sequences.len(),
+        manifest.positions,
+        output::bytes(bytes),
+    ))
+}

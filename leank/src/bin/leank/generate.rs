@@ -1,0 +1,155 @@
+//! `leank generate`
+
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use leank::{
+    Backend as _, Cache as _, CacheConfig, SequenceId, StepEntry,
+    candle::{DenseAttention, LeanAttention, Model, Precision, store_prefix},
+    cpu::{Cpu, CpuCache},
+    files::read_mask,
+};
+
+use crate::{model, output, plan::CacheArgs};
+
+/// Continue a prompt, token by token, and report speed and cache bytes.
+///
+/// With --mask the cache is lean; without, the same cache keeps everything. The most likely token
+/// is taken each time, so the result is the same every time.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: model::Args,
+    /// The mask; without one nothing is pruned.
+    #[arg(long, value_name = "FILE")]
+    mask: Option<PathBuf>,
+    /// The prompt.
+    #[arg(long, conflicts_with = "prompt_file", required_unless_present = "prompt_file")]
+    prompt: Option<String>,
+    /// A file with the prompt, UTF-8.
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// Most tokens to generate.
+    #[arg(long, default_value_t = 64)]
+    tokens: usize,
+    /// Compute with the weights as they are stored: less memory, slow prompts. By default they are
+    /// expanded to f32, as in `eval`.
+    #[arg(long)]
+    as_stored: bool,
+    #[command(flatten)]
+    cache: CacheArgs,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let precision = if args.as_stored { Precision::AsStored } else { Precision::F32 };
+    let model = args.model.load_as(precision)?;
+    let prompt = match (&args.prompt, &args.prompt_file) {
+        (Some(prompt), _) => prompt.clone(),
+        (None, Some(path)) => crate::texts::read_one(path)?,
+        (None, None) => unreachable!("clap requires one of them"),
+    };
+    let tokens = model.tokenizer().encode(&prompt)?;
+    anyhow::ensure!(!tokens.is_empty(), "the prompt is empty: there is nothing to continue");
+    let limit = model.config().context_length;
+    anyhow::ensure!(
+        tokens.len() + args.tokens <= limit,
+        "the prompt has {} tokens and {} are to follow; the model's context is {limit}",
+        tokens.len(),
+        args.tokens
+    );
+    let mut config = config(&model, args.mask.as_deref())?;
+    let windows = config.windows;
+    args.cache.apply(&mut config);
+    if args.mask.is_none() {
+        config.windows = windows;
+    }
+    Generation::new(&model, config, &tokens)?.run(args.tokens)
+}
+
+fn config(model: &Model, mask: Option<&Path>) -> anyhow::Result<CacheConfig> {
+    let shape = model.config().shape();
+    let Some(path) = mask else { return Ok(CacheConfig::dense(shape)?) };
+    let mask = read_mask(path, &Default::default())?;
+    mask.check_model(model.fingerprint())
+        .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+    Ok(CacheConfig::new(shape, mask)?)
+}
+
+struct Generation<'a> {
+    model: &'a Model,
+    cache: CpuCache,
+    sequence: SequenceId,
+    next: u32,
+    prompt_seconds: f64,
+    prompt_tokens: usize,
+}
+
+impl<'a> Generation<'a> {
+    fn new(model: &'a Model, config: CacheConfig, prompt: &[u32]) -> anyhow::Result<Self> {
+        let start = Instant::now();
+        let mut cache = Cpu::new().create(config)?;
+        let sequence = cache.add_sequence();
+        let mut dense = DenseAttention::new(model.config().shape(), prompt.len());
+        let hidden = dense.prefill(model, prompt)?;
+        store_prefix(&mut cache, sequence, &dense)?;
+        let next = most_likely(&model.logits(&hidden)?.to_vec2()?[0]);
+        let prompt_seconds = start.elapsed().as_secs_f64();
+        Ok(Self { model, cache, sequence, next, prompt_seconds, prompt_tokens: prompt.len() })
+    }
+
+    fn run(mut self, most: usize) -> anyhow::Result<()> {
+        let mut out = std::io::stdout().lock();
+        let mut stream = self.model.tokenizer().stream();
+        let start = Instant::now();
+        let mut decoded = 0;
+        for generated in 0..most {
+            if self.model.tokenizer().eos().contains(&self.next) {
+                break;
+            }
+            write!(out, "{}", stream.push(self.next)?)?;
+            out.flush()?;
+            if generated + 1 < most {
+                self.step()?;
+                decoded += 1;
+            }
+        }
+        writeln!(out, "{}", stream.finish()?)?;
+        self.report(decoded, start.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    fn step(&mut self) -> anyhow::Result<()> {
+        let position = self.cache.sequence_len(self.sequence)?;
+        self.cache.plan(&[StepEntry::decode(self.sequence, 1)])?;
+        let mut attention = LeanAttention::new(&mut self.cache);
+        let hidden = self.model.hidden(&[self.next], &[position], &mut attention)?;
+        self.cache.commit()?;
+        self.next = most_likely(&self.model.logits(&hidden)?.to_vec2()?[0]);
+        Ok(())
+    }
+
+    fn report(&self, decoded: usize, seconds: f64) {
+        let memory = self.cache.memory();
+        eprintln!(
+            "prompt {} tokens in {:.2} s; {decoded} tokens decoded at {:.1} tokens/s; cache {}, whole-KV ratio {:.3}",
+            self.prompt_tokens,
+            self.prompt_seconds,
+            decoded as f64 / seconds.max(f64::MIN_POSITIVE),
+            output::bytes(memory.used_bytes()),
+            memory.whole_kv_ratio().unwrap_or(1.0),
+        );
+    }
+}
+
+fn most_likely(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (token, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = token;
+        }
+    }
+    best as u32
+}

@@ -1,0 +1,79 @@
+//! The `leank` command: dump → learn → eval, and what helps around it.
+#![forbid(unsafe_code)]
+
+mod convert;
+mod dump;
+mod eval;
+mod generate;
+mod inspect;
+mod learn;
+mod model;
+mod output;
+mod parse;
+mod plan;
+mod texts;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Learn which channels of a model's K cache matter, and decode from a cache without the others.
+///
+/// The whole way, for a model in GGUF and some text:
+///
+///   leank dump  --model m.gguf --text a.txt b.txt --out dump
+///   leank learn dump --k-ratio 0.7 --out mask.safetensors
+///   leank eval  --model m.gguf --mask mask.safetensors --text c.txt
+///
+/// Exit codes: 0 done, 1 it failed (the reason is on standard error), 2 wrong arguments.
+#[derive(Parser)]
+#[command(version, verbatim_doc_comment, propagate_version = true, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Threads to use; as many as the machine has by default.
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<std::num::NonZeroUsize>,
+    /// No progress bars.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Dump(dump::Args),
+    Learn(learn::Args),
+    Eval(eval::Args),
+    Inspect(inspect::Args),
+    Convert(convert::Args),
+    Plan(plan::Args),
+    Generate(generate::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    output::set_quiet(cli.quiet);
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("leank: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    if let Some(threads) = cli.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
+    }
+    match cli.command {
+        Command::Dump(args) => dump::run(&args),
+        Command::Learn(args) => learn::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Convert(args) => convert::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Generate(args) => generate::run(&args),
+    }
+}

@@ -1,0 +1,88 @@
+//! Arguments of our own kinds.
+
+use std::ops::RangeInclusive;
+
+use leank::{Dtype, ModelShape};
+
+/// A share in 0..=1.
+pub(crate) fn share(text: &str) -> Result<f64, String> {
+    let share: f64 = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
+    if (0.0..=1.0).contains(&share) {
+        return Ok(share);
+    }
+    Err(format!("{share} is not in 0..=1"))
+}
+
+/// `f32`, `f16` or `bf16`.
+pub(crate) fn dtype(text: &str) -> Result<Dtype, String> {
+    Dtype::ALL
+        .into_iter()
+        .find(|dtype| dtype.to_string() == text)
+        .ok_or_else(|| format!("`{text}` is none of f32, f16 and bf16"))
+}
+
+/// Lengths: `2048`, or `1024..3584` with both ends.
+pub(crate) fn lengths(text: &str) -> Result<RangeInclusive<usize>, String> {
+    let number = |text: &str| {
+        text.trim_start_matches('=').parse().map_err(|_| format!("`{text}` is not a length"))
+    };
+    let (from, to) = match text.split_once("..") {
+        Some((from, to)) => (number(from)?, number(to)?),
+        None => (number(text)?, number(text)?),
+    };
+    if from > to {
+        return Err(format!("{from}..{to} ends before it starts"));
+    }
+    Ok(from..=to)
+}
+
+/// Bytes: `4096`, `512MiB`, `16GiB`, `2GB`.
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit: u64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kib" | "k" => 1 << 10,
+        "mib" | "m" => 1 << 20,
+        "gib" | "g" => 1 << 30,
+        "tib" | "t" => 1 << 40,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        unit => return Err(format!("`{unit}` is no unit of bytes; use KiB, MiB, GiB or TiB")),
+    };
+    let number: f64 = digits.parse().map_err(|_| format!("`{text}` is not a number of bytes"))?;
+    let bytes = number * unit as f64;
+    if !(0.0..1e18).contains(&bytes) {
+        return Err(format!("{text} is out of range"));
+    }
+    Ok(bytes as u64)
+}
+
+/// `LAYERS,KV_HEADS,HEAD_DIM`. Query heads do not matter to a mask.
+pub(crate) fn mask_shape(text: &str) -> Result<ModelShape, String> {
+    let parts: Vec<usize> = text
+        .split(',')
+        .map(|part| part.trim().parse().map_err(|_| format!("`{part}` is not a number")))
+        .collect::<Result<_, _>>()?;
+    let [layers, kv_heads, head_dim] = parts[..] else {
+        return Err(format!("`{text}` is not LAYERS,KV_HEADS,HEAD_DIM"));
+    };
+    ModelShape::new(layers, kv_heads, kv_heads, head_dim).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_and_bytes() {
+        assert_eq!(lengths("1024..3584"), Ok(1024..=3584));
+        assert_eq!(lengths("7"), Ok(7..=7));
+        assert!(lengths("9..3").is_err() && lengths("x").is_err());
+        assert_eq!(bytes("1.5GiB"), Ok(3 << 29));
+        assert_eq!(bytes("10"), Ok(10));
+        assert!(bytes("1 parsec").is_err() && bytes("-1").is_err());
+        assert!(mask_shape("32,8,128").is_ok() && mask_shape("32,8").is_err());
+    }
+}

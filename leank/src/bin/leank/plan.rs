@@ -1,0 +1,150 @@
+//! `leank plan`
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use leank::{
+    Backend as _, CacheConfig, DEFAULT_BLOCK, Dtype, ModelShape, Planner, Windows, cpu::Cpu,
+    files::read_mask,
+};
+use serde::Serialize;
+
+use crate::{output, parse};
+
+/// What a cache with this mask will take, before anything runs.
+///
+/// Bytes are those of the CPU backend's blocks, to the byte: windows, padding and the last, partly
+/// filled block included. The ratio is against a dense cache without padding.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The mask.
+    #[arg(long, value_name = "FILE")]
+    mask: PathBuf,
+    /// Context lengths to plan for.
+    #[arg(long, value_name = "TOKENS", num_args = 1.., value_delimiter = ',',
+        default_values_t = [2_048, 8_192, 32_768, 131_072])]
+    context: Vec<usize>,
+    /// How many tokens of context fit into this, e.g. 16GiB.
+    #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
+    memory: Option<u64>,
+    #[command(flatten)]
+    cache: CacheArgs,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments that decide what a cache stores.
+#[derive(clap::Args)]
+pub(crate) struct CacheArgs {
+    /// First tokens that are kept whole; the mask's own by default.
+    #[arg(long, value_name = "TOKENS")]
+    sink: Option<usize>,
+    /// Most recent tokens that are kept whole; the mask's own by default.
+    #[arg(long, value_name = "TOKENS")]
+    recent: Option<usize>,
+    /// Tokens per block.
+    #[arg(long, default_value_t = DEFAULT_BLOCK)]
+    block: usize,
+    /// Type of the stored elements: f32, f16 or bf16.
+    #[arg(long, default_value = "f16", value_parser = parse::dtype)]
+    dtype: Dtype,
+}
+
+impl CacheArgs {
+    /// Applies the arguments to a configuration.
+    pub(crate) fn apply(&self, config: &mut CacheConfig) {
+        config.windows = Windows {
+            sink: self.sink.unwrap_or(config.windows.sink),
+            recent: self.recent.unwrap_or(config.windows.recent),
+        };
+        config.block = self.block;
+        config.dtype = self.dtype;
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    context: usize,
+    bytes: u64,
+    peak_bytes: u64,
+    dense_bytes: u64,
+    whole_kv_ratio: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    sink: usize,
+    recent: usize,
+    block: usize,
+    dtype: String,
+    contexts: Vec<Row>,
+    memory: Option<Fit>,
+}
+
+#[derive(Serialize)]
+struct Fit {
+    bytes: u64,
+    /// `None`: more than 2^32.
+    tokens: Option<usize>,
+    dense_tokens: u64,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let mask = read_mask(&args.mask, &Default::default())?;
+    // Query heads do not matter to bytes.
+    let shape = ModelShape::new(mask.layers(), mask.kv_heads(), mask.kv_heads(), mask.head_dim())?;
+    let mut config = CacheConfig::new(shape, mask)?;
+    args.cache.apply(&mut config);
+    let planner = Planner::new(&config, Cpu::new().layout_rules()).context("this cache")?;
+    let token_bytes = planner.layout().dense_token_bytes as u64;
+    let contexts = args.context.iter().map(|&context| {
+        let footprint = planner.footprint(context);
+        Row {
+            context,
+            bytes: footprint.bytes,
+            peak_bytes: footprint.peak_bytes,
+            dense_bytes: footprint.dense_bytes,
+            whole_kv_ratio: footprint.whole_kv_ratio(),
+        }
+    });
+    let report = Report {
+        sink: config.windows.sink,
+        recent: config.windows.recent,
+        block: config.block,
+        dtype: config.dtype.to_string(),
+        contexts: contexts.collect(),
+        memory: args.memory.map(|bytes| Fit {
+            bytes,
+            tokens: planner.tokens_within(bytes),
+            dense_tokens: bytes / token_bytes,
+        }),
+    };
+    if args.json { output::json(&report) } else { print(&report) }
+}
+
+fn print(report: &Report) -> anyhow::Result<()> {
+    let Report { sink, recent, block, dtype, .. } = report;
+    output::line(format!("sink {sink}, recent {recent}, blocks of {block} tokens, {dtype}"))?;
+    let mut table = output::table(["context", "lean", "peak", "dense", "whole-KV ratio"]);
+    for row in &report.contexts {
+        let ratio = row.whole_kv_ratio.map_or("–".to_owned(), |ratio| format!("{ratio:.3}"));
+        table.add_row([
+            row.context.to_string(),
+            output::bytes(row.bytes),
+            output::bytes(row.peak_bytes),
+            output::bytes(row.dense_bytes),
+            ratio,
+        ]);
+    }
+    output::line(table)?;
+    if let Some(fit) = &report.memory {
+        let tokens = fit.tokens.map_or("more than 2^32".to_owned(), |tokens| tokens.to_string());
+        output::line(format!(
+            "{} hold {tokens} tokens of one sequence ({} in a dense cache)",
+            output::bytes(fit.bytes),
+            fit.dense_tokens
+        ))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,24 @@
+//! Text files as they are given to `dump` and `eval`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+
+/// Reads the files as (name, text).
+pub(crate) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<(String, String)>> {
+    paths.iter().map(|path| Ok((name(path), read_one(path)?))).collect()
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+pub(crate) fn read_one(path: &Path) -> anyhow::Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        anyhow::anyhow!("{}: not UTF-8 text from byte {at} on; convert it first", path.display())
+    })?;
+    anyhow::ensure!(!text.trim().is_empty(), "{}: the text is empty", path.display());
+    Ok(text)
+}
