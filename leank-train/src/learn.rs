@@ -190,7 +190,7 @@ pub fn learn_mask(
     let shape = dump.manifest().shape;
     let exact = matches!(options.method, Method::E2 | Method::E1);
     measured_counts(shape.head_dim, options.step)?;
-    // A step of 1 fits every alignment: curves of baselines are only looked up.
+    // Curves are measured at multiples of the step; LeanK has none.
     budget.check(&shape, if options.method == Method::LeanK { 1 } else { options.step })?;
     budget.budget.limit(shape.layers * shape.kv_heads, shape.head_dim)?;
     let (kept, scores, loss) = if options.method == Method::LeanK {

@@ -2,7 +2,8 @@
 
 use leank_core::{KvHead, Layer, ModelShape, Windows};
 use leank_train::{
-    dump::{Dump, DumpDtype, HeadData},
+    Error,
+    dump::{Dump, DumpDtype, DumpWriter, HeadData, SequenceTensors},
     stats::{HeadEvaluator, HeadMask, Stats, Want},
     synthetic::Synthetic,
 };
@@ -280,5 +281,33 @@ fn b_is_half_the_gradient_of_the_loss() {
     assert!(largest > 1e-9);
     for (b, gradient) in stats.b.iter().zip(&gradient) {
         assert!((b - gradient).abs() < 1e-3 * largest, "{:?} {gradient:?}", stats.b);
+    }
+}
+
+/// Finite activations whose products are not: an error, never a silent number.
+#[test]
+fn overflow_is_told() {
+    for (tensor, value) in [("qk", 1e25), ("gv", 3e38)] {
+        let own = Synthetic { draws: 1, ..synthetic(1, 4, vec![20], 2) };
+        let mut tensors = own.sequence(Layer(0), 0);
+        let changed = match tensor {
+            "qk" => [&mut tensors.q, &mut tensors.k],
+            _ => [&mut tensors.g, &mut tensors.v],
+        };
+        for values in changed {
+            values.iter_mut().for_each(|x| *x = x.signum() * value);
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("dump");
+        let mut writer = DumpWriter::create(&path, own.manifest()).unwrap();
+        let [q, k, v, g] = [&tensors.q, &tensors.k, &tensors.v, &tensors.g];
+        writer.write(Layer(0), 0, SequenceTensors { q, k, v, g }).unwrap();
+        writer.finish().unwrap();
+        let dump = Dump::open(&path).unwrap();
+        let reader = dump.layer(Layer(0)).unwrap();
+        let windows = Windows { sink: 1, recent: 2 };
+        let found = HeadEvaluator::new(&reader, KvHead(0), windows)
+            .evaluate(&[HeadMask::Kept(vec![0, 2])], None);
+        assert!(matches!(found, Err(Error::Overflow { .. })), "{tensor}: {found:?}");
     }
 }
