@@ -102,3 +102,121 @@ where
     }
     Ok(cache.commit()?)
 }
+
+#[cfg(test)]
+mod tests {
+    use leank_core::oracle;
+    use leank_core::{
+        Backend as _, CacheConfig, ChannelMask, Dtype, ModelMask, ModelShape, StepEntry, Windows,
+    };
+    use leank_cpu::Cpu;
+
+    use super::*;
+    use crate::DenseAttention;
+    use crate::rng::Rng;
+    use crate::testing::TinyModel;
+
+    /// The same attention by other means: all keys and values in f64, masked as the oracle says.
+    struct Masked {
+        config: CacheConfig,
+        keys: Vec<Vec<f64>>,
+        values: Vec<Vec<f64>>,
+        start: usize,
+    }
+
+    impl Masked {
+        fn push(&mut self, layer: usize, k: &[f32], v: &[f32]) {
+            self.keys[layer].extend(k.iter().map(|&x| f64::from(x)));
+            self.values[layer].extend(v.iter().map(|&x| f64::from(x)));
+        }
+    }
+
+    impl Attention for Masked {
+        fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+            let flat = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+            self.push(layer, &flat(k)?, &flat(v)?);
+            let queries: Vec<f64> = flat(q)?.into_iter().map(f64::from).collect();
+            let attention = oracle::Attention {
+                masks: self.config.mask.layer(Layer(layer)),
+                query_heads: self.config.shape.query_heads,
+                windows: self.config.windows,
+                block: self.config.block,
+                scale: f64::from(self.config.scale()),
+                soft_cap: None,
+                start: self.start,
+                keys: &self.keys[layer],
+                values: &self.values[layer],
+                queries: &queries,
+            };
+            let out: Vec<f32> = attention.output().into_iter().map(|x| x as f32).collect();
+            Ok(Tensor::from_vec(out, q.shape(), &Device::Cpu)?)
+        }
+    }
+
+    fn config(shape: ModelShape, rng: &mut Rng) -> CacheConfig {
+        let heads = (0..shape.layers * shape.kv_heads).map(|head| {
+            let keep = |_: &usize| head != 1 && rng.below(3) > 0;
+            let kept = (0..shape.head_dim).filter(keep).map(|c| c as u16).collect();
+            ChannelMask::new(shape.head_dim, kept).unwrap()
+        });
+        let heads = heads.collect();
+        let mask = ModelMask::new(shape.layers, shape.kv_heads, shape.head_dim, heads).unwrap();
+        assert!(mask.heads()[1].is_dead());
+        CacheConfig {
+            windows: Windows { sink: 3, recent: 9 },
+            block: 4,
+            dtype: Dtype::F32,
+            ..CacheConfig::new(shape, mask).unwrap()
+        }
+    }
+
+    #[test]
+    fn decoding_through_the_lean_cache_is_masked_attention() {
+        for model in [TinyModel::llama().load(), TinyModel::qwen2().load()] {
+            let shape = model.config().shape;
+            let mut rng = Rng::new(11);
+            let config = config(shape, &mut rng);
+            let tokens: Vec<u32> = (0..70).map(|_| rng.below(200) as u32).collect();
+            let (prefix, rest) = tokens.split_at(41);
+
+            let mut dense = DenseAttention::new(shape, prefix.len());
+            dense.prefill(&model, prefix).unwrap();
+            let mut cache = Cpu::new().create(config.clone()).unwrap();
+            let id = cache.add_sequence();
+            store_prefix(&mut cache, id, &dense).unwrap();
+            let none = vec![Vec::new(); shape.layers];
+            let mut masked =
+                Masked { config, keys: none.clone(), values: none, start: prefix.len() };
+            for layer in 0..shape.layers {
+                let rows = |tensor: Tensor| -> Vec<f32> {
+                    let token_major = tensor.transpose(0, 1).unwrap().contiguous().unwrap();
+                    token_major.flatten_all().unwrap().to_vec1().unwrap()
+                };
+                let (k, v) = (dense.keys(layer).unwrap(), dense.values(layer).unwrap());
+                masked.push(layer, &rows(k), &rows(v));
+            }
+
+            let mut furthest_from_dense = 0.0f32;
+            for &token in rest {
+                let position = cache.sequence_len(id).unwrap();
+                masked.start = position;
+                cache.plan(&[StepEntry::decode(id, 1)]).unwrap();
+                let mut lean = LeanAttention::new(&mut cache);
+                let lean = model.hidden(&[token], &[position], &mut lean).unwrap();
+                cache.commit().unwrap();
+                let want = model.hidden(&[token], &[position], &mut masked).unwrap();
+                let whole = model.hidden(&[token], &[position], &mut dense).unwrap();
+                let logits = |hidden: &Tensor| -> Vec<f32> {
+                    model.logits(hidden).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+                };
+                let (lean, want, whole) = (logits(&lean), logits(&want), logits(&whole));
+                for ((lean, want), whole) in lean.iter().zip(&want).zip(&whole) {
+                    assert!((lean - want).abs() < 1e-4, "position {position}: {lean}, not {want}");
+                    furthest_from_dense = furthest_from_dense.max((want - whole).abs());
+                }
+            }
+            // Otherwise the mask did nothing and the test showed nothing.
+            assert!(furthest_from_dense > 1e-2, "{furthest_from_dense}");
+        }
+    }
+}

@@ -88,7 +88,8 @@ struct Fact {
     question: String,
 }
 
-fn number(rng: &mut Rng) -> usize {
+/// A number of five digits.
+pub(crate) fn number(rng: &mut Rng) -> usize {
     10_000 + rng.below(90_000)
 }
 
@@ -141,7 +142,7 @@ fn ask(
 }
 
 /// As many tokens as `text` has: the needles at random places, text between.
-fn hide(text: &[u32], mut needles: Vec<Vec<u32>>, rng: &mut Rng) -> Vec<u32> {
+pub(crate) fn hide(text: &[u32], mut needles: Vec<Vec<u32>>, rng: &mut Rng) -> Vec<u32> {
     let inserted: usize = needles.iter().map(Vec::len).sum();
     let around = &text[..text.len() - inserted];
     rng.shuffle(&mut needles);

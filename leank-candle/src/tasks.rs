@@ -7,6 +7,7 @@
 
 use std::fmt;
 
+use crate::retrieval::{hide, number};
 use crate::rng::Rng;
 use crate::{Error, Result, Tokenizer};
 
@@ -66,14 +67,9 @@ struct Riddle {
     answer: String,
 }
 
-fn number(rng: &mut Rng, digits: u32) -> String {
-    let low = 10usize.pow(digits - 1);
-    (low + rng.below(9 * low)).to_string()
-}
-
 fn riddle(task: Task, rng: &mut Rng) -> Riddle {
     if task == Task::Passkey {
-        let key = number(rng, 5);
+        let key = number(rng);
         return Riddle {
             hidden: vec![format!("\nThe pass key is {key}. Remember it. {key} is the pass key.\n")],
             question: "\nWhat is the pass key? The pass key is".into(),
@@ -83,7 +79,7 @@ fn riddle(task: Task, rng: &mut Rng) -> Riddle {
     let mut things = THINGS;
     rng.shuffle(&mut things);
     let things = &things[..if task == Task::MultiKey { 4 } else { 1 }];
-    let numbers: Vec<String> = things.iter().map(|_| number(rng, 5)).collect();
+    let numbers: Vec<usize> = things.iter().map(|_| number(rng)).collect();
     let fact = |(thing, number)| format!("\nThe special magic number for {thing} is {number}.\n");
     let asked = rng.below(things.len());
     let thing = things[asked];
@@ -112,28 +108,63 @@ pub(crate) fn lay_out(
     let asking = tokenizer.encode_piece(&riddle.question)?;
     let whole = tokenizer.encode_piece(&(riddle.question.clone() + &riddle.answer))?;
     let shared = asking.iter().zip(&whole).take_while(|(a, b)| a == b).count();
-    let mut hidden = riddle
+    let hidden = riddle
         .hidden
         .iter()
         .map(|text| tokenizer.encode_piece(text))
         .collect::<Result<Vec<_>>>()?;
-    let added: usize = hidden.iter().map(Vec::len).sum::<usize>() + whole.len();
-    let hay = length.checked_sub(added).filter(|hay| *hay > 0 && *hay <= text.len());
-    let Some(hay) = hay else {
-        let expected = format!("at least {} tokens of text", length.saturating_sub(added).max(1));
-        return Err(Error::mismatch("text under a retrieval task", expected, text.len()));
-    };
-    let mut places: Vec<usize> = hidden.iter().map(|_| rng.below(hay)).collect();
-    places.sort_unstable();
-    let mut tokens = Vec::with_capacity(length);
-    let mut from = 0;
-    for (place, hidden) in places.into_iter().zip(&mut hidden) {
-        tokens.extend_from_slice(&text[from..place]);
-        tokens.append(hidden);
-        from = place;
+    let added: usize = hidden.iter().map(Vec::len).sum();
+    let before = length.saturating_sub(whole.len());
+    if before <= added || before > text.len() {
+        let expected = format!("more than {} and at most {}", added + whole.len(), text.len());
+        return Err(Error::mismatch("tokens of a retrieval task", expected, length));
     }
-    tokens.extend_from_slice(&text[from..hay]);
+    let mut tokens = hide(&text[..before], hidden, rng);
     let question = tokens.len();
     tokens.extend_from_slice(&whole);
     Ok(TaskItem { answer: question + shared, question, tokens })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TinyModel;
+
+    #[test]
+    fn the_answer_is_hidden_once_and_asked_for_at_the_end() {
+        let model = TinyModel::llama().load();
+        let tokenizer = model.tokenizer();
+        let text = vec![u32::from(b'x'); 2000];
+        for task in Task::ALL {
+            for seed in 0..10 {
+                let item = lay_out(task, tokenizer, &text, 900, &mut Rng::new(seed)).unwrap();
+                assert_eq!(item.tokens.len(), 900);
+                let hidden = tokenizer.decode(&item.tokens[..item.question]).unwrap();
+                let question = tokenizer.decode(&item.tokens[item.question..item.answer]).unwrap();
+                let answer = tokenizer.decode(&item.tokens[item.answer..]).unwrap();
+                let answer = answer.trim();
+                assert!(
+                    answer.len() == 5 && answer.bytes().all(|b| b.is_ascii_digit()),
+                    "{answer}"
+                );
+                assert!(hidden.contains(answer) && !question.contains(answer));
+                let facts = hidden.matches("number for").count();
+                let expected = match task {
+                    Task::Passkey => 0,
+                    Task::Needle => 1,
+                    Task::MultiKey => 4,
+                };
+                assert_eq!(facts, expected);
+            }
+        }
+    }
+
+    #[test]
+    fn no_room_is_an_error() {
+        let model = TinyModel::llama().load();
+        let text = vec![1; 2000];
+        let mut rng = Rng::new(0);
+        assert!(lay_out(Task::MultiKey, model.tokenizer(), &text, 100, &mut rng).is_err());
+        assert!(lay_out(Task::Passkey, model.tokenizer(), &text, 3000, &mut rng).is_err());
+    }
 }
