@@ -3,12 +3,12 @@
 
 use std::{fs, path::Path};
 
-use leank_core::{
+use leank_core::{Dtype, 
     ChannelMask, Fingerprint, MaskInfo, ModelMask, ModelShape, Windows,
     files::{Format, to_bytes},
 };
 use leank_fuzz::torch_archive;
-use leank_train::dump::{DumpDtype, FORMAT_VERSION, Manifest, Probe, SequenceInfo};
+use leank_train::dump::{FORMAT_VERSION, Manifest, Probe, SequenceInfo};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -108,7 +108,7 @@ fn manifests() -> Result<(), Failure> {
         model_id: "model".into(),
         shape: fingerprint.shape,
         fingerprint,
-        dtype: DumpDtype::F16,
+        dtype: Dtype::F16,
         probe: Probe::Fisher,
         draws: 2,
         positions: 4,

@@ -3,9 +3,9 @@
 use std::ops::RangeInclusive;
 use std::path::Path;
 
-use leank_core::Layer;
+use leank_core::{Dtype, Layer};
 use leank_train::dump::{
-    DumpDtype, DumpWriter, Existing, FORMAT_VERSION, Manifest, Probe, SequenceInfo, SequenceTensors,
+    DumpWriter, Existing, FORMAT_VERSION, Manifest, Probe, SequenceInfo, SequenceTensors,
 };
 
 use crate::cuts::{Cut, cut, spread_prefixes};
@@ -37,7 +37,7 @@ pub struct DumpOptions {
     /// Draws of the probe.
     pub draws: usize,
     /// Element type on disk.
-    pub dtype: DumpDtype,
+    pub dtype: Dtype,
     /// Seed of everything random.
     pub seed: u64,
     /// Share of the sequences that are retrieval tasks hidden in text, 0 to 1.
@@ -54,7 +54,7 @@ impl Default for DumpOptions {
             prefix: 1024..=3584,
             probe: Probe::Fisher,
             draws: 2,
-            dtype: DumpDtype::F16,
+            dtype: Dtype::F16,
             seed: 0,
             retrieval: 0.3,
             existing: Existing::default(),
@@ -236,7 +236,7 @@ mod tests {
             sequences: 4,
             positions: 8,
             prefix: 250..=280,
-            dtype: DumpDtype::F32,
+            dtype: Dtype::F32,
             retrieval: 0.5,
             ..DumpOptions::default()
         }

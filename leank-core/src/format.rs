@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::{Error, Result};
+
 /// Element type of activations and of full blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "files", derive(serde::Serialize, serde::Deserialize))]
@@ -36,6 +38,16 @@ impl Dtype {
             Self::F16 => half::f16::from_f32(x).to_f32(),
             Self::Bf16 => half::bf16::from_f32(x).to_f32(),
         }
+    }
+}
+
+impl std::str::FromStr for Dtype {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|dtype| dtype.to_string() == name).ok_or_else(|| {
+            Error::invalid("element type", format!("{name:?} is none of f32, f16 and bf16"))
+        })
     }
 }
 

@@ -23,7 +23,7 @@ impl Executor {
             #[cfg(feature = "rayon")]
             Self::Rayon => {
                 use rayon::prelude::*;
-                (0..count).into_par_iter().with_max_len(1).map(|i| work(i)).collect()
+                (0..count).into_par_iter().with_max_len(1).map(&work).collect()
             }
         }
     }

@@ -4,10 +4,9 @@
 
 use std::{error::Error, time::Instant};
 
-use leank_core::{ModelShape, Windows};
+use leank_core::{Dtype, ModelShape, Windows};
 use leank_train::{
     allocate::{AllocateOptions, Budget},
-    dump::DumpDtype,
     learn::{LearnOptions, Method, learn_mask},
     synthetic::Synthetic,
 };
@@ -27,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         prefixes: (0..sequences).map(|i| 1024 + 2560 * i / sequences).collect(),
         positions: 128,
         draws: 2,
-        dtype: DumpDtype::F16,
+        dtype: Dtype::F16,
         seed: 0,
     }
     .write(&dir.path().join("dump"))?;

@@ -4,9 +4,8 @@
 
 use std::{error::Error, hint::black_box, time::Instant};
 
-use leank_core::{KvHead, Layer, ModelShape, Windows};
+use leank_core::{Dtype, KvHead, Layer, ModelShape, Windows};
 use leank_train::{
-    dump::DumpDtype,
     order,
     stats::{HeadEvaluator, HeadMask, Want},
     synthetic::Synthetic,
@@ -24,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         prefixes: vec![prefix; sequences],
         positions,
         draws,
-        dtype: DumpDtype::F16,
+        dtype: Dtype::F16,
         seed: 0,
     }
     .write(&dir.path().join("dump"))?;

@@ -140,10 +140,9 @@ pub fn learn(dump: &Dump, options: &LearnOptions, progress: OnProgress<'_>) -> R
 /// Learns a mask for a budget. Whatever an earlier run has recorded is not computed again.
 ///
 /// ```
-/// use leank_core::{ModelShape, Windows};
+/// use leank_core::{Dtype, ModelShape, Windows};
 /// use leank_train::{
 ///     allocate::{AllocateOptions, Budget},
-///     dump::DumpDtype,
 ///     learn::{LearnOptions, learn_mask},
 ///     synthetic::Synthetic,
 /// };
@@ -157,7 +156,7 @@ pub fn learn(dump: &Dump, options: &LearnOptions, progress: OnProgress<'_>) -> R
 ///     prefixes: vec![50, 80],
 ///     positions: 8,
 ///     draws: 2,
-///     dtype: DumpDtype::F16,
+///     dtype: Dtype::F16,
 ///     seed: 0,
 /// }
 /// .write(&dir)?;

@@ -4,11 +4,11 @@
 
 use std::path::Path;
 
-use leank_core::{Fingerprint, Layer, ModelShape};
+use leank_core::{Dtype, Fingerprint, Layer, ModelShape};
 
 use crate::{
     Result,
-    dump::{Dump, DumpDtype, DumpWriter, Manifest, Probe, SequenceInfo, SequenceTensors},
+    dump::{Dump, DumpWriter, Manifest, Probe, SequenceInfo, SequenceTensors},
     rng::Rng,
 };
 
@@ -24,7 +24,7 @@ pub struct Synthetic {
     /// Draws of the probe.
     pub draws: usize,
     /// Element type.
-    pub dtype: DumpDtype,
+    pub dtype: Dtype,
     /// Seed of everything.
     pub seed: u64,
 }

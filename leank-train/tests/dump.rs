@@ -6,14 +6,14 @@ use std::{
 };
 
 use half::{bf16, f16};
-use leank_core::{KvHead, Layer, ModelShape};
+use leank_core::{Dtype, KvHead, Layer, ModelShape};
 use leank_train::{
     Error,
-    dump::{Dump, DumpDtype, DumpWriter, Existing, HeadData, SequenceTensors, layer_file_name},
+    dump::{Dump, DumpWriter, Existing, HeadData, SequenceTensors, layer_file_name},
     synthetic::Synthetic,
 };
 
-fn tiny(dtype: DumpDtype) -> Synthetic {
+fn tiny(dtype: Dtype) -> Synthetic {
     Synthetic {
         shape: ModelShape::new(2, 4, 2, 8).unwrap(),
         prefixes: vec![0, 5, 17],
@@ -45,9 +45,9 @@ fn siblings(path: &Path) -> Vec<String> {
 #[test]
 fn what_is_written_is_read() {
     for (dtype, round) in [
-        (DumpDtype::F32, (|x| x) as fn(f32) -> f32),
-        (DumpDtype::F16, |x| f16::from_f32(x).to_f32()),
-        (DumpDtype::Bf16, |x| bf16::from_f32(x).to_f32()),
+        (Dtype::F32, (|x| x) as fn(f32) -> f32),
+        (Dtype::F16, |x| f16::from_f32(x).to_f32()),
+        (Dtype::Bf16, |x| bf16::from_f32(x).to_f32()),
     ] {
         let synthetic = tiny(dtype);
         let temp = write(&synthetic);
@@ -85,7 +85,7 @@ fn what_is_written_is_read() {
 /// Other programs read the layer files too.
 #[test]
 fn layer_files_are_safetensors() {
-    let synthetic = tiny(DumpDtype::F32);
+    let synthetic = tiny(Dtype::F32);
     let temp = write(&synthetic);
     let bytes = fs::read(temp.path.join(layer_file_name(Layer(1)))).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -99,7 +99,7 @@ fn layer_files_are_safetensors() {
 
 #[test]
 fn a_taken_target_is_refused() {
-    let synthetic = tiny(DumpDtype::F16);
+    let synthetic = tiny(Dtype::F16);
     let temp = write(&synthetic);
     let create = |path: &Path, existing| {
         DumpWriter::create_with(path, synthetic.manifest(), existing).map(drop)
@@ -124,8 +124,8 @@ fn a_taken_target_is_refused() {
 
 #[test]
 fn a_dump_is_replaced_when_the_new_one_is_whole() {
-    let temp = write(&tiny(DumpDtype::F16));
-    let new = Synthetic { seed: 8, ..tiny(DumpDtype::Bf16) };
+    let temp = write(&tiny(Dtype::F16));
+    let new = Synthetic { seed: 8, ..tiny(Dtype::Bf16) };
     let mut writer =
         DumpWriter::create_with(&temp.path, new.manifest(), Existing::Replace).unwrap();
     for layer in [Layer(0), Layer(1)] {
@@ -150,7 +150,7 @@ fn a_dump_is_replaced_when_the_new_one_is_whole() {
 fn unfinished_dumps_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a/b/dump");
-    let synthetic = tiny(DumpDtype::F16);
+    let synthetic = tiny(Dtype::F16);
     let mut writer = DumpWriter::create(&path, synthetic.manifest()).unwrap();
     let own = synthetic.sequence(Layer(0), 0);
     let tensors = SequenceTensors { q: &own.q, k: &own.k, v: &own.v, g: &own.g };
@@ -167,7 +167,7 @@ fn unfinished_dumps_leave_nothing() {
 #[test]
 fn numbers_that_are_not_finite_are_not_written() {
     let dir = tempfile::tempdir().unwrap();
-    let synthetic = tiny(DumpDtype::F16);
+    let synthetic = tiny(Dtype::F16);
     let mut writer = DumpWriter::create(&dir.path().join("dump"), synthetic.manifest()).unwrap();
     let mut own = synthetic.sequence(Layer(1), 2);
     // Draw 1, query head 3, position 2, channel 5.
@@ -185,7 +185,7 @@ fn numbers_that_are_not_finite_are_not_written() {
 
 #[test]
 fn numbers_that_are_not_finite_are_found_when_read() {
-    let synthetic = tiny(DumpDtype::F16);
+    let synthetic = tiny(Dtype::F16);
     let temp = write(&synthetic);
     let file = temp.path.join(layer_file_name(Layer(0)));
     let mut bytes = fs::read(&file).unwrap();
@@ -216,7 +216,7 @@ fn numbers_that_are_not_finite_are_found_when_read() {
 
 #[test]
 fn truncated_layer_files_are_refused() {
-    let temp = write(&tiny(DumpDtype::F16));
+    let temp = write(&tiny(Dtype::F16));
     let file = temp.path.join(layer_file_name(Layer(1)));
     let bytes = fs::read(&file).unwrap();
     let mut lengths: Vec<_> = (0..bytes.len()).step_by(37).collect();
@@ -235,7 +235,7 @@ fn truncated_layer_files_are_refused() {
 /// Whatever byte of the header changes, the file is refused or means the same.
 #[test]
 fn damaged_headers_are_refused() {
-    let synthetic = tiny(DumpDtype::F16);
+    let synthetic = tiny(Dtype::F16);
     let temp = write(&synthetic);
     let file = temp.path.join(layer_file_name(Layer(0)));
     let bytes = fs::read(&file).unwrap();
@@ -260,8 +260,8 @@ fn damaged_headers_are_refused() {
 
 #[test]
 fn a_layer_of_another_dump_is_refused() {
-    let temp = write(&tiny(DumpDtype::F16));
-    let other = write(&Synthetic { seed: 8, ..tiny(DumpDtype::F16) });
+    let temp = write(&tiny(Dtype::F16));
+    let other = write(&Synthetic { seed: 8, ..tiny(Dtype::F16) });
     let (zero, one) = (layer_file_name(Layer(0)), layer_file_name(Layer(1)));
     let own = fs::read(temp.path.join(&zero)).unwrap();
     fs::copy(other.path.join(&zero), temp.path.join(&zero)).unwrap();
@@ -275,7 +275,7 @@ fn a_layer_of_another_dump_is_refused() {
 
 #[test]
 fn hostile_manifests_are_refused() {
-    let temp = write(&tiny(DumpDtype::F16));
+    let temp = write(&tiny(Dtype::F16));
     let file = temp.path.join("manifest.json");
     let json: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     let open_with = |pointer: &str, value: serde_json::Value| {
@@ -323,7 +323,7 @@ fn hostile_manifests_are_refused() {
 fn a_full_disk_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("dump");
-    let synthetic = tiny(DumpDtype::F16);
+    let synthetic = tiny(Dtype::F16);
     let mut writer = DumpWriter::create(&path, synthetic.manifest()).unwrap();
     let partial = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
     let file = partial.join(layer_file_name(Layer(0)));

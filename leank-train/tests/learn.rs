@@ -7,11 +7,11 @@ use std::{
 };
 
 use half::f16;
-use leank_core::{KvHead, Layer, ModelShape, Windows};
+use leank_core::{Dtype, KvHead, Layer, ModelShape, Windows};
 use leank_train::{
     Error,
     allocate::{AllocateOptions, Budget},
-    dump::{Dump, DumpDtype, layer_file_name},
+    dump::{Dump, layer_file_name},
     learn::{LearnOptions, Learned, Method, learn, learn_mask},
     order::HeadCurve,
     stats::{HeadEvaluator, HeadMask},
@@ -34,7 +34,7 @@ fn fixture() -> Fixture {
         prefixes: vec![40, 61, 90],
         positions: 9,
         draws: 2,
-        dtype: DumpDtype::F16,
+        dtype: Dtype::F16,
         seed: 5,
     }
     .write(&path)

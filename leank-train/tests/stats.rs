@@ -1,9 +1,9 @@
 //! The statistics against a naive f64 implementation, and against their own meaning.
 
-use leank_core::{KvHead, Layer, ModelShape, Windows};
+use leank_core::{Dtype, KvHead, Layer, ModelShape, Windows};
 use leank_train::{
     Error,
-    dump::{Dump, DumpDtype, DumpWriter, HeadData, SequenceTensors},
+    dump::{Dump, DumpWriter, HeadData, SequenceTensors},
     stats::{HeadEvaluator, HeadMask, Stats, Want},
     synthetic::Synthetic,
 };
@@ -165,7 +165,7 @@ fn synthetic(group: usize, d: usize, prefixes: Vec<usize>, positions: usize) -> 
         prefixes,
         positions,
         draws: 2,
-        dtype: DumpDtype::F32,
+        dtype: Dtype::F32,
         seed: (group + d + positions) as u64,
     }
 }

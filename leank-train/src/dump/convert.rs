@@ -6,19 +6,19 @@
 use half::{bf16, f16};
 use pulp::{Arch, WithSimd};
 
-use super::manifest::DumpDtype;
+use leank_core::Dtype;
 
 /// Converts little-endian `bytes` into `out`; true when every value is finite.
 ///
 /// # Panics
 /// When the lengths do not fit.
-pub(super) fn read(dtype: DumpDtype, bytes: &[u8], out: &mut [f32]) -> bool {
-    assert_eq!(bytes.len(), out.len() * dtype.size(), "bytes of a range of a dump");
+pub(super) fn read(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
+    assert_eq!(bytes.len(), out.len() * dtype.bytes(), "bytes of a range of a dump");
     Arch::new().dispatch(Read { dtype, bytes, out })
 }
 
 struct Read<'a> {
-    dtype: DumpDtype,
+    dtype: Dtype,
     bytes: &'a [u8],
     out: &'a mut [f32],
 }
@@ -29,11 +29,11 @@ impl WithSimd for Read<'_> {
     #[inline(always)]
     fn with_simd<S: pulp::Simd>(self, _: S) -> bool {
         match self.dtype {
-            DumpDtype::F32 => convert(self.bytes, self.out, |b: [u8; 4]| f32::from_le_bytes(b)),
-            DumpDtype::F16 => {
+            Dtype::F32 => convert(self.bytes, self.out, |b: [u8; 4]| f32::from_le_bytes(b)),
+            Dtype::F16 => {
                 convert(self.bytes, self.out, |b: [u8; 2]| f16_to_f32(u16::from_le_bytes(b)))
             }
-            DumpDtype::Bf16 => convert(self.bytes, self.out, |b: [u8; 2]| {
+            Dtype::Bf16 => convert(self.bytes, self.out, |b: [u8; 2]| {
                 f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)
             }),
         }
@@ -70,7 +70,7 @@ fn f16_to_f32(half: u16) -> f32 {
 
 /// Appends `values` to `out` as little-endian elements; the index of the first one that is not
 /// finite after conversion, if any.
-pub(super) fn write(dtype: DumpDtype, values: &[f32], out: &mut Vec<u8>) -> Result<(), usize> {
+pub(super) fn write(dtype: Dtype, values: &[f32], out: &mut Vec<u8>) -> Result<(), usize> {
     let mut bad = None;
     let mut note = |i: usize, finite: bool| {
         if !finite && bad.is_none() {
@@ -79,16 +79,16 @@ pub(super) fn write(dtype: DumpDtype, values: &[f32], out: &mut Vec<u8>) -> Resu
     };
     for (i, &value) in values.iter().enumerate() {
         match dtype {
-            DumpDtype::F32 => {
+            Dtype::F32 => {
                 note(i, value.is_finite());
                 out.extend_from_slice(&value.to_le_bytes());
             }
-            DumpDtype::F16 => {
+            Dtype::F16 => {
                 let half = f16::from_f32(value);
                 note(i, half.is_finite());
                 out.extend_from_slice(&half.to_le_bytes());
             }
-            DumpDtype::Bf16 => {
+            Dtype::Bf16 => {
                 let half = bf16::from_f32(value);
                 note(i, half.is_finite());
                 out.extend_from_slice(&half.to_le_bytes());
@@ -109,8 +109,8 @@ mod tests {
         let bytes: Vec<u8> = all.iter().flat_map(|h| h.to_le_bytes()).collect();
         let mut out = vec![0.0; all.len()];
         for (dtype, expected) in [
-            (DumpDtype::F16, (|h| f16::from_bits(h).to_f32()) as fn(u16) -> f32),
-            (DumpDtype::Bf16, |h| bf16::from_bits(h).to_f32()),
+            (Dtype::F16, (|h| f16::from_bits(h).to_f32()) as fn(u16) -> f32),
+            (Dtype::Bf16, |h| bf16::from_bits(h).to_f32()),
         ] {
             assert!(!read(dtype, &bytes, &mut out), "{dtype} has values that are not finite");
             for (&h, &found) in all.iter().zip(&out) {
@@ -124,17 +124,17 @@ mod tests {
     #[test]
     fn finiteness_is_told() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            for dtype in [DumpDtype::F32, DumpDtype::F16, DumpDtype::Bf16] {
+            for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
                 let mut bytes = Vec::new();
                 assert_eq!(write(dtype, &[0.0, 1.5, bad, bad], &mut bytes), Err(2));
                 let mut out = [0.0; 4];
                 assert!(!read(dtype, &bytes, &mut out), "{bad} as {dtype}");
-                assert!(read(dtype, &bytes[..2 * dtype.size()], &mut out[..2]));
+                assert!(read(dtype, &bytes[..2 * dtype.bytes()], &mut out[..2]));
                 assert_eq!(out[..2], [0.0, 1.5]);
             }
         }
         // Overflow of f16, which bf16 holds.
-        assert_eq!(write(DumpDtype::F16, &[7e4], &mut Vec::new()), Err(0));
-        assert_eq!(write(DumpDtype::Bf16, &[7e4], &mut Vec::new()), Ok(()));
+        assert_eq!(write(Dtype::F16, &[7e4], &mut Vec::new()), Err(0));
+        assert_eq!(write(Dtype::Bf16, &[7e4], &mut Vec::new()), Ok(()));
     }
 }

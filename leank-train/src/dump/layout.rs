@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use leank_core::Layer;
+use leank_core::{Dtype, Layer};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use super::manifest::{DumpDtype, Manifest};
+use super::manifest::Manifest;
 use crate::{Error, Result};
 
 /// Name of the manifest within a dump's directory.
@@ -129,7 +129,7 @@ impl Layout {
 /// Bytes of one tensor, unless they overflow.
 pub(super) fn tensor_bytes(tensor: Tensor, manifest: &Manifest, sequence: usize) -> Option<u64> {
     let shape = tensor.shape(manifest, sequence);
-    shape.iter().try_fold(manifest.dtype.size() as u64, |n, &d| n.checked_mul(d as u64))
+    shape.iter().try_fold(manifest.dtype.bytes() as u64, |n, &d| n.checked_mul(d as u64))
 }
 
 /// Longest header that is read: several times what the writer makes.
@@ -138,20 +138,20 @@ pub(super) fn max_header(manifest: &Manifest) -> u64 {
 }
 
 /// The dtype's name in a safetensors header.
-fn dtype_name(dtype: DumpDtype) -> &'static str {
+fn dtype_name(dtype: Dtype) -> &'static str {
     match dtype {
-        DumpDtype::F32 => "F32",
-        DumpDtype::F16 => "F16",
-        DumpDtype::Bf16 => "BF16",
+        Dtype::F32 => "F32",
+        Dtype::F16 => "F16",
+        Dtype::Bf16 => "BF16",
     }
 }
 
 /// The dtype as safetensors' reader names it.
-pub(super) fn safetensors_dtype(dtype: DumpDtype) -> safetensors::Dtype {
+pub(super) fn safetensors_dtype(dtype: Dtype) -> safetensors::Dtype {
     match dtype {
-        DumpDtype::F32 => safetensors::Dtype::F32,
-        DumpDtype::F16 => safetensors::Dtype::F16,
-        DumpDtype::Bf16 => safetensors::Dtype::BF16,
+        Dtype::F32 => safetensors::Dtype::F32,
+        Dtype::F16 => safetensors::Dtype::F16,
+        Dtype::Bf16 => safetensors::Dtype::BF16,
     }
 }
 

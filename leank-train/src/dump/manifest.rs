@@ -2,7 +2,7 @@
 
 use std::{fmt, path::Path, str::FromStr};
 
-use leank_core::{Fingerprint, ModelShape};
+use leank_core::{Dtype, Fingerprint, ModelShape};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -15,31 +15,6 @@ const MAX_SEQUENCES: usize = 1 << 20;
 const MAX_POSITIONS: usize = 1 << 20;
 const MAX_PREFIX: usize = 1 << 28;
 const MAX_DRAWS: usize = 1 << 10;
-
-/// Element type of every tensor of a dump.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum DumpDtype {
-    /// 32-bit floats.
-    F32,
-    /// IEEE half precision: the default; finer than bf16, but overflows at 65504.
-    #[default]
-    F16,
-    /// bfloat16: for models whose activations overflow f16.
-    Bf16,
-}
-
-impl DumpDtype {
-    /// Bytes per element.
-    #[must_use]
-    pub fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-}
 
 /// How the probe `g` was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -75,7 +50,6 @@ macro_rules! named {
         }
     };
 }
-named!(DumpDtype, "dtype", "f32" => Self::F32, "f16" => Self::F16, "bf16" => Self::Bf16);
 named!(Probe, "probe", "fisher" => Self::Fisher, "random" => Self::Random);
 
 /// One sequence of a dump.
@@ -112,7 +86,7 @@ pub struct Manifest {
     /// Attention shape of the model; equals the fingerprint's.
     pub shape: ModelShape,
     /// Element type of all tensors.
-    pub dtype: DumpDtype,
+    pub dtype: Dtype,
     /// How `g` was made.
     pub probe: Probe,
     /// Draws of the probe, `R`.

@@ -26,6 +26,6 @@ mod reader;
 mod writer;
 
 pub use layout::{MANIFEST_FILE, layer_file_name};
-pub use manifest::{DumpDtype, FORMAT_VERSION, Manifest, Probe, SequenceInfo};
+pub use manifest::{FORMAT_VERSION, Manifest, Probe, SequenceInfo};
 pub use reader::{Dump, HeadData, LayerDump};
 pub use writer::{DumpWriter, Existing, SequenceTensors};

@@ -267,7 +267,7 @@ impl<'a> LayerDump<'a> {
     /// Reads `out.len()` elements of a tensor from `first` on.
     fn range(&self, place: Place, first: usize, out: &mut [f32]) -> Result<()> {
         let dtype = self.dump.manifest.dtype;
-        let size = dtype.size();
+        let size = dtype.bytes();
         let offset = self.data_start
             + self.layout.start(place.tensor, place.sequence)
             + first as u64 * size as u64;

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use leank::{
     Dtype,
     candle::{DumpOptions, Text, dump},
-    train::dump::{DumpDtype, Existing, Probe},
+    train::dump::{Existing, Probe},
 };
 
 use crate::{model, output, parse, texts};
@@ -40,12 +40,12 @@ pub(crate) struct Args {
     probes: usize,
     /// fisher: from gradients of the model's own predictions. random: without gradients, rougher.
     #[arg(long, default_value = "fisher")]
-    probe: ProbeName,
+    probe: Probe,
     /// Share of the sequences that hide facts in the text and ask for them.
     #[arg(long, default_value_t = 0.3, value_parser = parse::share)]
     retrieval: f64,
     /// Element type on disk: f32, f16 or bf16.
-    #[arg(long, default_value = "f16", value_parser = parse::dtype)]
+    #[arg(long, default_value = "f16")]
     dtype: Dtype,
     /// Seed of everything random.
     #[arg(long, default_value_t = 0)]
@@ -53,12 +53,6 @@ pub(crate) struct Args {
     /// Replace a dump that is there.
     #[arg(long)]
     overwrite: bool,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum ProbeName {
-    Fisher,
-    Random,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -69,16 +63,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         sequences: args.sequences,
         positions: args.positions,
         prefix: args.prefix.clone(),
-        probe: match args.probe {
-            ProbeName::Fisher => Probe::Fisher,
-            ProbeName::Random => Probe::Random,
-        },
+        probe: args.probe,
         draws: args.probes,
-        dtype: match args.dtype {
-            Dtype::F32 => DumpDtype::F32,
-            Dtype::F16 => DumpDtype::F16,
-            Dtype::Bf16 => DumpDtype::Bf16,
-        },
+        dtype: args.dtype,
         seed: args.seed,
         retrieval: args.retrieval,
         existing: if args.overwrite { Existing::Replace } else { Existing::default() },

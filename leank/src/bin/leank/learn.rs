@@ -47,7 +47,7 @@ pub(crate) struct Args {
     /// e2: backward elimination, the best. e1: one quadratic model, faster. static: norms of q and
     /// k. leank: the paper's two stages of training. The last two are there to compare with.
     #[arg(long, default_value = "e2")]
-    method: MethodName,
+    method: Method,
     /// Channels removed between two measurements.
     #[arg(long, default_value_t = 8)]
     step: usize,
@@ -60,25 +60,6 @@ pub(crate) struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum MethodName {
-    E2,
-    E1,
-    Static,
-    Leank,
-}
-
-impl From<MethodName> for Method {
-    fn from(name: MethodName) -> Self {
-        match name {
-            MethodName::E2 => Self::E2,
-            MethodName::E1 => Self::E1,
-            MethodName::Static => Self::Static,
-            MethodName::Leank => Self::LeanK,
-        }
-    }
 }
 
 #[derive(Serialize)]
@@ -100,7 +81,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     };
     let dump = Dump::open(&args.dump)?;
     let options = LearnOptions {
-        method: args.method.into(),
+        method: args.method,
         windows: Windows { sink: args.sink, recent: args.recent },
         step: args.step,
         seed: args.seed,
@@ -110,13 +91,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let exempt = args.exempt.iter().copied().map(Layer).collect();
     let spending = AllocateOptions { budget, alignment: args.align, exempt };
     let bar = output::bar(0, "learning");
-    let Learned { mask, .. } =
-        learn_mask(&dump, &options, &spending, &mut |progress: Progress<'_>| {
-            bar.set_message(progress.phase.to_owned());
-            bar.set_length(progress.total as u64);
-            bar.set_position(progress.done as u64);
-        })
-        .with_context(|| format!("learning from {}", args.dump.display()))?;
+    let Learned { mask, .. } = learn_mask(&dump, &options, &spending, &|progress: Progress<'_>| {
+        bar.set_message(progress.phase.to_owned());
+        bar.set_length(progress.total as u64);
+        bar.set_position(progress.done as u64);
+    })
+    .with_context(|| format!("learning from {}", args.dump.display()))?;
     bar.finish_and_clear();
     write_mask(&args.out, &mask)?;
     let summary = mask.summary();

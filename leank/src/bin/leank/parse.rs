@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use leank::{Dtype, ModelShape};
+use leank::ModelShape;
 
 /// A share in 0..=1.
 pub(crate) fn share(text: &str) -> Result<f64, String> {
@@ -11,14 +11,6 @@ pub(crate) fn share(text: &str) -> Result<f64, String> {
         return Ok(share);
     }
     Err(format!("{share} is not in 0..=1"))
-}
-
-/// `f32`, `f16` or `bf16`.
-pub(crate) fn dtype(text: &str) -> Result<Dtype, String> {
-    Dtype::ALL
-        .into_iter()
-        .find(|dtype| dtype.to_string() == text)
-        .ok_or_else(|| format!("`{text}` is none of f32, f16 and bf16"))
 }
 
 /// Lengths: `2048`, or `1024..3584` with both ends.

@@ -47,7 +47,7 @@ pub(crate) struct CacheArgs {
     #[arg(long, default_value_t = DEFAULT_BLOCK)]
     block: usize,
     /// Type of the stored elements: f32, f16 or bf16.
-    #[arg(long, default_value = "f16", value_parser = parse::dtype)]
+    #[arg(long, default_value = "f16")]
     dtype: Dtype,
 }
 
