@@ -1,1 +1,42 @@
-//! Benches, peers and end-to-end measurements of leank
+//! Measures what a lean cache is worth on the machine at hand.
+//!
+//! Decode attention reads the whole cache once per token and computes little, so its limit is the
+//! read bandwidth. [`cpu::measure`] times dense and lean attention beside a plain read of memory in
+//! the same rounds, and says which share of the bandwidth each reaches:
+//!
+//! ```
+//! use leank_bench::{cpu::{self, CpuOptions}, setting::HeadShape};
+//! use leank_core::Dtype;
+//!
+//! let options = CpuOptions {
+//!     shapes: vec!["B".parse::<HeadShape>()?],
+//!     contexts: vec![1024],
+//!     dtypes: vec![Dtype::F16],
+//!     threads: vec![1],
+//!     rounds: 1,
+//!     millis: 1,
+//!     footprint: 1 << 20, // a real run wants many times the last-level cache
+//! };
+//! let report = cpu::measure(&options, |_| ())?;
+//! assert!(report.rows[0].lean.bytes < report.rows[0].dense.bytes);
+//! # Ok::<(), leank_bench::Error>(())
+//! ```
+//!
+//! - [`setting`]: shapes, masks and data that are measured.
+//! - [`workload`]: a filled cache of any host backend, large enough to be cold.
+//! - [`bandwidth`]: the read bandwidth of the machine.
+//! - [`stats`]: medians over rounds, ratios within a round.
+//! - [`cpu`]: the measurement that `leank-bench cpu` runs; [`table`] prints it.
+//!
+//! Criterion benches of single operations are in `leank-cpu/benches`.
+#![forbid(unsafe_code)]
+
+pub mod bandwidth;
+pub mod cpu;
+mod error;
+pub mod setting;
+pub mod stats;
+pub mod table;
+pub mod workload;
+
+pub use error::{Error, Result};

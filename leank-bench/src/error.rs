@@ -1,0 +1,51 @@
+//! The one error type of this crate.
+
+/// What can go wrong in a measurement.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The cache refused a configuration or a step.
+    #[error(transparent)]
+    Cache(#[from] leank_core::Error),
+    /// An option that cannot be measured.
+    #[error("{what}: expected {expected}, found {found}")]
+    Option {
+        /// The option.
+        what: &'static str,
+        /// What can be measured.
+        expected: String,
+        /// What was given.
+        found: String,
+    },
+    /// No memory for the buffer of the bandwidth probe.
+    #[error(
+        "the bandwidth probe: the system refused {bytes} bytes; measure with a smaller footprint"
+    )]
+    Memory {
+        /// Bytes asked for.
+        bytes: usize,
+        /// The system's reason.
+        source: std::collections::TryReserveError,
+    },
+    /// The system started no pool of so many threads.
+    #[error("a pool of {threads} threads could not be started; measure with fewer")]
+    Threads {
+        /// Threads asked for.
+        threads: usize,
+        /// The pool's reason.
+        source: rayon::ThreadPoolBuildError,
+    },
+}
+
+/// Result with this crate's [`enum@Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub(crate) fn option(
+        what: &'static str,
+        expected: impl Into<String>,
+        found: impl std::fmt::Display,
+    ) -> Self {
+        Self::Option { what, expected: expected.into(), found: found.to_string() }
+    }
+}

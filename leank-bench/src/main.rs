@@ -1,0 +1,193 @@
+//! The `leank-bench` command.
+#![forbid(unsafe_code)]
+
+use std::{
+    io::{self, Write as _},
+    num::NonZeroUsize,
+    process::ExitCode,
+    thread::available_parallelism,
+};
+
+use clap::{Args, Parser, Subcommand};
+use leank_bench::{
+    cpu::{self, CpuOptions},
+    setting::HeadShape,
+    table::{self, Table},
+};
+use leank_core::{DEFAULT_BLOCK, Dtype};
+
+/// Measure what a lean cache is worth on this machine.
+///
+/// Exit codes: 0 done, 1 it failed (the reason is on standard error), 2 wrong arguments.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Cpu(CpuArgs),
+}
+
+/// Decode attention of one layer on the CPU, dense and lean, beside the read bandwidth.
+///
+/// One token of one sequence, random data, cold memory. Each round measures the bandwidth, dense
+/// and lean attention one after the other; shares and ratios are formed within a round, and what
+/// is printed are medians over rounds. The heads of the lean cache keep 0, 1/4, 1/2 and all (3/4
+/// where head_dim is above 64) of their channels in turn, with a sink of 32 and 128 recent tokens.
+#[derive(Debug, Args)]
+struct CpuArgs {
+    /// Heads of a layer: A (32/8x128), B (14/2x64), smollm2 (9/3x64), or QUERY/KVxHEAD_DIM.
+    #[arg(long, value_name = "SHAPE,...", value_delimiter = ',', default_value = "A,B,smollm2")]
+    shapes: Vec<HeadShape>,
+    /// Tokens that the query sees; multiples of 64.
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "2048,16384",
+          value_parser = context)]
+    ctx: Vec<usize>,
+    /// Storage types of K and V: f32, f16, bf16.
+    #[arg(long, value_name = "TYPE,...", value_delimiter = ',', default_value = "f32,f16,bf16",
+          value_parser = dtype)]
+    dtypes: Vec<Dtype>,
+    /// Threads; as many as the machine runs at once by default.
+    #[arg(long, value_name = "N,...", value_delimiter = ',')]
+    threads: Vec<NonZeroUsize>,
+    /// Rounds behind each median.
+    #[arg(long, value_name = "N", default_value = "5")]
+    rounds: NonZeroUsize,
+    /// Least milliseconds per measurement and round.
+    #[arg(long, value_name = "MS", default_value = "80")]
+    ms: u64,
+    /// Least MiB of each cache and of the bandwidth probe; many times the last-level cache.
+    #[arg(long, value_name = "MIB", default_value = "256",
+          value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
+    footprint_mib: u64,
+    /// Print the report as JSON; the table otherwise.
+    #[arg(long)]
+    json: bool,
+}
+
+fn context(text: &str) -> Result<usize, String> {
+    let tokens: usize = text.parse().map_err(|_| format!("`{text}` is not a number of tokens"))?;
+    if tokens > 0 && tokens.is_multiple_of(DEFAULT_BLOCK) {
+        return Ok(tokens);
+    }
+    let nearest = (tokens / DEFAULT_BLOCK).max(1) * DEFAULT_BLOCK;
+    Err(format!("{tokens} is not a multiple of {DEFAULT_BLOCK} tokens; try {nearest}"))
+}
+
+fn dtype(text: &str) -> Result<Dtype, String> {
+    Dtype::ALL
+        .into_iter()
+        .find(|dtype| dtype.to_string() == text)
+        .ok_or_else(|| format!("`{text}` is none of f32, f16 and bf16"))
+}
+
+impl CpuArgs {
+    fn options(&self) -> CpuOptions {
+        let all = available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let threads = if self.threads.is_empty() { &[all][..] } else { &self.threads };
+        CpuOptions {
+            shapes: self.shapes.clone(),
+            contexts: self.ctx.clone(),
+            dtypes: self.dtypes.clone(),
+            threads: threads.iter().map(|threads| threads.get()).collect(),
+            rounds: self.rounds.get(),
+            millis: self.ms,
+            footprint: self.footprint_mib << 20,
+        }
+    }
+
+    fn run(&self) -> Result<(), Box<dyn std::error::Error>> {
+        // Rows as they come go to standard error; standard output gets the report whole.
+        eprintln!("{}", table::HEADER);
+        let report = cpu::measure(&self.options(), |row| eprint!("{}", table::rows(row)))?;
+        let text = match self.json {
+            true => serde_json::to_string_pretty(&report)?,
+            false => Table(&report).to_string(),
+        };
+        match writeln!(io::stdout().lock(), "{}", text.trim_end()) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            done => Ok(done?),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let Command::Cpu(args) = Cli::parse().command;
+    match args.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("leank-bench: {error}");
+            let mut source = error.source();
+            while let Some(cause) = source {
+                eprintln!("  because: {cause}");
+                source = cause.source();
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(args: &str) -> Result<CpuOptions, clap::Error> {
+        let words = ["leank-bench", "cpu"].into_iter().chain(args.split_whitespace());
+        let Command::Cpu(args) = Cli::try_parse_from(words)?.command;
+        Ok(args.options())
+    }
+
+    #[test]
+    fn arguments_are_consistent() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_cover_the_shapes_of_interest() {
+        let options = parse("").unwrap();
+        assert_eq!(options.shapes, [HeadShape::A, HeadShape::B, HeadShape::SMOLLM2]);
+        assert_eq!(options.contexts, [2048, 16384]);
+        assert_eq!(options.dtypes, Dtype::ALL);
+        assert_eq!(options.threads.len(), 1);
+        assert!(options.rounds > 1);
+    }
+
+    #[test]
+    fn lists_and_numbers_are_read() {
+        let options = parse(
+            "--shapes b,6/2x96 --ctx 64,4096 --dtypes bf16 --threads 1,2 --rounds 3 --ms 7 \
+             --footprint-mib 2",
+        )
+        .unwrap();
+        let own = HeadShape { query_heads: 6, kv_heads: 2, head_dim: 96 };
+        assert_eq!(options.shapes, [HeadShape::B, own]);
+        assert_eq!(options.contexts, [64, 4096]);
+        assert_eq!(options.dtypes, [Dtype::Bf16]);
+        assert_eq!(options.threads, [1, 2]);
+        assert_eq!((options.rounds, options.millis, options.footprint), (3, 7, 2 << 20));
+    }
+
+    #[test]
+    fn wrong_arguments_are_told_with_their_mend() {
+        for (args, mend) in [
+            ("--ctx 1000", "try 960"),
+            ("--ctx 0", "try 64"),
+            ("--ctx many", "not a number"),
+            ("--dtypes f64", "f32, f16 and bf16"),
+            ("--shapes C", "32/8x128"),
+            ("--shapes 9/2x64", "multiple"),
+            ("--threads 0", "zero"),
+            ("--rounds 0", "zero"),
+            ("--footprint-mib 0", "not in"),
+            ("--ms -1", "unexpected argument"),
+        ] {
+            let error = parse(args).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{args}");
+            assert!(error.to_string().contains(mend), "{args}: {error}");
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! What is measured: head shapes, the mask of the lean cache, random data.
+
+use std::{fmt, str::FromStr};
+
+use leank_core::{ChannelMask, ModelMask, ModelShape, Result as CoreResult};
+use serde::Serialize;
+
+use crate::{Error, Result};
+
+/// The attention heads of one layer.
+///
+/// Parses from a name (`A`, `B`, `smollm2`, any case) or from
+/// `QUERY_HEADS/KV_HEADSxHEAD_DIM`:
+///
+/// ```
+/// use leank_bench::setting::HeadShape;
+/// assert_eq!("A".parse::<HeadShape>()?, "32/8x128".parse()?);
+/// # Ok::<(), leank_bench::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct HeadShape {
+    /// Query heads.
+    pub query_heads: usize,
+    /// KV heads.
+    pub kv_heads: usize,
+    /// Channels per head.
+    pub head_dim: usize,
+}
+
+impl HeadShape {
+    /// Llama 3 8B and kin.
+    pub const A: Self = Self { query_heads: 32, kv_heads: 8, head_dim: 128 };
+    /// Qwen2.5 0.5B.
+    pub const B: Self = Self { query_heads: 14, kv_heads: 2, head_dim: 64 };
+    /// SmolLM2 135M.
+    pub const SMOLLM2: Self = Self { query_heads: 9, kv_heads: 3, head_dim: 64 };
+
+    const NAMED: [(&'static str, Self); 3] =
+        [("A", Self::A), ("B", Self::B), ("smollm2", Self::SMOLLM2)];
+
+    /// A model of `layers` such layers.
+    ///
+    /// # Errors
+    /// As [`ModelShape::new`].
+    pub fn model(self, layers: usize) -> CoreResult<ModelShape> {
+        ModelShape::new(layers, self.query_heads, self.kv_heads, self.head_dim)
+    }
+}
+
+impl FromStr for HeadShape {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        if let Some((_, shape)) =
+            Self::NAMED.iter().find(|(name, _)| name.eq_ignore_ascii_case(text))
+        {
+            return Ok(*shape);
+        }
+        let numbers = || {
+            let (heads, head_dim) = text.split_once('x')?;
+            let (query_heads, kv_heads) = heads.split_once('/')?;
+            Some(Self {
+                query_heads: query_heads.parse().ok()?,
+                kv_heads: kv_heads.parse().ok()?,
+                head_dim: head_dim.parse().ok()?,
+            })
+        };
+        let shape = numbers().ok_or_else(|| {
+            let expected = "A, B, smollm2 or QUERY_HEADS/KV_HEADSxHEAD_DIM such as 32/8x128";
+            Error::option("head shape", expected, format!("`{text}`"))
+        })?;
+        shape.model(1)?;
+        Ok(shape)
+    }
+}
+
+impl fmt::Display for HeadShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some((name, _)) = Self::NAMED.iter().find(|(_, shape)| shape == self) {
+            return f.write_str(name);
+        }
+        write!(f, "{}/{}x{}", self.query_heads, self.kv_heads, self.head_dim)
+    }
+}
+
+/// The kept counts that the heads of the lean cache take in turn: a dead head, a quarter, a half,
+/// and the most of the head (0/16/32/64 of 64, 0/32/64/96 of 128).
+#[must_use]
+pub fn kept_counts(head_dim: usize) -> [usize; 4] {
+    let most = if head_dim <= 64 { head_dim } else { head_dim * 3 / 4 };
+    [0, head_dim / 4, head_dim / 2, most]
+}
+
+/// Layers after which the kept counts of [`mixed_mask`] repeat.
+#[must_use]
+pub fn mask_period(kv_heads: usize) -> usize {
+    let kinds = kept_counts(1).len();
+    (1..=kinds).find(|layers| (layers * kv_heads).is_multiple_of(kinds)).unwrap_or(kinds)
+}
+
+/// A mask whose heads take [`kept_counts`] in turn, the kept channels spread over the head.
+///
+/// # Errors
+/// As [`ModelMask::new`].
+pub fn mixed_mask(shape: &ModelShape) -> CoreResult<ModelMask> {
+    let counts = kept_counts(shape.head_dim);
+    let heads = (0..shape.layers * shape.kv_heads).map(|head| {
+        let kept = counts[head % counts.len()];
+        // Both are at most MAX_HEAD_DIM (2^12).
+        let channels = (0..kept).map(|i| (i * shape.head_dim / kept) as u16);
+        ChannelMask::new(shape.head_dim, channels.collect())
+    });
+    ModelMask::new(shape.layers, shape.kv_heads, shape.head_dim, heads.collect::<CoreResult<_>>()?)
+}
+
+/// Random numbers of mean 0 and variance 1, never 0: zero pages are shared by the system and read
+/// from cache, and powers of two flatter some arithmetic. Splitmix64 (Steele et al. 2014).
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// The numbers of a seed, the same on every machine.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next 64 random bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// Fills a slice with uniform numbers in ±√3.
+    pub fn fill(&mut self, out: &mut [f32]) {
+        for x in out {
+            let unit = ((self.bits() >> 41) as f32 + 0.5) / (1u32 << 23) as f32;
+            *x = (unit - 0.5) * 12f32.sqrt();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use leank_core::Layer;
+
+    use super::*;
+
+    #[test]
+    fn shapes_parse_and_print() {
+        for (text, shape) in [
+            ("A", HeadShape::A),
+            ("b", HeadShape::B),
+            ("SmolLM2", HeadShape::SMOLLM2),
+            ("14/2x64", HeadShape::B),
+            ("6/6x80", HeadShape { query_heads: 6, kv_heads: 6, head_dim: 80 }),
+        ] {
+            let parsed: HeadShape = text.parse().unwrap();
+            assert_eq!(parsed, shape, "{text}");
+            assert_eq!(parsed.to_string().parse::<HeadShape>().unwrap(), shape, "{text}");
+        }
+        for text in ["", "C", "32x128", "32/8", "9/2x64", "0/0x64", "4/4x0", "-1/1x64", "2/1x2x3"] {
+            assert!(text.parse::<HeadShape>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_mask_repeats_after_its_period() {
+        for (kv_heads, period) in [(1, 4), (2, 2), (3, 4), (4, 1), (6, 2), (8, 1)] {
+            assert_eq!(mask_period(kv_heads), period, "{kv_heads} KV heads");
+            let shape = ModelShape::new(2 * period, kv_heads, kv_heads, 64).unwrap();
+            let mask = mixed_mask(&shape).unwrap();
+            for layer in 0..period {
+                assert_eq!(mask.layer(Layer(layer)), mask.layer(Layer(layer + period)));
+            }
+        }
+    }
+
+    #[test]
+    fn kept_channels_are_as_announced() {
+        assert_eq!(kept_counts(64), [0, 16, 32, 64]);
+        assert_eq!(kept_counts(128), [0, 32, 64, 96]);
+        for head_dim in [1, 2, 3, 64, 96, 128, 256] {
+            let mask = mixed_mask(&ModelShape::new(1, 4, 4, head_dim).unwrap()).unwrap();
+            let kept: Vec<usize> = mask.heads().iter().map(ChannelMask::kept_count).collect();
+            assert_eq!(kept, kept_counts(head_dim), "head_dim {head_dim}");
+        }
+    }
+
+    #[test]
+    fn random_data_has_variance_one_and_no_zeros() {
+        let mut data = vec![0.0; 1 << 16];
+        Random::new(7).fill(&mut data);
+        assert!(data.iter().all(|x| *x != 0.0 && x.abs() < 1.733));
+        let n = data.len() as f64;
+        let mean = data.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+        let square = data.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n;
+        assert!(mean.abs() < 0.02 && (square - 1.0).abs() < 0.02, "{mean} {square}");
+    }
+}

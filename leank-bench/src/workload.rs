@@ -1,0 +1,237 @@
+//! A filled cache that decodes one token, layer after layer.
+
+use leank_core::{
+    Backend, Cache, CacheConfig, DEFAULT_BLOCK, Dtype, HostView, HostViewMut, Layer, Planner,
+    StepEntry, ViewShape,
+};
+use serde::Serialize;
+
+use crate::{
+    Error, Result,
+    setting::{HeadShape, Random, mask_period, mixed_mask},
+};
+
+/// Tokens per step while the cache is filled.
+const CHUNK: usize = 1024;
+/// More layers than any cache needs to be cold; a setting beyond has too short a context.
+const MOST_LAYERS: usize = 1 << 14;
+
+/// Which cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Variant {
+    /// Nothing pruned, nothing packed.
+    Dense,
+    /// The heads of [`mixed_mask`], default windows.
+    Lean,
+}
+
+/// What a workload is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct WorkloadOptions {
+    /// Heads of a layer.
+    pub shape: HeadShape,
+    /// Tokens that the query sees, itself included; a multiple of [`DEFAULT_BLOCK`], so that
+    /// every byte of every block is read.
+    pub context: usize,
+    /// Storage type of K and V.
+    pub dtype: Dtype,
+    /// Dense or lean.
+    pub variant: Variant,
+    /// Least bytes of the whole cache: as many layers as that takes.
+    pub footprint: u64,
+}
+
+impl WorkloadOptions {
+    fn config(&self, layers: usize) -> Result<CacheConfig> {
+        let shape = self.shape.model(layers)?;
+        let config = match self.variant {
+            Variant::Dense => CacheConfig::dense(shape)?,
+            Variant::Lean => CacheConfig::new(shape, mixed_mask(&shape)?)?,
+        };
+        Ok(CacheConfig { dtype: self.dtype, ..config })
+    }
+
+    /// Whole periods of the mask, so that the mean over layers is exact.
+    fn layers(&self, backend: &impl Backend) -> Result<usize> {
+        let period = mask_period(self.shape.kv_heads);
+        let planner = Planner::new(&self.config(period)?, backend.layout_rules())?;
+        let bytes = planner.footprint(self.context - 1).bytes.max(1);
+        let periods = usize::try_from(self.footprint.div_ceil(bytes)).unwrap_or(usize::MAX);
+        match periods.max(1).checked_mul(period) {
+            Some(layers) if layers <= MOST_LAYERS => Ok(layers),
+            _ => {
+                let expected = format!("a footprint of at most {MOST_LAYERS} layers");
+                let found = format!(
+                    "{} bytes of layers of {} bytes; measure a longer context or a smaller footprint",
+                    self.footprint,
+                    bytes / period as u64
+                );
+                Err(Error::option("footprint", expected, found))
+            }
+        }
+    }
+}
+
+/// A cache of one sequence in the middle of a decode step. Every layer holds random data, and all
+/// layers together are larger than the footprint asked for: attention over one after the other
+/// reads memory, not cache.
+#[derive(Debug)]
+pub struct Workload<C> {
+    cache: C,
+    bytes: u64,
+    q: Vec<f32>,
+    out: Vec<f32>,
+}
+
+impl<C> Workload<C>
+where
+    C: for<'a> Cache<View<'a> = HostView<'a>, ViewMut<'a> = HostViewMut<'a>>,
+{
+    /// Fills a cache of `backend` and begins a step of one token.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for a context that is no multiple of the block or a footprint of too many
+    /// layers, [`Error::Cache`] for what the backend refuses.
+    pub fn new(backend: &impl Backend<Cache = C>, options: &WorkloadOptions) -> Result<Self> {
+        if options.context == 0 || !options.context.is_multiple_of(DEFAULT_BLOCK) {
+            let expected = format!("a multiple of {DEFAULT_BLOCK} tokens");
+            return Err(Error::option("context", expected, options.context));
+        }
+        let layers = options.layers(backend)?;
+        let mut cache = backend.create(options.config(layers)?)?;
+        let mut random = Random::new(1);
+        let sequence = cache.add_sequence();
+        let mut left = options.context - 1;
+        while left > 0 {
+            let tokens = left.min(CHUNK);
+            cache.plan(&[StepEntry::store(sequence, tokens)])?;
+            append(&mut cache, options.shape, tokens, &mut random)?;
+            cache.commit()?;
+            left -= tokens;
+        }
+        // The last block has room for one token: the step takes no block, and what the cache
+        // holds now is exactly what attention reads.
+        let bytes = cache.memory().used_bytes();
+        cache.plan(&[StepEntry::decode(sequence, 1)])?;
+        append(&mut cache, options.shape, 1, &mut random)?;
+
+        let mut q = vec![0.0; options.shape.query_heads * options.shape.head_dim];
+        random.fill(&mut q);
+        let out = vec![f32::NAN; q.len()];
+        Ok(Self { cache, bytes, q, out })
+    }
+
+    /// Attends once in every layer.
+    ///
+    /// # Errors
+    /// Those of the cache.
+    pub fn sweep(&mut self) -> Result<()> {
+        let shape = self.cache.config().shape;
+        let rows = ViewShape::contiguous(1, shape.query_heads, shape.head_dim);
+        for layer in shape.layer_indices() {
+            let q = HostView::new(&self.q[..], rows)?;
+            self.cache.attend(layer, q, HostViewMut::new(&mut self.out[..], rows)?)?;
+        }
+        Ok(())
+    }
+
+    /// Layers of the cache: calls of a sweep.
+    #[must_use]
+    pub fn layers(&self) -> usize {
+        self.cache.config().shape.layers
+    }
+
+    /// Bytes of K and V that a sweep reads, as the cache reports them.
+    #[must_use]
+    pub fn sweep_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Bytes of K and V that one call reads, mean over the layers.
+    #[must_use]
+    pub fn call_bytes(&self) -> f64 {
+        self.bytes as f64 / self.layers() as f64
+    }
+
+    /// The output of the last call, `[query heads, head_dim]`; NaN before the first.
+    #[must_use]
+    pub fn output(&self) -> &[f32] {
+        &self.out
+    }
+}
+
+/// Appends random rows to every layer. Layers share their values, not their memory.
+fn append<C>(cache: &mut C, shape: HeadShape, tokens: usize, random: &mut Random) -> Result<()>
+where
+    C: for<'a> Cache<View<'a> = HostView<'a>>,
+{
+    let rows = ViewShape::contiguous(tokens, shape.kv_heads, shape.head_dim);
+    let mut k = vec![0.0; tokens * shape.kv_heads * shape.head_dim];
+    let mut v = k.clone();
+    random.fill(&mut k);
+    random.fill(&mut v);
+    for layer in (0..cache.config().shape.layers).map(Layer) {
+        cache.append(layer, HostView::new(&k[..], rows)?, HostView::new(&v[..], rows)?)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use leank_cpu::{Cpu, Executor};
+
+    use super::*;
+
+    fn options(variant: Variant) -> WorkloadOptions {
+        let (shape, dtype) = (HeadShape::SMOLLM2, Dtype::F16);
+        WorkloadOptions { shape, context: 1024, dtype, variant, footprint: 5 << 20 }
+    }
+
+    fn workload(options: &WorkloadOptions) -> Workload<leank_cpu::CpuCache> {
+        Workload::new(&Cpu::with_executor(Executor::Serial), options).unwrap()
+    }
+
+    #[test]
+    fn bytes_are_those_of_k_and_v() {
+        let dense = workload(&options(Variant::Dense));
+        assert_eq!(dense.call_bytes(), 1024.0 * 3.0 * 64.0 * 2.0 * 2.0);
+        assert!(dense.sweep_bytes() >= 5 << 20);
+
+        let lean = workload(&options(Variant::Lean));
+        // The query stands at 1023: blocks that end by 1024 - 128 = 896 are lean but for the sink's,
+        // so 13 of 16. Over the period of the mask a quarter of the heads keeps each count, and
+        // three quarters keep V.
+        let full = 3.0 * 64.0 * 3.0 * 64.0 * 2.0;
+        let middle = 13.0 * 64.0 * 3.0 * ((0.0 + 16.0 + 32.0 + 64.0) / 4.0 + 64.0 * 0.75);
+        assert_eq!(lean.call_bytes(), (full + middle) * 2.0);
+        assert!(lean.sweep_bytes() >= 5 << 20);
+        assert_eq!(lean.layers() % 4, 0);
+    }
+
+    #[test]
+    fn a_sweep_attends() {
+        let outputs = [Variant::Dense, Variant::Lean].map(|variant| {
+            let mut workload = workload(&options(variant));
+            workload.sweep().unwrap();
+            workload.output().to_vec()
+        });
+        for output in &outputs {
+            assert!(output.iter().all(|x| x.is_finite() && *x != 0.0));
+        }
+        assert_ne!(outputs[0], outputs[1]);
+    }
+
+    #[test]
+    fn settings_that_cannot_be_measured_are_refused() {
+        let backend = Cpu::with_executor(Executor::Serial);
+        for context in [0, 1, 1000] {
+            let options = WorkloadOptions { context, ..options(Variant::Dense) };
+            let error = Workload::new(&backend, &options).unwrap_err();
+            assert!(error.to_string().contains("multiple of 64"), "{error}");
+        }
+        let options = WorkloadOptions { footprint: u64::MAX, ..options(Variant::Dense) };
+        let error = Workload::new(&backend, &options).unwrap_err();
+        assert!(error.to_string().contains("smaller footprint"), "{error}");
+    }
+}
