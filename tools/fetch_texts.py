@@ -70,7 +70,8 @@ def unpack(package, folder):
     root = folder / package
     if not root.exists():
         print(f"fetching {package}", file=sys.stderr)
-        download = ["apt-get", "download", "-qq", package]
+        # As root apt would warn that its sandbox user cannot write here.
+        download = ["apt-get", "-o", "APT::Sandbox::User=root", "download", "-qq", package]
         if subprocess.run(download, cwd=folder).returncode != 0:
             subprocess.run(["apt-get", "update", "-qq"], check=True)
             subprocess.run(download, cwd=folder, check=True)

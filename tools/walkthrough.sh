@@ -105,8 +105,7 @@ say "plan: what a cache with it will take"
 
 say "eval: every mask through the lean cache, on texts it was not learned on"
 "$leank" eval --model "$dir/smollm2.gguf" --mask "${masks[@]}" \
-    --text "$dir"/texts/evaluate-*.txt "${eval[@]}" --json >"$run/eval.json.part"
-mv "$run/eval.json.part" "$run/eval.json"
-
+    --text "$dir"/texts/evaluate-*.txt "${eval[@]}" >"$run/eval.txt.part"
+mv "$run/eval.txt.part" "$run/eval.txt"
+cat "$run/eval.txt"
 say "done; all of it is in $run"
-python3 tools/eval_table.py "$run/eval.json"

@@ -63,7 +63,7 @@ impl Case {
     /// The configuration of the case's cache.
     ///
     /// # Panics
-    /// Never for a case that [`cases`] made.
+    /// Never for a case that `cases` made.
     #[must_use]
     pub fn config(&self) -> CacheConfig {
         let shape = self.shape;

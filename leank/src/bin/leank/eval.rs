@@ -134,72 +134,49 @@ fn config(args: &Args, model: &Model, path: &std::path::Path) -> anyhow::Result<
     Ok(config)
 }
 
+/// A row per mask; what all rows share stands below.
 fn print(args: &Args, entries: &[Entry]) -> anyhow::Result<()> {
-    for (i, entry) in entries.iter().enumerate() {
-        if i > 0 {
-            output::line("")?;
-        }
-        output::line(&entry.mask)?;
-        for (name, value) in facts(args, entry) {
-            output::line(format!("  {name:<16} {value}"))?;
-        }
+    let rows: Vec<_> = entries.iter().map(row).collect();
+    let Some(first) = rows.first() else { return Ok(()) };
+    let mut table = output::table(first.iter().map(|(column, _)| column.as_str()));
+    for row in &rows {
+        table.add_row(row.iter().map(|(_, cell)| cell));
+    }
+    output::line(table)?;
+    if let Some(text) = &entries[0].report.text {
+        output::line(format!(
+            "\n{} sequences × {} positions at a context of {}; perplexity of the dense model {:.3}.\nKL in nats per token against the dense model, ± its standard error; whole-KV ratio as\nmeasured on the caches, windows and padding included.",
+            text.sequences,
+            text.positions / text.sequences.max(1),
+            args.context,
+            text.dense_perplexity,
+        ))?;
     }
     Ok(())
 }
 
-fn facts(args: &Args, entry: &Entry) -> Vec<(String, String)> {
-    let mut facts = vec![(
-        "kept".to_owned(),
-        format!(
-            "K {}, V {}; dead heads {} of {}",
-            output::percent(entry.kept_k),
-            output::percent(entry.kept_v),
-            entry.dead_heads,
-            entry.heads
-        ),
-    )];
+fn row(entry: &Entry) -> Vec<(String, String)> {
+    let mut row: Vec<(String, String)> = Vec::new();
+    let mut cell = |column: &str, cell: String| row.push((column.to_owned(), cell));
+    let name = std::path::Path::new(&entry.mask).file_stem().unwrap_or_default();
+    cell("mask", name.to_string_lossy().into_owned());
+    cell("kept K", output::percent(entry.kept_k));
+    cell("kept V", output::percent(entry.kept_v));
+    cell("dead heads", format!("{}/{}", entry.dead_heads, entry.heads));
     if let Some(text) = &entry.report.text {
         let error = text.kl_standard_error.map_or(String::new(), |error| format!(" ± {error:.4}"));
-        let predicted =
-            entry.predicted_kl.map_or(String::new(), |kl| format!(" (learning predicted {kl:.4})"));
-        facts.push((
-            "measured on".into(),
-            format!(
-                "{} sequences × {} positions, context {}",
-                text.sequences,
-                text.positions / text.sequences.max(1),
-                args.context
-            ),
-        ));
-        facts.push(("KL".into(), format!("{:.4}{error}{predicted}", text.kl)));
-        facts.push((
-            "perplexity".into(),
-            format!(
-                "{:.3} dense, {:.3} lean ({:+.2} %)",
-                text.dense_perplexity,
-                text.lean_perplexity,
-                text.perplexity_change() * 100.0
-            ),
-        ));
-        facts.push(("top-1 agreement".into(), output::percent(text.top1_agreement)));
+        cell("KL", format!("{:.4}{error}", text.kl));
+        cell("predicted", entry.predicted_kl.map_or("–".into(), |kl| format!("{kl:.4}")));
+        let change = text.perplexity_change() * 100.0;
+        cell("perplexity", format!("{:.3} ({change:+.2} %)", text.lean_perplexity));
+        cell("same top-1", output::percent(text.top1_agreement));
     }
     for task in &entry.report.tasks {
-        facts.push((
-            task.task.clone(),
-            format!("{} dense, {} lean of {}", task.dense_right, task.lean_right, task.items),
-        ));
+        let column = format!("{} (dense) of {}", task.task, task.items);
+        cell(&column, format!("{} ({})", task.lean_right, task.dense_right));
     }
     if let Some(ratio) = entry.whole_kv_ratio {
-        let cache = entry.report.cache;
-        facts.push((
-            "whole-KV ratio".into(),
-            format!(
-                "{ratio:.3} ({} for {} tokens, dense {})",
-                output::bytes(cache.bytes),
-                cache.tokens,
-                output::bytes(cache.dense_bytes)
-            ),
-        ));
+        cell("whole-KV ratio", format!("{ratio:.3}"));
     }
-    facts
+    row
 }

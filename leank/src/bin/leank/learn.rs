@@ -22,7 +22,7 @@ use crate::{output, parse};
 /// Measuring is what takes time: its results are kept in the dump, so that a killed run goes on
 /// where it was, and another budget or alignment takes a moment.
 #[derive(clap::Args)]
-#[group(id = "budget", required = true, args = ["k_ratio", "bytes"])]
+#[command(group(clap::ArgGroup::new("budget").required(true).args(["k_ratio", "bytes"])))]
 pub(crate) struct Args {
     /// The dump.
     dump: PathBuf,
@@ -48,9 +48,10 @@ pub(crate) struct Args {
     /// k. leank: the paper's two stages of training. The last two are there to compare with.
     #[arg(long, default_value = "e2")]
     method: Method,
-    /// Channels removed between two measurements.
-    #[arg(long, default_value_t = 8)]
-    step: usize,
+    /// Channels removed between two measurements; it divides the alignment. By default 8, with
+    /// which one measurement serves every alignment that 8 divides, and the alignment for e1.
+    #[arg(long, value_name = "CHANNELS")]
+    step: Option<usize>,
     /// Layers that are never pruned, e.g. sliding-window ones.
     #[arg(long, value_name = "LAYER", value_delimiter = ',')]
     exempt: Vec<usize>,
@@ -83,7 +84,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let options = LearnOptions {
         method: args.method,
         windows: Windows { sink: args.sink, recent: args.recent },
-        step: args.step,
+        step: step(args),
         seed: args.seed,
         threads: rayon::current_num_threads(),
         records: None,
@@ -110,6 +111,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         predicted_kl: mask.info().predicted_kl,
     };
     if args.json { output::json(&report) } else { print(&report) }
+}
+
+fn step(args: &Args) -> usize {
+    let usual = LearnOptions::default().step;
+    let serves = args.method != Method::E1 && args.align.is_multiple_of(usual);
+    args.step.unwrap_or(if serves { usual } else { args.align })
 }
 
 fn print(report: &Report) -> anyhow::Result<()> {

@@ -141,7 +141,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
     if let Some(fit) = &report.memory {
         let tokens = fit.tokens.map_or("more than 2^32".to_owned(), |tokens| tokens.to_string());
         output::line(format!(
-            "{} hold {tokens} tokens of one sequence ({} in a dense cache)",
+            "{} hold {tokens} tokens of one sequence, decoded one by one ({} in a dense cache)",
             output::bytes(fit.bytes),
             fit.dense_tokens
         ))?;
