@@ -3,8 +3,8 @@
 
 use std::{fs, path::Path};
 
-use leank_core::{Dtype, 
-    ChannelMask, Fingerprint, MaskInfo, ModelMask, ModelShape, Windows,
+use leank_core::{
+    ChannelMask, Dtype, Fingerprint, MaskInfo, ModelMask, ModelShape, Windows,
     files::{Format, to_bytes},
 };
 use leank_fuzz::torch_archive;
