@@ -24,7 +24,7 @@
 //!
 //! - [`setting`]: shapes, masks and data that are measured.
 //! - [`workload`]: a filled cache of any host backend, large enough to be cold.
-//! - [`bandwidth`]: the read bandwidth of the machine.
+//! - [`bandwidth`]: the read bandwidth that portable code reaches.
 //! - [`stats`]: medians over rounds, ratios within a round.
 //! - [`cpu`]: the measurement that `leank-bench cpu` runs; [`table`] prints it.
 //!
