@@ -15,10 +15,10 @@
 //! let mut cache = Cpu::new().create(CacheConfig::new(shape, mask)?)?;
 //! let sequence = cache.add_sequence();
 //!
-//! // A prompt of 300 tokens goes straight to where it belongs.
-//! let k = vec![0.5f32; 300 * 8];
-//! let rows = ViewShape::contiguous(300, 1, 8);
-//! cache.plan(&[StepEntry::store(sequence, 300)])?;
+//! // A prompt of 3000 tokens goes straight to where it belongs.
+//! let k = vec![0.5f32; 3000 * 8];
+//! let rows = ViewShape::contiguous(3000, 1, 8);
+//! cache.plan(&[StepEntry::store(sequence, 3000)])?;
 //! cache.append(Layer(0), HostView::new(&k[..], rows)?, HostView::new(&k[..], rows)?)?;
 //! cache.commit()?;
 //!
