@@ -8,7 +8,6 @@ use leank::{
         Model, Task,
         eval::{EvalOptions, MaskReport, evaluate},
     },
-    files::read_mask,
 };
 use serde::Serialize;
 
@@ -126,10 +125,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn config(args: &Args, model: &Model, path: &std::path::Path) -> anyhow::Result<CacheConfig> {
-    let mask = read_mask(path, &Default::default())?;
-    mask.check_model(model.fingerprint())
-        .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
-    let mut config = CacheConfig::new(model.config().shape(), mask)?;
+    let mut config = model::lean_config(model, path)?;
     args.cache.apply(&mut config);
     Ok(config)
 }

@@ -6,11 +6,11 @@ use std::{
     time::Instant,
 };
 
+use anyhow::Context as _;
 use leank::{
     Backend as _, Cache as _, CacheConfig, SequenceId, StepEntry,
     candle::{DenseAttention, LeanAttention, Model, Precision, store_prefix},
     cpu::{Cpu, CpuCache},
-    files::read_mask,
 };
 
 use crate::{model, output, plan::CacheArgs};
@@ -72,10 +72,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 fn config(model: &Model, mask: Option<&Path>) -> anyhow::Result<CacheConfig> {
     let shape = model.config().shape();
     let Some(path) = mask else { return Ok(CacheConfig::dense(shape)?) };
-    let mask = read_mask(path, &Default::default())?;
-    mask.check_model(model.fingerprint())
-        .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
-    Ok(CacheConfig::new(shape, mask)?)
+    model::lean_config(model, path)
 }
 
 struct Generation<'a> {
@@ -109,14 +106,14 @@ impl<'a> Generation<'a> {
             if self.model.tokenizer().eos().contains(&self.next) {
                 break;
             }
-            write!(out, "{}", stream.push(self.next)?)?;
-            out.flush()?;
+            write!(out, "{}", stream.push(self.next)?).context(output::STDOUT)?;
+            out.flush().context(output::STDOUT)?;
             if generated + 1 < most {
                 self.step()?;
                 decoded += 1;
             }
         }
-        writeln!(out, "{}", stream.finish()?)?;
+        writeln!(out, "{}", stream.finish()?).context(output::STDOUT)?;
         self.report(decoded, start.elapsed().as_secs_f64());
         Ok(())
     }

@@ -80,6 +80,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         (None, Some(share)) => Budget::Bytes(share),
         (None, None) => unreachable!("clap requires one of them"),
     };
+    output::check_mask_name(&args.out)?;
+    anyhow::ensure!(
+        args.dump.is_dir(),
+        "{}: no such folder; a dump is the folder that `leank dump --out` writes",
+        args.dump.display()
+    );
     let dump = Dump::open(&args.dump)?;
     let options = LearnOptions {
         method: args.method,

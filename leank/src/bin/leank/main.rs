@@ -57,7 +57,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("leank: {error:#}");
+            eprintln!("leank: {}", output::message(&error));
             ExitCode::FAILURE
         }
     }

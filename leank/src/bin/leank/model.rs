@@ -1,12 +1,18 @@
 //! The model argument that several commands share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use leank::candle::{LoadOptions, Model, Precision};
+use leank::{
+    CacheConfig,
+    candle::{LoadOptions, Model, Precision},
+    files::read_mask,
+};
 
 /// Which model.
 #[derive(clap::Args)]
+// Flattened into commands whose own group is called `Args` too.
+#[group(skip)]
 pub(crate) struct Args {
     /// The model: a .gguf file, or a folder with config.json, tokenizer.json and safetensors.
     #[arg(long, value_name = "PATH")]
@@ -24,4 +30,12 @@ impl Args {
         Model::load(&self.model, LoadOptions::with_precision(precision))
             .context("loading the model")
     }
+}
+
+/// A lean cache for the model, with a mask that must be for it.
+pub(crate) fn lean_config(model: &Model, mask: &Path) -> anyhow::Result<CacheConfig> {
+    let read = read_mask(mask, &Default::default())?;
+    read.check_model(model.fingerprint())
+        .and_then(|()| CacheConfig::new(model.config().shape(), read))
+        .with_context(|| mask.display().to_string())
 }

@@ -2,12 +2,18 @@
 
 use std::{
     io::{self, Write as _},
+    path::Path,
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use leank::files::Format;
 use serde::Serialize;
+
+/// What failed when standard output cannot be written.
+pub(crate) const STDOUT: &str = "writing to standard output";
 
 static QUIET: AtomicBool = AtomicBool::new(false);
 
@@ -32,7 +38,16 @@ pub(crate) fn bar(len: u64, what: &str) -> ProgressBar {
 
 /// Prints a line; a reader that went away is not an error worth a message.
 pub(crate) fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
-    writeln!(io::stdout().lock(), "{text}")?;
+    writeln!(io::stdout().lock(), "{text}").context(STDOUT)
+}
+
+/// Refuses a name that no mask can be written to, before work is done for it.
+pub(crate) fn check_mask_name(path: &Path) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        Format::from_path(path)? != Format::Tsv,
+        "{}: scaling factors are only read; write the mask as .safetensors, .pth or .npy",
+        path.display()
+    );
     Ok(())
 }
 
@@ -71,4 +86,15 @@ pub(crate) fn bytes(n: u64) -> String {
 /// Whether an error is that standard output was closed, as `| head` does.
 pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// An error and its causes in one line. Causes that a message quotes already are not repeated.
+pub(crate) fn message(error: &anyhow::Error) -> String {
+    let mut message = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !message.contains(&cause) {
+            message = format!("{message}: {cause}");
+        }
+    }
+    message
 }

@@ -1,0 +1,10 @@
+//! The `leank` command, run as a user runs it, on a tiny random model that the tests write.
+
+mod bad_input;
+mod bad_model;
+mod disk;
+mod killed;
+mod model;
+mod usage;
+mod whole_way;
+mod world;
