@@ -173,7 +173,7 @@ impl Tiny {
 /// GPT-2's printable character for every byte, in the order of bytes.
 fn alphabet() -> Vec<char> {
     let mut extra = 256u32..;
-    let printable = |byte: u32| matches!(byte, 33..127 | 161..173 | 174..);
+    let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..);
     (0..256)
         .map(|byte| if printable(byte) { byte } else { extra.next().unwrap() })
         .map(|code| char::from_u32(code).unwrap())
