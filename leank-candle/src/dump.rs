@@ -128,7 +128,11 @@ fn write(writer: &mut DumpWriter, sequence: usize, probed: &SequenceProbe) -> Re
 
 fn check(model: &Model, options: &DumpOptions) -> Result<()> {
     let (shortest, longest) = (*options.prefix.start(), *options.prefix.end());
-    for (option, n) in [("sequences", options.sequences), ("positions", options.positions)] {
+    for (option, n) in [
+        ("sequences", options.sequences),
+        ("positions", options.positions),
+        ("draws", options.draws),
+    ] {
         if n == 0 {
             return Err(Error::option(option, "0 leaves nothing to dump; take at least 1"));
         }

@@ -104,7 +104,7 @@ pub enum Error {
     },
     /// A text that is too short for what is to be cut from it.
     #[error(
-        "text {name} has {found} tokens, {needed} are needed (prefix {prefix} + positions {positions}); give a longer text or shorter prefixes"
+        "text {name} has {found} tokens, {needed} are needed (prefix {prefix} + positions {positions}); give a longer text, or ask for less context"
     )]
     ShortText {
         /// The text.

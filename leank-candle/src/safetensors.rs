@@ -64,8 +64,9 @@ pub(crate) fn load(folder: &Path) -> Result<Loaded> {
         Some(id) => token_id(id).into_iter().collect(),
         None => Vec::new(),
     };
-    let tokenizer = folder.join("tokenizer.json");
-    let tokenizer = Tokenizer::from_json(&read_text(&tokenizer)?, file.bos_token_id, eos)?;
+    let path = folder.join("tokenizer.json");
+    let tokenizer = Tokenizer::from_json(&read_text(&path)?, file.bos_token_id, eos)
+        .map_err(|e| Error::Damaged { path, format: "tokenizer.json", why: e.to_string() })?;
     let mut source = FolderSource { folder: folder.to_owned(), tensors: read_tensors(folder)? };
     let weights = Weights::load(&mut source, &config)?;
     Ok(Loaded { config, tokenizer, weights })

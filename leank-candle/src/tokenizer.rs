@@ -46,7 +46,7 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] when the text is not one.
     pub(crate) fn from_json(text: &str, bos: Option<u32>, eos: Vec<u32>) -> Result<Self> {
         let inner = tokenizers::Tokenizer::from_bytes(text.as_bytes())
-            .map_err(|e| Error::Tokenizer(format!("tokenizer.json: {e}")))?;
+            .map_err(|e| Error::Tokenizer(e.to_string()))?;
         // Its post-processor tells whether the model wants BOS in front.
         let around = inner.encode_fast("", true).map_err(|e| Error::Tokenizer(e.to_string()))?;
         let prepend =

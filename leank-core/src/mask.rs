@@ -409,7 +409,7 @@ impl ModelMask {
         Err(Error::mismatch(
             "shape of the mask against that of the model",
             format!("{shape} (the model)"),
-            format!("{self} (the mask)"),
+            format!("{self} (the mask); learn a mask for this model"),
         ))
     }
 

@@ -101,17 +101,20 @@ impl AllocateOptions {
         let fits = |a: usize| d.is_multiple_of(a) && (a == d || a.is_multiple_of(step));
         if a == 0 || a > d || !fits(a) {
             let will_do: Vec<_> = (1..=d).filter(|&a| fits(a)).map(|a| a.to_string()).collect();
-            let why = format!(
-                "{a} does not divide head_dim {d} or is not a multiple of the {step} channels \
-                 between measurements; {} would do{}",
-                will_do.join(", "),
-                if step > 1 { ", others with a smaller step" } else { "" },
-            );
+            let will_do = will_do.join(", ");
+            let why = if a == 0 || !d.is_multiple_of(a) {
+                format!("{a} does not divide head_dim {d}; {will_do} would do")
+            } else {
+                format!(
+                    "{a} is not a multiple of the {step} channels between measurements; \
+                     {will_do} would do, or a step that divides {a}"
+                )
+            };
             return Err(Error::options("alignment", why));
         }
         match self.exempt.iter().find(|layer| layer.0 >= shape.layers) {
             Some(layer) => {
-                let why = format!("layer {layer} is not below {} layers", shape.layers);
+                let why = format!("there is no layer {layer}: the model has {}", shape.layers);
                 Err(Error::options("exempt layers", why))
             }
             None => Ok(()),
@@ -158,16 +161,15 @@ pub(crate) fn over_budget(
 ) -> Error {
     let dense = options.budget.cost(channels, channels);
     let share = least as f64 / dense as f64;
-    let nearest = match options.budget {
-        Budget::KRatio(_) => Budget::KRatio(1.0 - share),
-        Budget::Bytes(_) => Budget::Bytes(share),
+    let (nearest, beyond) = match options.budget {
+        Budget::KRatio(_) => (Budget::KRatio(1.0 - share), "less"),
+        Budget::Bytes(_) => (Budget::Bytes(share), "more"),
     };
     Error::Budget {
         budget: options.budget.to_string(),
         why: format!(
-            "the {} exempt layers alone take {least} elements per token of {limit}; exempt fewer \
-             layers, or ask for {nearest} or more",
-            options.exempt.len()
+            "the exempt layers alone take {least} elements per token where it leaves {limit}; \
+             exempt fewer layers, or ask for {nearest} or {beyond}"
         ),
     }
 }

@@ -17,7 +17,7 @@ pub const MAX_FILE_BYTES: u64 = 64 << 20;
 pub(super) fn read_capped(source: Source<'_>) -> Result<Vec<u8>> {
     let io = |action| move |error| Error::Io { path: source.path.into(), action, source: error };
     // Asked before opening: opening a pipe would wait for its writer.
-    let metadata = fs::metadata(source.path).map_err(io("reading the size"))?;
+    let metadata = fs::metadata(source.path).map_err(io("opening"))?;
     if !metadata.is_file() {
         return Err(source.bad("this is not a regular file; give a file"));
     }

@@ -210,9 +210,12 @@ fn parse(bytes: &[u8], source: Source<'_>, options: &ReadOptions) -> Result<Mode
         Format::Tsv => {
             let scaling = options.scaling.as_ref().ok_or_else(|| {
                 Error::invalid(
-                    "options for a .tsv",
-                    "scaling factors become a mask only with the model's shape, a ratio and an \
-                     alignment; give them",
+                    "mask file",
+                    format!(
+                        "{}: scaling factors become a mask only with the model's shape, a ratio \
+                         and an alignment; convert it first, or give them",
+                        source.path.display()
+                    ),
                 )
             })?;
             tsv::from_bytes(bytes, source.path, scaling)

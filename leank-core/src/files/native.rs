@@ -52,8 +52,8 @@ pub fn from_bytes(bytes: &[u8], name: &Path) -> Result<ModelMask> {
         )));
     }
     // Checks that every tensor's range is that of its shape and that the ranges tile the file.
-    let (header, metadata) =
-        SafeTensors::read_metadata(bytes).map_err(|error| source.bad(error))?;
+    let (header, metadata) = SafeTensors::read_metadata(bytes)
+        .map_err(|error| source.bad(format!("{error}; is the file whole?")))?;
     let file = Tensors { source, metadata: &metadata, data: &bytes[8 + header..] };
     let info = file.info()?;
     let (axes, mask) = file.mask()?;

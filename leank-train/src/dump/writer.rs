@@ -352,9 +352,10 @@ fn check_target(dir: &Path, existing: Existing) -> Result<()> {
     let is_dump = dir.join(MANIFEST_FILE).is_file();
     match (is_dump, existing) {
         (true, Existing::Replace) => Ok(()),
-        (true, Existing::Refuse) => {
-            Err(occupied(dir, "holds a dump already; choose another directory or replace it"))
-        }
+        (true, Existing::Refuse) => Err(occupied(
+            dir,
+            "holds a dump already; choose another directory, or replace it (--overwrite)",
+        )),
         (false, _) => {
             Err(occupied(dir, "is not empty and holds no dump; choose another directory"))
         }

@@ -28,7 +28,8 @@ pub(super) struct Archive<'a> {
 impl<'a> Archive<'a> {
     pub(super) fn open(bytes: &'a [u8], source: Source<'a>) -> Result<Self> {
         check_directory_end(bytes, source)?;
-        let mut zip = ZipArchive::new(Cursor::new(bytes)).map_err(|error| source.bad(error))?;
+        let mut zip = ZipArchive::new(Cursor::new(bytes))
+            .map_err(|error| source.bad(format!("{error}; is the file whole?")))?;
         // Overlapping or hidden entries, and headers that contradict the directory.
         zip.validate_header_consistency().map_err(|error| source.bad(error))?;
         let mut roots = Vec::new();
