@@ -62,5 +62,6 @@ fn a_killed_learn_resumes_to_the_same_mask() {
         for mask in ["mask.safetensors", "undisturbed.safetensors"] {
             fs::remove_file(world.path(mask)).unwrap();
         }
+        fs::remove_dir_all(&records).unwrap();
     }
 }

@@ -32,7 +32,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    output::check_mask_name(&args.to)?;
+    output::check_mask_path(&args.to)?;
     let scaling =
         args.shape.map(|shape| ScalingFactors { shape, ratio: args.ratio, alignment: args.align });
     if scaling.is_none() && Format::from_path(&args.from)? == Format::Tsv {

@@ -2,7 +2,6 @@
 
 use std::{ops::RangeInclusive, path::PathBuf};
 
-use anyhow::Context as _;
 use leank::{
     Dtype,
     candle::{DumpOptions, Text, dump},
@@ -75,8 +74,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let manifest = dump(&model, &texts, &args.out, &options, &mut |progress| {
         bytes = progress.bytes;
         bar.set_position(progress.done as u64);
-    })
-    .with_context(|| format!("dumping to {}", args.out.display()))?;
+    })?;
     bar.finish_and_clear();
     output::line(format!(
         "{}: {} of {}, {} sequences × {} positions, {}",

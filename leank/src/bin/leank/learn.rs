@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context as _;
 use leank::{
     Layer, Windows,
     files::write_mask,
@@ -80,7 +79,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         (None, Some(share)) => Budget::Bytes(share),
         (None, None) => unreachable!("clap requires one of them"),
     };
-    output::check_mask_name(&args.out)?;
+    output::check_mask_path(&args.out)?;
     anyhow::ensure!(
         args.dump.is_dir(),
         "{}: no such folder; a dump is the folder that `leank dump --out` writes",
@@ -98,12 +97,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let exempt = args.exempt.iter().copied().map(Layer).collect();
     let spending = AllocateOptions { budget, alignment: args.align, exempt };
     let bar = output::bar(0, "learning");
-    let Learned { mask, .. } = learn_mask(&dump, &options, &spending, &|progress: Progress<'_>| {
-        bar.set_message(progress.phase.to_owned());
-        bar.set_length(progress.total as u64);
-        bar.set_position(progress.done as u64);
-    })
-    .with_context(|| format!("learning from {}", args.dump.display()))?;
+    let Learned { mask, .. } =
+        learn_mask(&dump, &options, &spending, &|progress: Progress<'_>| {
+            bar.set_message(progress.phase.to_owned());
+            bar.set_length(progress.total as u64);
+            bar.set_position(progress.done as u64);
+        })?;
     bar.finish_and_clear();
     write_mask(&args.out, &mask)?;
     let summary = mask.summary();

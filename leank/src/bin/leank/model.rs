@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
 use leank::{
     CacheConfig,
     candle::{LoadOptions, Model, Precision},
     files::read_mask,
 };
+
+use crate::output;
 
 /// Which model.
 #[derive(clap::Args)]
@@ -28,7 +29,7 @@ impl Args {
     /// Loads it.
     pub(crate) fn load_as(&self, precision: Precision) -> anyhow::Result<Model> {
         Model::load(&self.model, LoadOptions::with_precision(precision))
-            .context("loading the model")
+            .map_err(|error| output::about(&self.model, error))
     }
 }
 
@@ -37,5 +38,5 @@ pub(crate) fn lean_config(model: &Model, mask: &Path) -> anyhow::Result<CacheCon
     let read = read_mask(mask, &Default::default())?;
     read.check_model(model.fingerprint())
         .and_then(|()| CacheConfig::new(model.config().shape(), read))
-        .with_context(|| mask.display().to_string())
+        .map_err(|error| output::about(mask, error))
 }

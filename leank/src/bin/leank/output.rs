@@ -41,14 +41,27 @@ pub(crate) fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
     writeln!(io::stdout().lock(), "{text}").context(STDOUT)
 }
 
-/// Refuses a name that no mask can be written to, before work is done for it.
-pub(crate) fn check_mask_name(path: &Path) -> anyhow::Result<()> {
+/// Refuses a path that no mask can be written to, before work is done for it.
+pub(crate) fn check_mask_path(path: &Path) -> anyhow::Result<()> {
     anyhow::ensure!(
         Format::from_path(path)? != Format::Tsv,
         "{}: scaling factors are only read; write the mask as .safetensors, .pth or .npy",
         path.display()
     );
+    anyhow::ensure!(!path.is_dir(), "{}: is a folder; give the name of a file", path.display());
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    anyhow::ensure!(
+        folder.is_none_or(Path::is_dir),
+        "{}: there is no such folder to write it to; make it first",
+        path.display()
+    );
     Ok(())
+}
+
+/// Names a file in an error that does not name it itself.
+pub(crate) fn about(path: &Path, error: impl Into<anyhow::Error>) -> anyhow::Error {
+    let (error, path) = (error.into(), path.display().to_string());
+    if error.to_string().contains(&path) { error } else { error.context(path) }
 }
 
 /// Prints a value as JSON.
@@ -56,12 +69,13 @@ pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     line(serde_json::to_string_pretty(value)?)
 }
 
-/// An empty table with a header, first column to the left and the others to the right.
+/// An empty table of numbers with a header.
 pub(crate) fn table<'a>(header: impl IntoIterator<Item = &'a str>) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
-    for column in table.column_iter_mut().skip(1) {
+    for (place, column) in table.column_iter_mut().enumerate() {
         column.set_cell_alignment(CellAlignment::Right);
+        column.set_padding((if place == 0 { 0 } else { 2 }, 0));
     }
     table
 }

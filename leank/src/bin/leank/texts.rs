@@ -14,11 +14,16 @@ fn name(path: &Path) -> String {
 }
 
 pub(crate) fn read_one(path: &Path) -> anyhow::Result<String> {
-    let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    let bytes =
+        std::fs::read(path).with_context(|| format!("{}: reading failed", path.display()))?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         anyhow::anyhow!("{}: not UTF-8 text from byte {at} on; convert it first", path.display())
     })?;
-    anyhow::ensure!(!text.trim().is_empty(), "{}: the text is empty", path.display());
+    anyhow::ensure!(
+        !text.trim().is_empty(),
+        "{}: the text is empty; give one with something in it",
+        path.display()
+    );
     Ok(text)
 }
