@@ -257,7 +257,8 @@ fn a_damaged_folder_is_an_error() {
     }
     std::fs::write(&path, &bytes).unwrap();
     std::fs::write(folder.join("tokenizer.json"), "{}").unwrap();
-    assert!(matches!(load(&folder, Precision::F32), Err(Error::Tokenizer(_))));
+    let error = load(&folder, Precision::F32).unwrap_err();
+    assert!(matches!(error, Error::Damaged { format: "tokenizer.json", .. }), "{error}");
     let index = folder.join("model.safetensors.index.json");
     std::fs::write(&index, "{\"weight_map\": {\"x\": \"../secret\"}}").unwrap();
     tiny.write_folder();

@@ -65,8 +65,13 @@ pub(crate) fn load(folder: &Path) -> Result<Loaded> {
         None => Vec::new(),
     };
     let path = folder.join("tokenizer.json");
-    let tokenizer = Tokenizer::from_json(&read_text(&path)?, file.bos_token_id, eos)
-        .map_err(|e| Error::Damaged { path, format: "tokenizer.json", why: e.to_string() })?;
+    let tokenizer =
+        Tokenizer::from_json(&read_text(&path)?, file.bos_token_id, eos).map_err(|error| {
+            match error {
+                Error::Tokenizer(why) => Error::Damaged { path, format: "tokenizer.json", why },
+                other => other,
+            }
+        })?;
     let mut source = FolderSource { folder: folder.to_owned(), tensors: read_tensors(folder)? };
     let weights = Weights::load(&mut source, &config)?;
     Ok(Loaded { config, tokenizer, weights })
