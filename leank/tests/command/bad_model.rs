@@ -53,7 +53,7 @@ fn models_that_are_not_supported() {
     world.write("model/config.json", config.replace("\"hidden_size\":32", "\"hidden_size\":64"));
     world.fails(generate, &["shape", "32", "64"]);
     world.write("model/config.json", config.replace("\"head_dim\":16", "\"head_dim\":0"));
-    world.fails(generate, &["model", "head_dim"]);
+    world.fails(generate, &["model: ", "head_dim"]);
 }
 
 #[test]

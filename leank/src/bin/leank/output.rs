@@ -61,7 +61,7 @@ pub(crate) fn check_mask_path(path: &Path) -> anyhow::Result<()> {
 /// Names a file in an error that does not name it itself.
 pub(crate) fn about(path: &Path, error: impl Into<anyhow::Error>) -> anyhow::Error {
     let (error, path) = (error.into(), path.display().to_string());
-    if error.to_string().contains(&path) { error } else { error.context(path) }
+    if error.to_string().starts_with(&path) { error } else { error.context(path) }
 }
 
 /// Prints a value as JSON.
