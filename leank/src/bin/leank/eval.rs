@@ -135,6 +135,9 @@ fn print(args: &Args, entries: &[Entry]) -> anyhow::Result<()> {
     let rows: Vec<_> = entries.iter().map(row).collect();
     let Some(first) = rows.first() else { return Ok(()) };
     let mut table = output::table(first.iter().map(|(column, _)| column.as_str()));
+    if let Some(masks) = table.column_mut(0) {
+        masks.set_cell_alignment(comfy_table::CellAlignment::Left);
+    }
     for row in &rows {
         table.add_row(row.iter().map(|(_, cell)| cell));
     }
