@@ -55,6 +55,17 @@ pub enum Error {
         /// The limit of the cache.
         limit: u64,
     },
+    /// The system refused memory, although no limit of the cache stood against it. Nothing was
+    /// changed. Another backend is no mend, so this is not [`Error::Unavailable`].
+    #[error(
+        "the system refused {bytes} bytes of memory for {what}: release sequences or plan a smaller step, give the machine more free memory, or set a limit below what it has"
+    )]
+    SystemMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// Bytes of the allocation that failed.
+        bytes: u64,
+    },
     /// A sequence id that this cache does not hold (any more).
     #[error("sequence {0} is not in this cache: it was released or belongs to another cache")]
     UnknownSequence(u64),

@@ -40,18 +40,13 @@ impl Store {
     /// Gives storage to a block in every layer; on failure it has none in any.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] when the system has no memory left.
+    /// [`Error::SystemMemory`] when the system has no memory left.
     pub(crate) fn allocate(&mut self, block: Block) -> Result<()> {
         for layer in 0..self.full.len() {
             let (slots, id, bytes) = self.slots(layer, block);
             let Some(storage) = Bytes::try_new(bytes) else {
                 self.free(block);
-                return Err(Error::Unavailable {
-                    what: "memory for a block",
-                    why: format!(
-                        "the system refused {bytes} bytes; release sequences or set a limit"
-                    ),
-                });
+                return Err(Error::SystemMemory { what: "a block", bytes: bytes as u64 });
             };
             if slots.len() <= id {
                 slots.resize_with(id + 1, Bytes::default);
