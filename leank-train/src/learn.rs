@@ -30,6 +30,11 @@ pub enum Method {
     LeanK,
 }
 
+impl Method {
+    /// Every method.
+    pub const ALL: [Self; 4] = [Self::E2, Self::E1, Self::Static, Self::LeanK];
+}
+
 impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -44,11 +49,9 @@ impl fmt::Display for Method {
 impl FromStr for Method {
     type Err = Error;
 
-    fn from_str(s: &str) -> Result<Self> {
-        let all = [Self::E2, Self::E1, Self::Static, Self::LeanK];
-        let named = all.into_iter().find(|method| method.to_string() == s);
-        named.ok_or_else(|| {
-            Error::options("method", format!("{s:?} is not one of e2, e1, static, leank"))
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|method| method.to_string() == name).ok_or_else(|| {
+            Error::options("method", format!("{name:?} is none of e2, e1, static and leank"))
         })
     }
 }

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use leank_core::{Dtype, KvHead, Layer, ModelShape};
 use leank_train::{
     Error,
-    dump::{Dump, DumpWriter, Existing, HeadData, SequenceTensors, layer_file_name},
+    dump::{Dump, DumpWriter, Existing, HeadData, Probe, SequenceTensors, layer_file_name},
     synthetic::Synthetic,
 };
 
@@ -106,6 +106,8 @@ fn a_taken_target_is_refused() {
     };
     let refused = |path: &Path, existing| {
         assert!(matches!(create(path, existing), Err(Error::Occupied { .. })), "{path:?}");
+        let early = DumpWriter::check_target(path, existing);
+        assert!(matches!(early, Err(Error::Occupied { .. })), "{path:?}");
     };
     refused(&temp.path, Existing::Refuse);
     create(&temp.path, Existing::Replace).unwrap();
@@ -336,4 +338,14 @@ fn a_full_disk_is_told() {
     assert!(error.to_string().contains(&writer.total_bytes().to_string()), "{error}");
     drop(writer);
     assert!(siblings(&path).is_empty());
+}
+
+#[test]
+fn probes_have_names() {
+    for probe in Probe::ALL {
+        assert_eq!(probe.to_string().parse::<Probe>().unwrap(), probe);
+        assert_eq!(serde_json::to_value(probe).unwrap(), probe.to_string());
+    }
+    let message = "Fisher".parse::<Probe>().unwrap_err().to_string();
+    assert!(message.contains("fisher and random"), "{message}");
 }

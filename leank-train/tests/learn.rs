@@ -18,8 +18,6 @@ use leank_train::{
     synthetic::Synthetic,
 };
 
-const METHODS: [Method; 4] = [Method::E2, Method::E1, Method::Static, Method::LeanK];
-
 struct Fixture {
     _dir: tempfile::TempDir,
     path: PathBuf,
@@ -86,7 +84,7 @@ fn records(path: &Path) -> Vec<PathBuf> {
 #[test]
 fn every_method_meets_its_budget_and_says_what_it_did() {
     let fixture = fixture();
-    for method in METHODS {
+    for method in Method::ALL {
         for (own, limit) in [(Budget::KRatio(0.5), 0.5), (Budget::Bytes(0.6), 0.6)] {
             let learned = counted(&fixture.dump, &options(method), &budget(own)).0;
             let summary = learned.mask.summary();
@@ -114,7 +112,7 @@ fn every_method_meets_its_budget_and_says_what_it_did() {
 #[test]
 fn losses_are_exact() {
     let fixture = fixture();
-    for method in METHODS {
+    for method in Method::ALL {
         let learned = counted(&fixture.dump, &options(method), &budget(Budget::KRatio(0.6))).0;
         let mut sum = 0.0;
         for layer in (0..3).map(Layer) {
@@ -139,7 +137,7 @@ fn better_methods_lose_less() {
     let loss = |method| {
         counted(&fixture.dump, &options(method), &budget(Budget::KRatio(0.5))).0.allocation.loss
     };
-    let [e2, e1, fixed, leank] = METHODS.map(loss);
+    let [e2, e1, fixed, leank] = Method::ALL.map(loss);
     assert!(e2 <= 1.02 * e1, "E2 {e2}, E1 {e1}");
     assert!(e1 < fixed, "E1 {e1}, static {fixed}");
     assert!(e2 < leank, "E2 {e2}, LeanK {leank}");
@@ -193,7 +191,7 @@ fn nothing_is_computed_twice() {
 
 #[test]
 fn a_killed_run_resumes_to_the_same_mask() {
-    for method in METHODS {
+    for method in Method::ALL {
         let fixture = fixture();
         let own = budget(Budget::Bytes(0.5));
         let expected = counted(&fixture.dump, &options(method), &own).0;
@@ -238,7 +236,7 @@ fn a_failed_run_keeps_finished_layers() {
 
 #[test]
 fn threads_change_nothing() {
-    for method in METHODS {
+    for method in Method::ALL {
         let fixture = fixture();
         let own = budget(Budget::KRatio(0.6));
         let masks: Vec<_> = [1, 2, 5]
@@ -285,7 +283,7 @@ fn wrong_options_are_refused_before_anything_runs() {
         assert!(error.to_string().starts_with(option), "{error}");
     };
     let half = budget(Budget::KRatio(0.5));
-    for method in METHODS {
+    for method in Method::ALL {
         let fine = options(method);
         refuse(&LearnOptions { step: 0, ..fine.clone() }, &half, "step");
         refuse(&LearnOptions { step: 17, ..fine.clone() }, &half, "step");
@@ -295,7 +293,7 @@ fn wrong_options_are_refused_before_anything_runs() {
         refuse(&fine, &budget(Budget::Bytes(f64::NAN)), "bytes");
     }
     assert!("e3".parse::<Method>().is_err());
-    for method in METHODS {
+    for method in Method::ALL {
         assert_eq!(method.to_string().parse::<Method>().unwrap(), method);
     }
 }
@@ -303,7 +301,7 @@ fn wrong_options_are_refused_before_anything_runs() {
 #[test]
 fn exempt_layers_stay_whole() {
     let fixture = fixture();
-    for method in METHODS {
+    for method in Method::ALL {
         let own = AllocateOptions { exempt: vec![Layer(1)], ..budget(Budget::Bytes(0.6)) };
         let learned = counted(&fixture.dump, &options(method), &own).0;
         assert!(learned.mask.layer(Layer(1)).iter().all(|head| head.keeps_all()), "{method}");
@@ -319,7 +317,7 @@ fn exempt_layers_stay_whole() {
 fn windows_longer_than_the_context_are_legal() {
     let fixture = fixture();
     let own = budget(Budget::KRatio(0.5));
-    for method in METHODS {
+    for method in Method::ALL {
         let all = LearnOptions { windows: Windows::EVERYTHING, ..options(method) };
         let learned = learn_mask(&fixture.dump, &all, &own, &|_| {}).unwrap();
         assert_eq!(learned.allocation.loss, 0.0, "{method}");

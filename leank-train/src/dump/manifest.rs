@@ -10,11 +10,16 @@ use crate::{Error, Result};
 /// Version of the dump format that this build writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// Limits far above any real dump; they keep all later arithmetic far from overflow.
-const MAX_SEQUENCES: usize = 1 << 20;
-const MAX_POSITIONS: usize = 1 << 20;
-const MAX_PREFIX: usize = 1 << 28;
-const MAX_DRAWS: usize = 1 << 10;
+// Limits far above any real dump; they keep all later arithmetic far from overflow.
+
+/// Most sequences of a dump.
+pub const MAX_SEQUENCES: usize = 1 << 20;
+/// Most decode positions per sequence.
+pub const MAX_POSITIONS: usize = 1 << 20;
+/// Longest prefix of a sequence, in tokens.
+pub const MAX_PREFIX: usize = 1 << 28;
+/// Most draws of the probe.
+pub const MAX_DRAWS: usize = 1 << 10;
 
 /// How the probe `g` was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -30,27 +35,29 @@ pub enum Probe {
     Random,
 }
 
-macro_rules! named {
-    ($type:ty, $what:literal, $($name:literal => $value:expr),+) => {
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                $(if *self == $value { return f.write_str($name); })+
-                unreachable!("every variant has a name")
-            }
-        }
-        impl FromStr for $type {
-            type Err = Error;
-            fn from_str(s: &str) -> Result<Self> {
-                match s {
-                    $($name => Ok($value),)+
-                    _ => Err(Error::options($what, format!(
-                        "{s:?} is not one of {}", [$($name),+].join(", ")))),
-                }
-            }
-        }
-    };
+impl Probe {
+    /// Every probe.
+    pub const ALL: [Self; 2] = [Self::Fisher, Self::Random];
 }
-named!(Probe, "probe", "fisher" => Self::Fisher, "random" => Self::Random);
+
+impl fmt::Display for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fisher => "fisher",
+            Self::Random => "random",
+        })
+    }
+}
+
+impl FromStr for Probe {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|probe| probe.to_string() == name).ok_or_else(|| {
+            Error::options("probe", format!("{name:?} is none of fisher and random"))
+        })
+    }
+}
 
 /// One sequence of a dump.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

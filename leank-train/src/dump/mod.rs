@@ -26,6 +26,9 @@ mod reader;
 mod writer;
 
 pub use layout::{MANIFEST_FILE, layer_file_name};
-pub use manifest::{FORMAT_VERSION, Manifest, Probe, SequenceInfo};
+pub use manifest::{
+    FORMAT_VERSION, MAX_DRAWS, MAX_POSITIONS, MAX_PREFIX, MAX_SEQUENCES, Manifest, Probe,
+    SequenceInfo,
+};
 pub use reader::{Dump, HeadData, LayerDump};
 pub use writer::{DumpWriter, Existing, SequenceTensors};

@@ -98,8 +98,7 @@ impl DumpWriter {
     /// # Errors
     /// As [`DumpWriter::create`].
     pub fn create_with(dir: &Path, manifest: Manifest, existing: Existing) -> Result<Self> {
-        let name = dir.file_name().ok_or_else(|| occupied(dir, "is not a name for a dump"))?;
-        check_target(dir, existing)?;
+        Self::check_target(dir, existing)?;
         manifest.validate(&dir.join(MANIFEST_FILE))?;
         let json = manifest.to_json(dir)?;
         let layout = Layout::new(&manifest, dir)?;
@@ -110,7 +109,7 @@ impl DumpWriter {
             _ => Path::new("."),
         };
         fs::create_dir_all(parent).map_err(Error::io(parent, "creating the directory"))?;
-        let directory = temporary_beside(parent, &name.to_string_lossy())
+        let directory = temporary_beside(parent, &target_name(dir)?)
             .map_err(Error::io(parent, "creating a temporary directory"))?;
 
         let headers: Vec<_> = manifest
@@ -139,6 +138,37 @@ impl DumpWriter {
             writer.layers.push(LayerFile { path, data, written });
         }
         Ok(writer)
+    }
+
+    /// Refuses a `dir` that [`DumpWriter::create_with`] would refuse: to be asked before the work
+    /// that comes before writing.
+    ///
+    /// # Errors
+    /// [`Error::Occupied`]; [`Error::Io`] when it cannot be looked into.
+    pub fn check_target(dir: &Path, existing: Existing) -> Result<()> {
+        target_name(dir)?;
+        let mut entries = match fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+                return Err(occupied(dir, "is a file; a dump is a directory: choose another name"));
+            }
+            Err(error) => return Err(Error::io(dir, "looking into the directory")(error)),
+        };
+        if entries.next().is_none() {
+            return Ok(());
+        }
+        let is_dump = dir.join(MANIFEST_FILE).is_file();
+        match (is_dump, existing) {
+            (true, Existing::Replace) => Ok(()),
+            (true, Existing::Refuse) => Err(occupied(
+                dir,
+                "holds a dump already; choose another directory, or replace it (--overwrite)",
+            )),
+            (false, _) => {
+                Err(occupied(dir, "is not empty and holds no dump; choose another directory"))
+            }
+        }
     }
 
     /// Bytes of the whole dump, known before anything is written.
@@ -236,7 +266,7 @@ impl DumpWriter {
             let sync = File::open(&file.path).and_then(|file| file.sync_all());
             sync.map_err(self.io(&file.path, "flushing"))?;
         }
-        check_target(&self.target, self.existing)?;
+        Self::check_target(&self.target, self.existing)?;
         let rename = |from: &Path, to: &Path| {
             fs::rename(from, to).map_err(Error::io(to, "moving the finished dump into place"))
         };
@@ -336,30 +366,10 @@ fn occupied(path: &Path, why: &'static str) -> Error {
     Error::Occupied { path: path.to_owned(), why }
 }
 
-/// Refuses a target that a finished dump could not be moved to.
-fn check_target(dir: &Path, existing: Existing) -> Result<()> {
-    let mut entries = match fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
-            return Err(occupied(dir, "is a file; a dump is a directory: choose another name"));
-        }
-        Err(error) => return Err(Error::io(dir, "looking into the directory")(error)),
-    };
-    if entries.next().is_none() {
-        return Ok(());
-    }
-    let is_dump = dir.join(MANIFEST_FILE).is_file();
-    match (is_dump, existing) {
-        (true, Existing::Replace) => Ok(()),
-        (true, Existing::Refuse) => Err(occupied(
-            dir,
-            "holds a dump already; choose another directory, or replace it (--overwrite)",
-        )),
-        (false, _) => {
-            Err(occupied(dir, "is not empty and holds no dump; choose another directory"))
-        }
-    }
+/// The last part of a dump's path.
+fn target_name(dir: &Path) -> Result<String> {
+    let name = dir.file_name().ok_or_else(|| occupied(dir, "is not a name for a dump"))?;
+    Ok(name.to_string_lossy().into_owned())
 }
 
 /// Makes the rename itself durable, where the system can.
