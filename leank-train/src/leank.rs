@@ -138,7 +138,7 @@ impl<'a> Trainer<'a> {
         Self {
             evaluator: HeadEvaluator::new(layer, head, windows),
             sequences: (0..manifest.sequences.len()).filter(has_valid).collect(),
-            rng: Rng::new(seed, stream),
+            rng: Rng::fork(seed, stream),
             adam: Adam::new(manifest.shape.head_dim),
         }
     }

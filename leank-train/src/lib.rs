@@ -39,7 +39,7 @@ pub mod leank;
 pub mod learn;
 pub mod order;
 mod records;
-mod rng;
+pub mod rng;
 pub mod stats;
 pub mod synthetic;
 

@@ -88,12 +88,12 @@ impl Synthetic {
         let tokens = self.prefixes[sequence] + n;
         // Weights of the channels: the same in every sequence, other ones in every KV head.
         let weight = |kv_head: usize| {
-            let mut rng = Rng::new(self.seed, 1 + (layer.0 * shape.kv_heads + kv_head) as u64);
-            (0..d).map(|_| 3.0 * rng.uniform().powi(3)).collect::<Vec<_>>()
+            let mut rng = Rng::fork(self.seed, 1 + (layer.0 * shape.kv_heads + kv_head) as u64);
+            (0..d).map(|_| 3.0 * rng.uniform().powi(3) as f32).collect::<Vec<_>>()
         };
         let weights: Vec<_> = (0..shape.kv_heads).map(weight).collect();
         let stream = (1 << 40) + ((layer.0 as u64) << 20) + sequence as u64;
-        let mut rng = Rng::new(self.seed, stream);
+        let mut rng = Rng::fork(self.seed, stream);
         let flat = vec![1.0; d];
         let mut rows = |heads: usize, rows: usize, group: Option<usize>, bias: f32| {
             let mut values = Vec::with_capacity(heads * rows * d);
@@ -101,7 +101,9 @@ impl Synthetic {
                 let own = group.map_or(&flat, |group| &weights[head / group]);
                 for row in 0..rows {
                     let sink = if row == 0 { 2.0 } else { 1.0 };
-                    values.extend(own.iter().map(|scale| scale * sink * (rng.normal() + bias)));
+                    values.extend(
+                        own.iter().map(|scale| scale * sink * (rng.normal() as f32 + bias)),
+                    );
                 }
             }
             values

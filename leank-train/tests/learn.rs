@@ -134,8 +134,9 @@ fn losses_are_exact() {
 #[test]
 fn better_methods_lose_less() {
     let fixture = fixture();
+    // By bytes, which no method exceeds: quantile and rounding may miss a K ratio.
     let loss = |method| {
-        counted(&fixture.dump, &options(method), &budget(Budget::KRatio(0.5))).0.allocation.loss
+        counted(&fixture.dump, &options(method), &budget(Budget::Bytes(0.7))).0.allocation.loss
     };
     let [e2, e1, fixed, leank] = Method::ALL.map(loss);
     assert!(e2 <= 1.02 * e1, "E2 {e2}, E1 {e1}");
