@@ -98,24 +98,26 @@ impl AllocateOptions {
     /// [`Error::Options`] that says which alignments would do.
     pub fn check(&self, shape: &ModelShape, step: usize) -> Result<()> {
         let (d, a) = (shape.head_dim, self.alignment);
-        let fits = |a: usize| d.is_multiple_of(a) && (a == d || a.is_multiple_of(step));
-        if a == 0 || a > d || !fits(a) {
-            let will_do: Vec<_> = (1..=d).filter(|&a| fits(a)).map(|a| a.to_string()).collect();
-            let will_do = will_do.join(", ");
-            let why = if a == 0 || !d.is_multiple_of(a) {
-                format!("{a} does not divide head_dim {d}; {will_do} would do")
-            } else {
-                format!(
-                    "{a} is not a multiple of the {step} channels between measurements; \
-                     {will_do} would do, or a step that divides {a}"
-                )
-            };
-            return Err(Error::options("alignment", why));
+        let refuse = |what: String, fits: &dyn Fn(usize) -> bool, mend: String| {
+            let divisors = (1..=d).filter(|&n| d.is_multiple_of(n) && fits(n));
+            let will_do = divisors.map(|n| n.to_string()).collect::<Vec<_>>().join(", ");
+            Err(Error::options("alignment", format!("{a} {what}; {will_do} would do{mend}")))
+        };
+        if a == 0 || !d.is_multiple_of(a) {
+            return refuse(format!("does not divide head_dim {d}"), &|_| true, String::new());
+        }
+        let is_measured = |n: usize| n == d || n.is_multiple_of(step);
+        if !is_measured(a) {
+            return refuse(
+                format!("is not a multiple of the {step} channels between measurements"),
+                &is_measured,
+                format!(", or a step that divides {a}"),
+            );
         }
         match self.exempt.iter().find(|layer| layer.0 >= shape.layers) {
             Some(layer) => {
                 let why = format!("there is no layer {layer}: the model has {}", shape.layers);
-                Err(Error::options("exempt layers", why))
+                Err(Error::options("exempt", why))
             }
             None => Ok(()),
         }
@@ -325,9 +327,15 @@ mod tests {
             let options = AllocateOptions { budget, alignment, exempt };
             allocate(&curves, &shape, &options).unwrap_err().to_string()
         };
-        for alignment in [0, 4, 16, 12, 48] {
+        for alignment in [0, 16, 48, usize::MAX] {
             let message = with(Budget::KRatio(0.5), alignment, &[]);
-            assert!(message.contains("8, 24 would do"), "{message}");
+            assert!(message.contains("does not divide head_dim 24"), "{message}");
+            // The step may not have been asked for: what it rules out is said when it matters.
+            assert!(message.contains("; 1, 2, 3, 4, 6, 8, 12, 24 would do"), "{message}");
+        }
+        for alignment in [4, 12] {
+            let message = with(Budget::KRatio(0.5), alignment, &[]);
+            assert!(message.contains("; 8, 24 would do, or a step that divides"), "{message}");
         }
         let message = with(Budget::KRatio(0.7), 8, &[0]);
         assert!(message.contains("k-ratio 0.7") && message.contains("k-ratio 0.5"), "{message}");

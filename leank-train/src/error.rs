@@ -137,7 +137,8 @@ pub enum Error {
     /// An option that is wrong, alone or for this dump.
     #[error("{option}: {why}")]
     Options {
-        /// The option.
+        /// The option, by a name that stays, so that a program can put its own in its place:
+        /// `alignment`, `bytes`, `exempt`, `k-ratio`, `method`, `probe` or `step`.
         option: &'static str,
         /// Why it is wrong, and the mend.
         why: String,

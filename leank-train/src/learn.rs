@@ -191,6 +191,8 @@ pub fn learn_mask(
 ) -> Result<Learned> {
     let shape = dump.manifest().shape;
     let exact = matches!(options.method, Method::E2 | Method::E1);
+    // Against head_dim first: where the step follows from the alignment, it is not to blame.
+    budget.check(&shape, 1)?;
     measured_counts(shape.head_dim, options.step)?;
     // Curves are measured at multiples of the step; LeanK has none.
     budget.check(&shape, if options.method == Method::LeanK { 1 } else { options.step })?;

@@ -289,6 +289,11 @@ fn wrong_options_are_refused_before_anything_runs() {
         refuse(&LearnOptions { step: 0, ..fine.clone() }, &half, "step");
         refuse(&LearnOptions { step: 17, ..fine.clone() }, &half, "step");
         refuse(&fine, &AllocateOptions { alignment: 5, ..half.clone() }, "alignment");
+        // A step that follows from the alignment is not what is wrong.
+        for alignment in [0, 5, 100] {
+            let follows = LearnOptions { step: alignment, ..fine.clone() };
+            refuse(&follows, &AllocateOptions { alignment, ..half.clone() }, "alignment");
+        }
         refuse(&fine, &AllocateOptions { exempt: vec![Layer(3)], ..half.clone() }, "exempt");
         refuse(&fine, &budget(Budget::KRatio(1.01)), "k-ratio");
         refuse(&fine, &budget(Budget::Bytes(f64::NAN)), "bytes");
