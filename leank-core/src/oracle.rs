@@ -7,6 +7,9 @@
 //! - a lean token of a head that keeps the channels C ≠ ∅ with `scale · Σ_{c∈C} q_c k_c`,
 //! - a lean token of a dead head not at all: its V is not stored either.
 //!
+//! After a truncation blocks may be lean that the windows would keep whole:
+//! [`Attention::output_packed`].
+//!
 //! Then softmax over what is seen, and `Σ_j p_j v_j`. A soft-cap turns a logit into
 //! `cap · tanh(logit / cap)` before the softmax. Every backend is tested against this.
 
@@ -44,20 +47,33 @@ impl Attention<'_> {
     /// When the lengths of the slices do not fit together.
     #[must_use]
     pub fn output(&self) -> Vec<f64> {
+        self.output_packed(0)
+    }
+
+    /// The output where blocks before index `packed` were lean already when the step began, those
+    /// of the sink excepted: what a truncation leaves behind
+    /// ([`Ledger::lean_blocks`](crate::Ledger::lean_blocks) ends there).
+    ///
+    /// # Panics
+    /// When the lengths of the slices do not fit together.
+    #[must_use]
+    pub fn output_packed(&self, packed: usize) -> Vec<f64> {
         let head_dim = self.masks[0].head_dim();
         let rows = self.queries.len() / head_dim;
         let mut out = Vec::with_capacity(self.queries.len());
         for row in 0..rows {
             let (query, head) = (row / self.query_heads, row % self.query_heads);
-            out.extend(self.output_row(query, head, head_dim));
+            out.extend(self.output_row(query, head, packed));
         }
         out
     }
 
-    fn output_row(&self, query: usize, query_head: usize, head_dim: usize) -> Vec<f64> {
+    fn output_row(&self, query: usize, query_head: usize, packed: usize) -> Vec<f64> {
         let kv_heads = self.masks.len();
         let kv_head = query_head / (self.query_heads / kv_heads);
         let mask = &self.masks[kv_head];
+        let head_dim = mask.head_dim();
+        let stays_lean = self.windows.sink.div_ceil(self.block)..packed;
         let q = &self.queries[(query * self.query_heads + query_head) * head_dim..][..head_dim];
         let row = |data: &[f64], token: usize| -> Vec<f64> {
             data[(token * kv_heads + kv_head) * head_dim..][..head_dim].to_vec()
@@ -65,7 +81,9 @@ impl Attention<'_> {
 
         let mut seen = Vec::new();
         for token in 0..=self.start + query {
-            let lean = is_lean(token / self.block, self.block, self.windows, self.start);
+            let index = token / self.block;
+            let lean =
+                stays_lean.contains(&index) || is_lean(index, self.block, self.windows, self.start);
             if lean && mask.is_dead() {
                 continue;
             }
