@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use leank_core::{KvHead, Layer};
+use leank_core::{KvHead, Layer, Windows};
 
 /// What can go wrong with dumps and with learning from them.
 ///
@@ -142,6 +142,18 @@ pub enum Error {
         option: &'static str,
         /// Why it is wrong, and the mend.
         why: String,
+    },
+    /// Windows that cover all that any position of the dump sees: there is nothing to learn from.
+    #[error(
+        "windows (sink {}, recent {}) leave no middle in a dump of at most {tokens} tokens: dump \
+         longer prefixes, or learn for a smaller sink or recent window",
+        windows.sink, windows.recent
+    )]
+    NoMiddle {
+        /// The windows.
+        windows: Windows,
+        /// Tokens that the last valid position of the longest sequence sees.
+        tokens: usize,
     },
     /// A budget that no allocation meets.
     #[error("the budget {budget} cannot be met: {why}")]

@@ -8,7 +8,7 @@ use crate::{
     Error, Result,
     allocate::{AllocateOptions, Allocation, allocate},
     baseline::{order_by_score, quantile_counts, static_scores},
-    dump::{Dump, LayerDump, Probe},
+    dump::{Dump, LayerDump, Manifest, Probe, SequenceInfo},
     leank::{self, Trained, Trainer},
     order::{self, HeadCurve, eliminate, eliminate_once, measured_counts},
     records::{HeadResult, OnProgress, Phase},
@@ -108,6 +108,10 @@ pub struct Learned {
     pub mask: ModelMask,
     /// Kept counts and summed loss.
     pub allocation: Allocation,
+    /// Valid positions of the dump whose windows cover all that they see. They count as positions
+    /// that lose nothing, so where they are many the predicted loss is too low, and prefixes as
+    /// long as those of deployment are the mend. 0 in a dump that suits the windows.
+    pub without_middle: usize,
 }
 
 /// Learns the curves of every head, or reads those that are recorded.
@@ -115,7 +119,8 @@ pub struct Learned {
 /// [`Method::LeanK`] has no curves: use [`learn_mask`].
 ///
 /// # Errors
-/// [`Error::Options`]; [`Error::NonFinite`], [`Error::Overflow`] and [`Error::Io`] from the dump;
+/// [`Error::Options`]; [`Error::NoMiddle`] when the windows cover all that the dump's positions
+/// see; [`Error::NonFinite`], [`Error::Overflow`] and [`Error::Io`] from the dump;
 /// [`Error::Record`]; [`Error::Threads`].
 pub fn learn(dump: &Dump, options: &LearnOptions, progress: OnProgress<'_>) -> Result<Curves> {
     let run = Run::new(dump, options, progress)?;
@@ -290,7 +295,18 @@ fn finish(
     let mask = ModelMask::new(shape.layers, shape.kv_heads, shape.head_dim, heads)?
         .with_scores(scores)?
         .with_info(info)?;
-    Ok(Learned { mask, allocation })
+    let with_middle = manifest.positions_with_middle(options.windows);
+    Ok(Learned { mask, allocation, without_middle: manifest.valid_positions() - with_middle })
+}
+
+/// Refuses windows that leave nothing to learn from.
+fn check_windows(manifest: &Manifest, windows: Windows) -> Result<()> {
+    if manifest.positions_with_middle(windows) > 0 {
+        return Ok(());
+    }
+    let seen = |own: &SequenceInfo| own.valid.last().map(|&last| own.prefix + last as usize + 1);
+    let tokens = manifest.sequences.iter().filter_map(seen).max().unwrap_or(0);
+    Err(Error::NoMiddle { windows, tokens })
 }
 
 /// A learning run: its threads and where its records go.
@@ -304,11 +320,14 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(dump: &'a Dump, options: &LearnOptions, progress: OnProgress<'a>) -> Result<Self> {
         measured_counts(dump.manifest().shape.head_dim, options.step)?;
+        check_windows(dump.manifest(), options.windows)?;
         let threads = options.threads;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         let pool = pool.map_err(|e| Error::Threads { threads, why: e.to_string() })?;
         let records = options.records.clone().unwrap_or_else(|| dump.dir().join("learn"));
         let LearnOptions { method, windows: Windows { sink, recent }, step, seed, .. } = options;
+        // The query's own token is always kept whole: both mean the same.
+        let recent = recent.max(&1);
         // What a method does not depend on is not in its name.
         let own = match method {
             Method::LeanK => format!("seed{seed}"),

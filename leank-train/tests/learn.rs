@@ -320,12 +320,54 @@ fn exempt_layers_stay_whole() {
 }
 
 #[test]
-fn windows_longer_than_the_context_are_legal() {
+fn windows_that_leave_no_middle_are_refused() {
     let fixture = fixture();
     let own = budget(Budget::KRatio(0.5));
+    // The last of 9 positions after a prefix of 90 sees 99 tokens.
+    for windows in [
+        Windows::EVERYTHING,
+        Windows { sink: 99, recent: 0 },
+        Windows { sink: 9, recent: 90 },
+        Windows { sink: usize::MAX, recent: usize::MAX },
+    ] {
+        for method in Method::ALL {
+            let all = LearnOptions { windows, ..options(method) };
+            let error = learn_mask(&fixture.dump, &all, &own, &|_| panic!("it ran")).unwrap_err();
+            assert!(matches!(error, Error::NoMiddle { tokens: 99, .. }), "{error}");
+            let message = error.to_string();
+            assert!(message.contains(&format!("recent {}", windows.recent)), "{message}");
+        }
+        let manifest = fixture.dump.manifest();
+        assert_eq!(manifest.positions_with_middle(windows), 0);
+    }
+}
+
+#[test]
+fn positions_without_a_middle_are_counted() {
+    let fixture = fixture();
+    let without = |windows| {
+        let options = LearnOptions { windows, ..options(Method::Static) };
+        counted(&fixture.dump, &options, &budget(Budget::KRatio(0.5))).0.without_middle
+    };
+    assert_eq!(without(Windows { sink: 3, recent: 8 }), 0);
+    // Position n of the first sequence sees 41 + n tokens: the first five no more than 45.
+    assert_eq!(without(Windows { sink: 5, recent: 40 }), 5);
+    assert_eq!(without(Windows { sink: 8, recent: 90 }), 26, "all but the last");
+}
+
+/// The query's own token is always kept whole.
+#[test]
+fn no_recent_window_is_one_token() {
+    let fixture = fixture();
     for method in Method::ALL {
-        let all = LearnOptions { windows: Windows::EVERYTHING, ..options(method) };
-        let learned = learn_mask(&fixture.dump, &all, &own, &|_| {}).unwrap();
-        assert_eq!(learned.allocation.loss, 0.0, "{method}");
+        let with = |recent| {
+            let windows = Windows { sink: 3, recent };
+            LearnOptions { windows, ..options(method) }
+        };
+        let own = budget(Budget::KRatio(0.5));
+        let (one, _) = counted(&fixture.dump, &with(1), &own);
+        let (none, computed) = counted(&fixture.dump, &with(0), &own);
+        assert_eq!((one.mask.heads(), one.allocation), (none.mask.heads(), none.allocation));
+        assert_eq!(computed, 0, "the same measurement");
     }
 }

@@ -94,7 +94,9 @@ struct Query<'a> {
 fn one_query(query: &Query<'_>, data: &HeadData, d: usize) -> (f64, Vec<f64>) {
     let row = |values: &[f32], j: usize, c: usize| f64::from(values[j * d + c]);
     let scale = 1.0 / (d as f64).sqrt();
-    let in_middle = |j: usize| j >= query.windows.sink && j + query.windows.recent < query.seen;
+    // The query's own token is always kept whole.
+    let recent = query.windows.recent.max(1);
+    let in_middle = |j: usize| j >= query.windows.sink && j + recent < query.seen;
     let logits: Vec<f64> = (0..query.seen)
         .map(|j| {
             let product = |c: usize| query.q[c] * row(&data.k, j, c);

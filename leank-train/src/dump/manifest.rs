@@ -2,7 +2,7 @@
 
 use std::{fmt, path::Path, str::FromStr};
 
-use leank_core::{Dtype, Fingerprint, ModelShape};
+use leank_core::{Dtype, Fingerprint, ModelShape, Windows};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -126,6 +126,18 @@ impl Manifest {
     #[must_use]
     pub fn valid_positions(&self) -> usize {
         self.sequences.iter().map(|sequence| sequence.valid.len()).sum()
+    }
+
+    /// Of the valid positions, how many see a token between sink and recent window. Only these
+    /// say what a mask costs; the others lose nothing whatever is pruned.
+    #[must_use]
+    pub fn positions_with_middle(&self, windows: Windows) -> usize {
+        let whole = windows.sink.saturating_add(windows.recent.max(1));
+        let sees_middle = |prefix: usize, position: u32| prefix + position as usize + 1 > whole;
+        let count = |own: &SequenceInfo| {
+            own.valid.iter().filter(|&&position| sees_middle(own.prefix, position)).count()
+        };
+        self.sequences.iter().map(count).sum()
     }
 
     /// Checks every number of the manifest; `path` is named in the error.

@@ -91,7 +91,8 @@ pub struct HeadEvaluator<'a> {
 }
 
 impl<'a> HeadEvaluator<'a> {
-    /// An evaluator of KV head `head` of `layer`.
+    /// An evaluator of KV head `head` of `layer`. A recent window of 0 tokens means the same as
+    /// one of 1.
     #[must_use]
     pub fn new(layer: &'a LayerDump<'a>, head: KvHead, windows: Windows) -> Self {
         let manifest = layer.manifest();
@@ -99,7 +100,8 @@ impl<'a> HeadEvaluator<'a> {
             manifest,
             layer,
             head,
-            windows,
+            // The query's own token is always kept whole, as in the cache.
+            windows: Windows { recent: windows.recent.max(1), ..windows },
             reference: vec![Vec::new(); manifest.sequences.len()],
             data: HeadData::default(),
             buffers: Buffers::default(),
