@@ -1,6 +1,6 @@
 //! The one error type of this crate.
 
-use std::path::PathBuf;
+use std::{io, path::PathBuf};
 
 /// What can go wrong in masks, caches and backends.
 ///
@@ -96,15 +96,28 @@ pub enum Error {
         why: String,
     },
     /// Reading or writing a file failed.
-    #[error("{}: {action} failed: {source}", path.display())]
+    #[error("{}: {action} failed: {source}{}", path.display(), mend(source))]
     Io {
         /// The file.
         path: PathBuf,
         /// What was being done.
         action: &'static str,
         /// The system's reason.
-        source: std::io::Error,
+        source: io::Error,
     },
+}
+
+/// The mend for the system's reasons that have one.
+fn mend(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; free some space, or choose another place"
+        }
+        io::ErrorKind::FileTooLarge => {
+            "; raise the limit of the process (ulimit -f), or choose another file system"
+        }
+        _ => "",
+    }
 }
 
 /// Result with this crate's [`Error`].
@@ -119,5 +132,21 @@ impl Error {
     /// A [`Error::Invalid`] from anything that prints.
     pub fn invalid(what: &'static str, why: impl ToString) -> Self {
         Self::Invalid { what, why: why.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_be_mended_is_told() {
+        let message = |kind: io::ErrorKind| {
+            Error::Io { path: "m.npy".into(), action: "writing", source: kind.into() }.to_string()
+        };
+        assert!(message(io::ErrorKind::StorageFull).contains("free some space"));
+        assert!(message(io::ErrorKind::FileTooLarge).contains("ulimit -f"));
+        let other = message(io::ErrorKind::NotFound);
+        assert!(other.starts_with("m.npy: writing failed: ") && !other.contains(';'), "{other}");
     }
 }

@@ -3,19 +3,22 @@
 //!
 //! A record is one JSON file per layer, `layer-000.json`, written beside its place and renamed, in
 //! a directory named after everything its content depends on. Layers are independent: shards
-//! that learn different layers fill one directory together.
+//! that learn different layers fill one directory together. What a killed run was just writing is
+//! removed by the next one.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write},
-    path::{Path, PathBuf},
+    fs, io,
+    path::PathBuf,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
-use leank_core::{KvHead, Layer};
+use leank_core::{
+    KvHead, Layer,
+    files::{remove_leftovers, write_atomic},
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -105,7 +108,7 @@ impl Phase<'_> {
     ///
     /// # Errors
     /// The first error of a task in order of heads among those that ran; [`Error::Record`];
-    /// [`Error::Io`].
+    /// [`Error::Io`] and [`Error::Core`] from the files.
     pub(crate) fn run<T: HeadResult>(
         &self,
         task: impl Fn(&LayerDump<'_>, KvHead) -> Result<T> + Sync,
@@ -113,6 +116,7 @@ impl Phase<'_> {
         let shape = self.dump.manifest().shape;
         fs::create_dir_all(&self.directory)
             .map_err(Error::io(&self.directory, "creating the directory"))?;
+        remove_leftovers(&self.directory);
         let mut found = Vec::with_capacity(shape.layers);
         let mut tasks = Vec::new();
         for layer in shape.layer_indices() {
@@ -184,20 +188,9 @@ impl Phase<'_> {
         let broken =
             |e: serde_json::Error| Error::Record { path: path.clone(), why: e.to_string() };
         let json = serde_json::to_vec(&record).map_err(broken)?;
-        write_atomically(&path, &json)?;
+        write_atomic(&path, &json)?;
         Ok(record.heads)
     }
-}
-
-/// Writes `bytes` beside `path`, flushes and renames.
-fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let directory = path.parent().unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(directory)
-        .map_err(Error::io(directory, "creating a temporary file"))?;
-    file.write_all(bytes).map_err(Error::io(path, "writing"))?;
-    file.as_file().sync_all().map_err(Error::io(path, "flushing"))?;
-    let persisted = file.persist(path).map(|_: File| ()).map_err(|e| e.error);
-    persisted.map_err(Error::io(path, "moving the record into place"))
 }
 
 impl<T: HeadResult> Shared<'_, T> {

@@ -1,4 +1,8 @@
 //! Reading with a cap, writing all or nothing.
+//!
+//! A process that is killed while it writes leaves a temporary file. Whoever writes holds the
+//! file's lock, which the system releases with the process, however it ends: so a later process can
+//! tell what is left over from what is being written, also by processes on other machines.
 
 use std::{
     fs::{self, File},
@@ -37,12 +41,15 @@ pub(super) fn read_capped(source: Source<'_>) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+const TEMPORARY: (&str, &str) = (".leank-", ".tmp");
+
 /// Writes `bytes` to `path`, all or nothing: a temporary file in the same directory is filled,
 /// flushed to the disk and renamed over the target. A symbolic link at `path` is replaced, its
 /// target left alone.
 ///
 /// # Errors
 /// [`Error::Io`]; what was at `path` before is then still there, and the temporary file is gone.
+/// Only a process that is killed leaves one: see [`remove_leftovers`].
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let io = |action| move |source| Error::Io { path: path.into(), action, source };
     let directory = match path.parent() {
@@ -50,12 +57,13 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         _ => Path::new("."),
     };
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".leank-").suffix(".tmp");
+    builder.prefix(TEMPORARY.0).suffix(TEMPORARY.1);
     // The permissions of an ordinary new file (the process's umask still applies), not the private
     // ones of a temporary one.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut file = builder.tempfile_in(directory).map_err(io("creating a temporary file"))?;
+    mark_in_use(file.as_file());
     file.write_all(bytes).map_err(io("writing"))?;
     file.as_file().sync_all().map_err(io("flushing to the disk"))?;
     file.persist(path).map_err(|error| io("renaming")(error.error))?;
@@ -63,4 +71,75 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     #[cfg(unix)]
     File::open(directory).and_then(|dir| dir.sync_all()).map_err(io("flushing the directory"))?;
     Ok(())
+}
+
+/// Removes the temporary files that killed processes left in `directory` while in
+/// [`write_atomic`]. Those of processes that still write are left alone, and so is what cannot be
+/// removed.
+pub fn remove_leftovers(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let is_ours = name
+            .to_str()
+            .is_some_and(|name| name.starts_with(TEMPORARY.0) && name.ends_with(TEMPORARY.1));
+        if is_ours && is_abandoned(&entry.path()) {
+            // Whoever else sweeps may have been faster.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Locks a file before the first byte is written to it, until it is closed: for [`is_abandoned`].
+/// Where the file system has no locks nothing happens, and leftovers stay.
+pub fn mark_in_use(file: &File) {
+    let _ = file.lock();
+}
+
+/// Whether the process that wrote to the file at `path` is gone: it holds something, and nobody
+/// has it [marked as in use](mark_in_use). `false` in case of doubt.
+#[must_use]
+pub fn is_abandoned(path: &Path) -> bool {
+    // Locks of some network file systems need a file that is open for writing.
+    let Ok(file) = File::options().read(true).write(true).open(path) else { return false };
+    // An empty file may be one whose lock is about to be taken.
+    file.try_lock().is_ok() && file.metadata().is_ok_and(|file| file.is_file() && file.len() > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_nobody_writes_any_more_is_swept() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name| directory.path().join(name);
+        for name in [".leank-killed.tmp", ".leank-busy.tmp", ".leank-busy", "mask.tmp"] {
+            fs::write(path(name), "half a mas").unwrap();
+        }
+        File::create(path(".leank-begun.tmp")).unwrap();
+        let busy = File::open(path(".leank-busy.tmp")).unwrap();
+        mark_in_use(&busy);
+        let left = || {
+            let entries = fs::read_dir(directory.path()).unwrap();
+            let mut names: Vec<_> =
+                entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        remove_leftovers(directory.path());
+        assert_eq!(left(), [".leank-begun.tmp", ".leank-busy", ".leank-busy.tmp", "mask.tmp"]);
+        drop(busy);
+        remove_leftovers(directory.path());
+        assert_eq!(left(), [".leank-begun.tmp", ".leank-busy", "mask.tmp"]);
+        remove_leftovers(&path("nowhere"));
+    }
+
+    #[test]
+    fn what_was_written_is_not_locked() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("mask");
+        write_atomic(&path, b"mask").unwrap();
+        assert!(is_abandoned(&path));
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
 }

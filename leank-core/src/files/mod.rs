@@ -32,7 +32,8 @@
 //!
 //! # Writing
 //! A file is written beside its target and renamed over it, so that a reader sees the old or the
-//! new one, never a half, and a full disk costs nothing. Equal masks give equal bytes.
+//! new one, never a half, and a full disk costs nothing. Equal masks give equal bytes. What a killed
+//! process leaves beside the target, [`remove_leftovers`] finds.
 
 mod io;
 pub mod native;
@@ -51,7 +52,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-pub use io::{MAX_FILE_BYTES, write_atomic};
+pub use io::{MAX_FILE_BYTES, is_abandoned, mark_in_use, remove_leftovers, write_atomic};
 use source::Source;
 
 use crate::{Error, ModelMask, ModelShape, Result};
