@@ -7,6 +7,7 @@
 //! - [`ModelMask`] holds the kept channels of every KV head; [`files`] reads and writes masks.
 //! - [`CacheConfig`], [`CacheLayout`] and [`Planner`] say what a cache stores and what it takes.
 //! - [`Ledger`] keeps the books of blocks and sequences, as a pure state machine.
+//! - [`saved`] is the format of sequences on disk.
 //! - [`Backend`] and [`Cache`] are what `leank-cpu` and `leank-cuda` implement.
 //! - [`oracle`] is the reference that every backend is tested against.
 //!
@@ -37,12 +38,13 @@ mod mask;
 pub mod oracle;
 mod planner;
 mod quantile;
+pub mod saved;
 mod shape;
 mod view;
 
 pub use backend::{Backend, Cache};
 pub use blocks::{
-    Block, BlockCount, Ledger, Memory, Pack, SequenceId, Step, StepEntry, StepSequence,
+    Block, BlockCopy, BlockCount, Ledger, Memory, Pack, SequenceId, Step, StepEntry, StepSequence,
 };
 pub use config::{CacheConfig, DEFAULT_BLOCK, MAX_BLOCK};
 pub use error::{Error, Result};

@@ -148,7 +148,8 @@ impl Ledger {
         past.max(self.sink_blocks())
     }
 
-    pub(super) fn outside_a_step(&self, call: &'static str) -> Result<()> {
+    /// Fails while a step is under way; `call` is what was tried.
+    pub(crate) fn outside_a_step(&self, call: &'static str) -> Result<()> {
         if self.step.is_some() {
             let when = "while a step is under way; commit or cancel it first".to_owned();
             return Err(Error::Order { call, when });

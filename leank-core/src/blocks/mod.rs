@@ -48,10 +48,12 @@ mod life;
 mod memory;
 mod plan;
 mod pool;
+mod restore;
 mod step;
 
 pub use ledger::Ledger;
 pub use memory::{BlockCount, Memory};
+pub(crate) use restore::Granted;
 pub use step::{BlockCopy, Pack, Step, StepEntry, StepSequence};
 
 use crate::Windows;

@@ -1,0 +1,233 @@
+//! Sequences on disk: a stream of bytes that any backend writes and any other reads.
+//!
+//! An engine saves a long prompt's cache and goes on with it later, in another process, on another
+//! machine. [`save`] and [`restore`] own the format: what is in it, in which order, what is checked.
+//! A backend lends its storage as a [`BlockStore`], which hands over plain rows of K and V, so the
+//! stream does not depend on how a backend lays its blocks out.
+//!
+//! Blocks come back as what they were, full or lean, and elements bit for bit: a restored sequence
+//! gives the same results on the same backend. It shares no blocks with others, even where the
+//! saved one did.
+//!
+//! # Format, version 1
+//! All numbers are little-endian. Every part ends with a `u32`: the CRC-32 (zlib's) of all bytes
+//! before it since the start of the stream, earlier checksums left out.
+//!
+//! | part | bytes |
+//! |---|---|
+//! | header | `LEANKSEQ`, `u32` version, `u32` length of what follows without the checksum; `u32` layers, query heads, KV heads, head_dim, tokens per block; `u64` sink, recent (all ones: everything), tokens of the sequence, end of its lean blocks (index in the block table); `u8` element type (0 f32, 1 f16, 2 bf16); per layer and KV head two `u8`, lean types of K and V; per layer and KV head ⌈head_dim/8⌉ bytes, bit `c % 8` of byte `c / 8` is 1 where channel `c` is kept; `u32` length and UTF-8 text that identifies the model, or nothing |
+//! | per block, per layer | per KV head K `[tokens, channels]`, then V `[tokens, head_dim]`. A full block has all channels in the element type. A lean one has the kept channels, ascending, in the lean types, and nothing of a dead head. The last block has only the tokens that are there |
+//!
+//! Blocks before the sink's end are full, those from there to the end of the lean blocks are lean,
+//! the others are full. Nothing follows the last block, so several sequences may lie in one stream.
+//!
+//! # Streams from strangers
+//! A stream is read only into a cache of the same shape, windows, block size, types and mask;
+//! anything else is an [`Error::Mismatch`]. What is damaged, cut short or impossible is an
+//! [`Error::Format`]; values that [`Cache::append`](crate::Cache::append) would refuse are too.
+//! Storage grows with the blocks that are really there, whatever the header claims. After an error
+//! the sequence is gone and its blocks are free.
+
+mod crc;
+mod header;
+mod stream;
+mod values;
+
+use std::io::{Read, Write};
+
+use crate::{
+    Block, CacheConfig, Error, KvHead, Layer, LeanFormat, Ledger, Result, SequenceId,
+    blocks::Granted,
+};
+use header::Header;
+use stream::{In, Out, bad};
+
+/// What the format is called in messages.
+const FORMAT: &str = "leank sequence";
+/// What the bytes are called in messages: a stream has no path.
+const NAME: &str = "the saved sequence";
+
+/// K or V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Tensor {
+    /// Keys.
+    K,
+    /// Values.
+    V,
+}
+
+/// K or V of one head in one block of one layer: `[tokens, channels]`, elements little-endian, rows
+/// without gaps.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Rows {
+    /// The layer.
+    pub layer: Layer,
+    /// The KV head; live where the block is lean.
+    pub head: KvHead,
+    /// The block.
+    pub block: Block,
+    /// K or V.
+    pub tensor: Tensor,
+    /// The first tokens of the block; fewer than it can hold only in the last block of a sequence.
+    pub tokens: usize,
+    /// Channels: the kept ones in ascending order for K of a lean block, `head_dim` otherwise.
+    pub channels: usize,
+    /// Type of the elements.
+    pub format: LeanFormat,
+}
+
+impl Rows {
+    /// Bytes of all rows.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.format.bytes(self.tokens, self.channels)
+    }
+}
+
+/// Storage of a backend's blocks, as plain rows.
+pub trait BlockStore {
+    /// Gives storage to a block in every layer; on failure it has none in any.
+    ///
+    /// # Errors
+    /// [`Error::SystemMemory`].
+    fn allocate(&mut self, block: Block) -> Result<()>;
+
+    /// Takes the storage of a block in every layer.
+    fn free(&mut self, block: Block);
+
+    /// Copies rows of a block to `bytes`, which has [`Rows::bytes`].
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn read_rows(&self, rows: &Rows, bytes: &mut [u8]) -> Result<()>;
+
+    /// Copies `bytes`, which has [`Rows::bytes`], to rows of a block that has storage.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn write_rows(&mut self, rows: &Rows, bytes: &[u8]) -> Result<()>;
+}
+
+/// Writes a sequence to `out`.
+///
+/// # Errors
+/// [`Error::UnknownSequence`]; [`Error::Order`] while a step is under way; [`Error::Io`] when
+/// writing fails; those of the storage.
+pub fn save(
+    ledger: &Ledger,
+    config: &CacheConfig,
+    store: &impl BlockStore,
+    sequence: SequenceId,
+    out: &mut dyn Write,
+) -> Result<()> {
+    ledger.outside_a_step("save")?;
+    let (tokens, packed) = (ledger.len(sequence)?, ledger.lean_blocks(sequence)?.end);
+    let mut out = Out::new(out);
+    Header { tokens, packed }.write(config, &mut out)?;
+    let mut bytes = Vec::new();
+    for (index, &block) in ledger.table(sequence)?.iter().enumerate() {
+        let tokens = (tokens - index * config.block).min(config.block);
+        for layer in config.shape.layer_indices() {
+            let section = Section { config, layer, block, tokens };
+            bytes.resize(section.bytes(), 0);
+            let mut rest = &mut bytes[..];
+            for rows in section.rows() {
+                let (part, behind) = rest.split_at_mut(rows.bytes());
+                store.read_rows(&rows, part)?;
+                rest = behind;
+            }
+            out.section(&bytes)?;
+        }
+    }
+    out.finish()
+}
+
+/// Reads a sequence that [`save`] wrote. Reads no byte beyond it.
+///
+/// # Errors
+/// [`Error::Mismatch`] for a sequence of a cache of another configuration, [`Error::Format`] for
+/// bytes that are none, damaged or cut short, [`Error::OutOfMemory`], [`Error::SystemMemory`],
+/// [`Error::Order`] while a step is under way, [`Error::Io`] when reading fails; those of the
+/// storage. Then no sequence was added.
+pub fn restore(
+    ledger: &mut Ledger,
+    config: &CacheConfig,
+    store: &mut impl BlockStore,
+    input: &mut dyn Read,
+) -> Result<SequenceId> {
+    ledger.outside_a_step("restore")?;
+    let mut input = In::new(input);
+    let Header { tokens, packed } = Header::read(config, &mut input)?;
+    let mut restoring = ledger.restore(tokens, packed).map_err(|error| match error {
+        Error::Invalid { .. } => bad(error),
+        error => error,
+    })?;
+    let mut bytes = Vec::new();
+    while let Some(granted) = restoring.next_block()? {
+        let Granted { index, block, allocate, .. } = granted;
+        granted.reclaim.iter().for_each(|&free| store.free(free));
+        if allocate && let Err(error) = store.allocate(block) {
+            restoring.no_storage();
+            return Err(error);
+        }
+        for layer in config.shape.layer_indices() {
+            let section = Section { config, layer, block, tokens: granted.tokens };
+            bytes.resize(section.bytes(), 0);
+            let name = format!("block {index}, layer {layer}");
+            input.fill(&mut bytes, &name)?;
+            input.check(&name)?;
+            let mut rest = &bytes[..];
+            for rows in section.rows() {
+                let (part, behind) = rest.split_at(rows.bytes());
+                if !section.admits(&rows, part) {
+                    let (head, tensor) = (rows.head, rows.tensor);
+                    return Err(bad(format!("{name}: {tensor:?} of KV head {head} is not finite")));
+                }
+                store.write_rows(&rows, part)?;
+                rest = behind;
+            }
+        }
+    }
+    Ok(restoring.finish())
+}
+
+/// One layer of one block.
+#[derive(Clone, Copy)]
+struct Section<'a> {
+    config: &'a CacheConfig,
+    layer: Layer,
+    block: Block,
+    tokens: usize,
+}
+
+impl<'a> Section<'a> {
+    fn rows(self) -> impl Iterator<Item = Rows> + use<'a> {
+        let Self { config, layer, block, tokens } = self;
+        let lean = matches!(block, Block::Lean(_));
+        let live = move |head: &KvHead| !(lean && config.mask.head(layer, *head).is_dead());
+        config.shape.kv_head_indices().filter(live).flat_map(move |head| {
+            [Tensor::K, Tensor::V].map(|tensor| {
+                let (full, packed) = (LeanFormat::Plain(config.dtype), config.format(layer, head));
+                let (channels, format) = match (lean, tensor) {
+                    (true, Tensor::K) => (config.mask.head(layer, head).kept_count(), packed.k),
+                    (true, Tensor::V) => (config.shape.head_dim, packed.v),
+                    (false, _) => (config.shape.head_dim, full),
+                };
+                Rows { layer, head, block, tensor, tokens, channels, format }
+            })
+        })
+    }
+
+    fn bytes(self) -> usize {
+        self.rows().map(|rows| rows.bytes()).sum()
+    }
+
+    /// Whether a cache would have taken these values: finite in the type they are in, and in the
+    /// lean one they will be in.
+    fn admits(self, rows: &Rows, bytes: &[u8]) -> bool {
+        let format = self.config.format(self.layer, rows.head);
+        let later = if rows.tensor == Tensor::K { format.k } else { format.v };
+        values::finite(bytes, rows.format, later)
+    }
+}
