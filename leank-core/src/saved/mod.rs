@@ -24,14 +24,13 @@
 //! # Streams from strangers
 //! A stream is read only into a cache of the same shape, windows, block size, types and mask;
 //! anything else is an [`Error::Mismatch`]. What is damaged, cut short or impossible is an
-//! [`Error::Format`]; values that [`Cache::append`](crate::Cache::append) would refuse are too.
-//! Storage grows with the blocks that are really there, whatever the header claims. After an error
+//! [`Error::Format`]. K and V are taken as they are, as [`Cache::append`](crate::Cache::append)
+//! takes them. Storage grows with the blocks that are really there, whatever the header claims. After an error
 //! the sequence is gone and its blocks are free.
 
 mod crc;
 mod header;
 mod stream;
-mod values;
 
 use std::io::{Read, Write};
 
@@ -180,10 +179,6 @@ pub fn restore(
             let mut rest = &bytes[..];
             for rows in section.rows() {
                 let (part, behind) = rest.split_at(rows.bytes());
-                if !section.admits(&rows, part) {
-                    let (head, tensor) = (rows.head, rows.tensor);
-                    return Err(bad(format!("{name}: {tensor:?} of KV head {head} is not finite")));
-                }
                 store.write_rows(&rows, part)?;
                 rest = behind;
             }
@@ -221,13 +216,5 @@ impl<'a> Section<'a> {
 
     fn bytes(self) -> usize {
         self.rows().map(|rows| rows.bytes()).sum()
-    }
-
-    /// Whether a cache would have taken these values: finite in the type they are in, and in the
-    /// lean one they will be in.
-    fn admits(self, rows: &Rows, bytes: &[u8]) -> bool {
-        let format = self.config.format(self.layer, rows.head);
-        let later = if rows.tensor == Tensor::K { format.k } else { format.v };
-        values::finite(bytes, rows.format, later)
     }
 }
