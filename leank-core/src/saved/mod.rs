@@ -2,8 +2,8 @@
 //!
 //! An engine saves a long prompt's cache and goes on with it later, in another process, on another
 //! machine. [`save`] and [`restore`] own the format: what is in it, in which order, what is checked.
-//! A backend lends its storage as a [`BlockStore`], which hands over plain rows of K and V, so the
-//! stream does not depend on how a backend lays its blocks out.
+//! A backend hands over and takes plain rows of K and V ([`Rows`], [`BlockStore`]), so the stream
+//! does not depend on how a backend lays its blocks out.
 //!
 //! Blocks come back as what they were, full or lean, and elements bit for bit: a restored sequence
 //! gives the same results on the same backend. It shares no blocks with others, even where the
@@ -84,7 +84,7 @@ impl Rows {
     }
 }
 
-/// Storage of a backend's blocks, as plain rows.
+/// Storage of a backend's blocks, which takes plain rows.
 pub trait BlockStore {
     /// Gives storage to a block in every layer; on failure it has none in any.
     ///
@@ -95,12 +95,6 @@ pub trait BlockStore {
     /// Takes the storage of a block in every layer.
     fn free(&mut self, block: Block);
 
-    /// Copies rows of a block to `bytes`, which has [`Rows::bytes`].
-    ///
-    /// # Errors
-    /// Those of the device.
-    fn read_rows(&self, rows: &Rows, bytes: &mut [u8]) -> Result<()>;
-
     /// Copies `bytes`, which has [`Rows::bytes`], to rows of a block that has storage.
     ///
     /// # Errors
@@ -108,16 +102,17 @@ pub trait BlockStore {
     fn write_rows(&mut self, rows: &Rows, bytes: &[u8]) -> Result<()>;
 }
 
-/// Writes a sequence to `out`.
+/// Writes a sequence to `out`. `read` copies rows of a block to bytes, of which there are
+/// [`Rows::bytes`].
 ///
 /// # Errors
 /// [`Error::UnknownSequence`]; [`Error::Order`] while a step is under way; [`Error::Io`] when
-/// writing fails; those of the storage.
+/// writing fails; those of `read`.
 pub fn save(
     ledger: &Ledger,
     config: &CacheConfig,
-    store: &impl BlockStore,
     sequence: SequenceId,
+    mut read: impl FnMut(&Rows, &mut [u8]) -> Result<()>,
     out: &mut dyn Write,
 ) -> Result<()> {
     ledger.outside_a_step("save")?;
@@ -133,7 +128,7 @@ pub fn save(
             let mut rest = &mut bytes[..];
             for rows in section.rows() {
                 let (part, behind) = rest.split_at_mut(rows.bytes());
-                store.read_rows(&rows, part)?;
+                read(&rows, part)?;
                 rest = behind;
             }
             out.section(&bytes)?;
