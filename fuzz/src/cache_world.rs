@@ -7,7 +7,7 @@ use leank_core::{
     Backend, Cache, CacheConfig, Error, HostView, HostViewMut, Layer, Planner, Result, SequenceId,
     StepEntry, ViewShape, oracle::Attention,
 };
-use leank_cpu::{Cpu, CpuCache, Executor};
+use leank_cpu::{Cpu, CpuCache, Serial};
 
 /// Most tokens of all sequences together: the oracle is slow.
 const MAX_TOKENS: usize = 200;
@@ -46,7 +46,7 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(config: CacheConfig) -> Self {
-        let backend = Cpu::with_executor(Executor::Serial);
+        let backend = Cpu::with_executor(std::sync::Arc::new(Serial));
         let planner = Planner::new(&config, backend.layout_rules()).expect("a valid configuration");
         let cache = backend.create(config.clone()).expect("a valid configuration");
         Self { config, planner, cache, sequences: Vec::new(), step: None }

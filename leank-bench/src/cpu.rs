@@ -2,12 +2,13 @@
 
 use std::{
     num::NonZeroUsize,
+    sync::Arc,
     thread::available_parallelism,
     time::{Duration, Instant},
 };
 
 use leank_core::{Backend as _, Dtype};
-use leank_cpu::{Cpu, CpuCache, Executor};
+use leank_cpu::{Cpu, CpuCache, Rayon};
 use rayon::ThreadPool;
 use serde::Serialize;
 
@@ -89,7 +90,7 @@ pub fn measure(options: &CpuOptions, mut progress: impl FnMut(&Row)) -> Result<R
     check(options)?;
     let pools = options.threads.iter().map(|&threads| pool(threads)).collect::<Result<Vec<_>>>()?;
     let probe = ReadProbe::new(usize::try_from(options.footprint).unwrap_or(usize::MAX))?;
-    let backend = Cpu::with_executor(Executor::Rayon);
+    let backend = Cpu::with_executor(Arc::new(Rayon));
     let mut rows = Vec::new();
     for (shape, context, dtype) in settings(options) {
         let make = |variant| {

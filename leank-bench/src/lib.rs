@@ -26,6 +26,7 @@
 //! - [`workload`]: a filled cache of any host backend, large enough to be cold.
 //! - [`bandwidth`]: the read bandwidth that portable code reaches.
 //! - [`stats`]: medians over rounds, ratios within a round.
+//! - [`worker`]: a cache that answers a line protocol, to be timed beside other libraries.
 //! - [`cpu`]: the measurement that `leank-bench cpu` runs; [`table`] prints it.
 //!
 //! Criterion benches of single operations are in `leank-cpu/benches`.
@@ -37,6 +38,7 @@ mod error;
 pub mod setting;
 pub mod stats;
 pub mod table;
+pub mod worker;
 pub mod workload;
 
 pub use error::{Error, Result};

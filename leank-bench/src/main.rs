@@ -5,6 +5,7 @@ use std::{
     io::{self, Write as _},
     num::NonZeroUsize,
     process::ExitCode,
+    sync::Arc,
     thread::available_parallelism,
 };
 
@@ -13,8 +14,11 @@ use leank_bench::{
     cpu::{self, CpuOptions},
     setting::HeadShape,
     table::{self, Table},
+    worker::Worker,
+    workload::Variant,
 };
 use leank_core::{DEFAULT_BLOCK, Dtype};
+use leank_cpu::{Cpu, Isa, Pool};
 
 /// Measure what a lean cache is worth on this machine.
 ///
@@ -29,6 +33,43 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Cpu(CpuArgs),
+    AttentionWorker(WorkerArgs),
+}
+
+/// Answer timing commands on standard input, beside workers of other libraries.
+///
+/// Commands: `setup DTYPE QUERY_HEADS KV_HEADS HEAD_DIM CONTEXT -` fills a cache and answers
+/// `ok BYTES_PER_CALL CALLS_PER_PASS`; `run MILLIS` runs whole passes for at least so long and
+/// answers `t MEDIAN MIN PASSES` in seconds per call; `err` answers `e RELATIVE_L2 MAX_ABS` against
+/// f64; `quit`. What cannot be done is answered with `unsupported REASON`.
+#[derive(Debug, Args)]
+struct WorkerArgs {
+    /// Which cache: dense, lean (a mix of kept counts), or the kept counts of LeanK's published
+    /// masks (llama, qwen; sink 128, recent 768).
+    #[arg(long, value_enum, default_value_t = Variant::Dense)]
+    variant: Variant,
+    /// Threads; the environment's NT, or 1, by default.
+    #[arg(long, value_name = "N", env = "NT", default_value = "1")]
+    threads: NonZeroUsize,
+    /// Least MiB of the cache; the environment's FOOT_MIB, or 512, by default.
+    #[arg(long, value_name = "MIB", env = "FOOT_MIB", default_value = "512",
+          value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
+    footprint_mib: u64,
+    /// Instruction set of the kernel: portable, avx2, avx512, avx512-bf16, neon; the best of this
+    /// CPU by default.
+    #[arg(long, value_name = "ISA")]
+    isa: Option<Isa>,
+}
+
+impl WorkerArgs {
+    fn run(&self) -> Result<(), Box<dyn std::error::Error>> {
+        let mut cpu = Cpu::with_executor(Arc::new(Pool::new(self.threads)?));
+        if let Some(isa) = self.isa {
+            cpu = cpu.with_isa(isa)?;
+        }
+        let worker = Worker::new(cpu, self.variant, self.footprint_mib << 20);
+        Ok(worker.serve(io::stdin().lock(), io::stdout().lock())?)
+    }
 }
 
 /// Decode attention of one layer on the CPU, dense and lean, beside the read bandwidth.
@@ -47,8 +88,7 @@ struct CpuArgs {
           value_parser = context)]
     ctx: Vec<usize>,
     /// Storage types of K and V: f32, f16, bf16.
-    #[arg(long, value_name = "TYPE,...", value_delimiter = ',', default_value = "f32,f16,bf16",
-          value_parser = dtype)]
+    #[arg(long, value_name = "TYPE,...", value_delimiter = ',', default_value = "f32,f16,bf16")]
     dtypes: Vec<Dtype>,
     /// Threads; as many as the machine runs at once by default.
     #[arg(long, value_name = "N,...", value_delimiter = ',')]
@@ -75,13 +115,6 @@ fn context(text: &str) -> Result<usize, String> {
     }
     let nearest = (tokens / DEFAULT_BLOCK).max(1) * DEFAULT_BLOCK;
     Err(format!("{tokens} is not a multiple of {DEFAULT_BLOCK} tokens; try {nearest}"))
-}
-
-fn dtype(text: &str) -> Result<Dtype, String> {
-    Dtype::ALL
-        .into_iter()
-        .find(|dtype| dtype.to_string() == text)
-        .ok_or_else(|| format!("`{text}` is none of f32, f16 and bf16"))
 }
 
 impl CpuArgs {
@@ -115,8 +148,11 @@ impl CpuArgs {
 }
 
 fn main() -> ExitCode {
-    let Command::Cpu(args) = Cli::parse().command;
-    match args.run() {
+    let done = match Cli::parse().command {
+        Command::Cpu(args) => args.run(),
+        Command::AttentionWorker(args) => args.run(),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("leank-bench: {error}");
@@ -136,8 +172,10 @@ mod tests {
 
     fn parse(args: &str) -> Result<CpuOptions, clap::Error> {
         let words = ["leank-bench", "cpu"].into_iter().chain(args.split_whitespace());
-        let Command::Cpu(args) = Cli::try_parse_from(words)?.command;
-        Ok(args.options())
+        match Cli::try_parse_from(words)?.command {
+            Command::Cpu(args) => Ok(args.options()),
+            Command::AttentionWorker(_) => unreachable!("the words say cpu"),
+        }
     }
 
     #[test]

@@ -104,13 +104,69 @@ pub fn mask_period(kv_heads: usize) -> usize {
 /// As [`ModelMask::new`].
 pub fn mixed_mask(shape: &ModelShape) -> CoreResult<ModelMask> {
     let counts = kept_counts(shape.head_dim);
-    let heads = (0..shape.layers * shape.kv_heads).map(|head| {
-        let kept = counts[head % counts.len()];
-        // Both are at most MAX_HEAD_DIM (2^12).
-        let channels = (0..kept).map(|i| (i * shape.head_dim / kept) as u16);
-        ChannelMask::new(shape.head_dim, channels.collect())
-    });
+    let heads = (0..shape.layers * shape.kv_heads)
+        .map(|head| spread(shape.head_dim, counts[head % counts.len()]));
     ModelMask::new(shape.layers, shape.kv_heads, shape.head_dim, heads.collect::<CoreResult<_>>()?)
+}
+
+/// Kept counts of LeanK's published masks, in units of 32 of 128 channels: a word per layer, a digit
+/// per KV head. Llama-3.1-8B-Instruct keeps 31.25 % of K and 81.6 % of V.
+const LLAMA: &str = "11110101 21211111 01021311 11111111 11113101 12301210 11001112 11000220 \
+                     20300111 21120122 31021012 02020201 20110100 23222222 12123212 21211113 \
+                     31212322 11211232 12102211 21120201 30121221 20101101 21030012 12021211 \
+                     11013230 13031110 21131102 03110312 11122111 11200211 21231232 11111211";
+
+/// Qwen2.5-7B-Instruct: 29.0 % of K and 68.75 % of V.
+const QWEN: &str = "0000 1000 1001 0010 0200 1121 0110 1010 0002 1211 1001 1102 1221 0110 \
+                    3222 1021 3221 0222 0221 1032 0212 2122 3213 0330 1103 1322 2123 2222";
+
+/// A published mask, whose heads a layer takes in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Published {
+    /// Llama-3.1-8B-Instruct.
+    Llama,
+    /// Qwen2.5-7B-Instruct.
+    Qwen,
+}
+
+impl Published {
+    fn quarters(self) -> Vec<usize> {
+        let digits = match self {
+            Self::Llama => LLAMA,
+            Self::Qwen => QWEN,
+        };
+        digits.chars().filter_map(|digit| digit.to_digit(10)).map(|digit| digit as usize).collect()
+    }
+
+    /// Layers of `kv_heads` heads until every head of the mask was taken once.
+    #[must_use]
+    pub fn layers(self, kv_heads: usize) -> usize {
+        self.quarters().len().div_ceil(kv_heads)
+    }
+
+    /// A mask whose heads keep the published shares of their channels, spread over the head. With
+    /// fewer layers than [`Published::layers`], these are taken at equal distances.
+    ///
+    /// # Errors
+    /// As [`ModelMask::new`].
+    pub fn mask(self, shape: &ModelShape) -> CoreResult<ModelMask> {
+        let quarters = self.quarters();
+        let all = self.layers(shape.kv_heads);
+        let heads = (0..shape.layers * shape.kv_heads).map(|head| {
+            let (layer, head) = (head / shape.kv_heads, head % shape.kv_heads);
+            let layer = if shape.layers < all { layer * all / shape.layers } else { layer };
+            let kept = quarters[(layer * shape.kv_heads + head) % quarters.len()];
+            spread(shape.head_dim, shape.head_dim * kept / 4)
+        });
+        let heads = heads.collect::<CoreResult<_>>()?;
+        ModelMask::new(shape.layers, shape.kv_heads, shape.head_dim, heads)
+    }
+}
+
+/// `kept` channels at equal distances.
+fn spread(head_dim: usize, kept: usize) -> CoreResult<ChannelMask> {
+    // Both are at most MAX_HEAD_DIM (2^12).
+    ChannelMask::new(head_dim, (0..kept).map(|i| (i * head_dim / kept) as u16).collect())
 }
 
 /// Random numbers of mean 0 and variance 1, never 0: zero pages are shared by the system and read
@@ -186,6 +242,23 @@ mod tests {
             let mask = mixed_mask(&ModelShape::new(1, 4, 4, head_dim).unwrap()).unwrap();
             let kept: Vec<usize> = mask.heads().iter().map(ChannelMask::kept_count).collect();
             assert_eq!(kept, kept_counts(head_dim), "head_dim {head_dim}");
+        }
+    }
+
+    #[test]
+    fn published_counts_keep_what_was_published() {
+        let round = |x: f64| (x * 1e4).round() / 1e4;
+        for (published, kv_heads, layers, k, v) in
+            [(Published::Llama, 8, 32, 0.3125, 0.8164), (Published::Qwen, 4, 28, 0.2902, 0.6875)]
+        {
+            assert_eq!(published.layers(kv_heads), layers);
+            let shape = ModelShape::new(layers, kv_heads, kv_heads, 128).unwrap();
+            let mask = published.mask(&shape).unwrap();
+            let kept: usize = mask.heads().iter().map(ChannelMask::kept_count).sum();
+            let dead = mask.heads().iter().filter(|head| head.is_dead()).count();
+            let heads = (layers * kv_heads) as f64;
+            assert_eq!(round(kept as f64 / heads / 128.0), k);
+            assert_eq!(round(1.0 - dead as f64 / heads), v);
         }
     }
 

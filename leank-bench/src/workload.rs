@@ -1,29 +1,64 @@
 //! A filled cache that decodes one token, layer after layer.
 
 use leank_core::{
-    Backend, Cache, CacheConfig, DEFAULT_BLOCK, Dtype, HostView, HostViewMut, Layer, Planner,
-    StepEntry, ViewShape,
+    Backend, Cache, CacheConfig, DEFAULT_BLOCK, Dtype, HostView, HostViewMut, Layer, ModelShape,
+    Planner, StepEntry, ViewShape, Windows, oracle::Attention,
 };
 use serde::Serialize;
 
 use crate::{
     Error, Result,
-    setting::{HeadShape, Random, mask_period, mixed_mask},
+    setting::{HeadShape, Published, Random, mask_period, mixed_mask},
 };
 
 /// Tokens per step while the cache is filled.
 const CHUNK: usize = 1024;
+const SEED: u64 = 1;
+/// Largest cache that is filled only to take every head of a mask once.
+const MOST_BYTES: u64 = 5 << 30;
 /// More layers than any cache needs to be cold; a setting beyond has too short a context.
 const MOST_LAYERS: usize = 1 << 14;
 
 /// Which cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Variant {
     /// Nothing pruned, nothing packed.
     Dense,
     /// The heads of [`mixed_mask`], default windows.
     Lean,
+    /// Kept counts of [`Published::Llama`], a sink of 128 and 768 recent tokens.
+    Llama,
+    /// Kept counts of [`Published::Qwen`], a sink of 128 and 768 recent tokens.
+    Qwen,
+}
+
+impl Variant {
+    /// LeanK's windows.
+    const PUBLISHED_WINDOWS: Windows = Windows { sink: 128, recent: 768 };
+
+    fn config(self, shape: ModelShape) -> Result<CacheConfig> {
+        let published = |published: Published| -> Result<CacheConfig> {
+            let config = CacheConfig::new(shape, published.mask(&shape)?)?;
+            Ok(CacheConfig { windows: Self::PUBLISHED_WINDOWS, ..config })
+        };
+        Ok(match self {
+            Self::Dense => CacheConfig::dense(shape)?,
+            Self::Lean => CacheConfig::new(shape, mixed_mask(&shape)?)?,
+            Self::Llama => published(Published::Llama)?,
+            Self::Qwen => published(Published::Qwen)?,
+        })
+    }
+
+    /// Layers after which the masks repeat, so that the mean over layers is exact.
+    fn period(self, kv_heads: usize) -> usize {
+        match self {
+            Self::Dense => 1,
+            Self::Lean => mask_period(kv_heads),
+            Self::Llama => Published::Llama.layers(kv_heads),
+            Self::Qwen => Published::Qwen.layers(kv_heads),
+        }
+    }
 }
 
 /// What a workload is made of.
@@ -44,19 +79,24 @@ pub struct WorkloadOptions {
 
 impl WorkloadOptions {
     fn config(&self, layers: usize) -> Result<CacheConfig> {
-        let shape = self.shape.model(layers)?;
-        let config = match self.variant {
-            Variant::Dense => CacheConfig::dense(shape)?,
-            Variant::Lean => CacheConfig::new(shape, mixed_mask(&shape)?)?,
-        };
+        let config = self.variant.config(self.shape.model(layers)?)?;
         Ok(CacheConfig { dtype: self.dtype, ..config })
     }
 
-    /// Whole periods of the mask, so that the mean over layers is exact.
+    fn bytes(&self, layers: usize, backend: &impl Backend) -> Result<u64> {
+        let planner = Planner::new(&self.config(layers)?, backend.layout_rules())?;
+        Ok(planner.footprint(self.context - 1).bytes.max(1))
+    }
+
+    /// Whole periods of the mask where one is no larger than [`MOST_BYTES`], some of its layers
+    /// otherwise.
     fn layers(&self, backend: &impl Backend) -> Result<usize> {
-        let period = mask_period(self.shape.kv_heads);
-        let planner = Planner::new(&self.config(period)?, backend.layout_rules())?;
-        let bytes = planner.footprint(self.context - 1).bytes.max(1);
+        let period = self.variant.period(self.shape.kv_heads);
+        let bytes = self.bytes(period, backend)?;
+        if bytes > MOST_BYTES.max(self.footprint) {
+            let layer = bytes.div_ceil(period as u64);
+            return Ok((MOST_BYTES.max(self.footprint) / layer).clamp(1, period as u64) as usize);
+        }
         let periods = usize::try_from(self.footprint.div_ceil(bytes)).unwrap_or(usize::MAX);
         match periods.max(1).checked_mul(period) {
             Some(layers) if layers <= MOST_LAYERS => Ok(layers),
@@ -79,6 +119,7 @@ impl WorkloadOptions {
 #[derive(Debug)]
 pub struct Workload<C> {
     cache: C,
+    context: usize,
     bytes: u64,
     q: Vec<f32>,
     out: Vec<f32>,
@@ -100,15 +141,12 @@ where
         }
         let layers = options.layers(backend)?;
         let mut cache = backend.create(options.config(layers)?)?;
-        let mut random = Random::new(1);
+        let mut random = Random::new(SEED);
         let sequence = cache.add_sequence();
-        let mut left = options.context - 1;
-        while left > 0 {
-            let tokens = left.min(CHUNK);
+        for tokens in chunks(options.context - 1) {
             cache.plan(&[StepEntry::store(sequence, tokens)])?;
             append(&mut cache, options.shape, tokens, &mut random)?;
             cache.commit()?;
-            left -= tokens;
         }
         // The last block has room for one token: the step takes no block, and what the cache
         // holds now is exactly what attention reads.
@@ -119,7 +157,54 @@ where
         let mut q = vec![0.0; options.shape.query_heads * options.shape.head_dim];
         random.fill(&mut q);
         let out = vec![f32::NAN; q.len()];
-        Ok(Self { cache, bytes, q, out })
+        Ok(Self { cache, context: options.context, bytes, q, out })
+    }
+
+    /// Relative L2 and largest absolute error of the first layer's output against the f64 oracle,
+    /// on the activations as they were given, before any rounding.
+    ///
+    /// # Errors
+    /// Those of the cache.
+    pub fn error(&mut self) -> Result<(f64, f64)> {
+        let shape = self.cache.config().shape;
+        self.attend(Layer(0))?;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        let mut random = Random::new(SEED);
+        for tokens in chunks(self.context - 1).chain([1]) {
+            let (k, v) = rows_of(tokens * shape.kv_heads * shape.head_dim, &mut random);
+            keys.extend(k.into_iter().map(f64::from));
+            values.extend(v.into_iter().map(f64::from));
+        }
+        let queries: Vec<f64> = self.q.iter().copied().map(f64::from).collect();
+        let config = self.cache.config();
+        let want = Attention {
+            masks: config.mask.layer(Layer(0)),
+            query_heads: shape.query_heads,
+            windows: config.windows,
+            block: config.block,
+            scale: f64::from(config.scale()),
+            soft_cap: None,
+            start: self.context - 1,
+            keys: &keys,
+            values: &values,
+            queries: &queries,
+        }
+        .output();
+        let (mut error, mut norm, mut largest) = (0.0, 0.0, 0.0f64);
+        for (&got, want) in self.out.iter().zip(&want) {
+            let difference = f64::from(got) - want;
+            error += difference * difference;
+            norm += want * want;
+            largest = largest.max(difference.abs());
+        }
+        Ok(((error / norm).sqrt(), largest))
+    }
+
+    fn attend(&mut self, layer: Layer) -> Result<()> {
+        let shape = self.cache.config().shape;
+        let rows = ViewShape::contiguous(1, shape.query_heads, shape.head_dim);
+        let q = HostView::new(&self.q[..], rows)?;
+        Ok(self.cache.attend(layer, q, HostViewMut::new(&mut self.out[..], rows)?)?)
     }
 
     /// Attends once in every layer.
@@ -127,13 +212,7 @@ where
     /// # Errors
     /// Those of the cache.
     pub fn sweep(&mut self) -> Result<()> {
-        let shape = self.cache.config().shape;
-        let rows = ViewShape::contiguous(1, shape.query_heads, shape.head_dim);
-        for layer in shape.layer_indices() {
-            let q = HostView::new(&self.q[..], rows)?;
-            self.cache.attend(layer, q, HostViewMut::new(&mut self.out[..], rows)?)?;
-        }
-        Ok(())
+        self.cache.config().shape.layer_indices().try_for_each(|layer| self.attend(layer))
     }
 
     /// Layers of the cache: calls of a sweep.
@@ -161,16 +240,27 @@ where
     }
 }
 
+/// Steps in which `tokens` tokens are stored.
+fn chunks(tokens: usize) -> impl Iterator<Item = usize> {
+    (0..tokens).step_by(CHUNK).map(move |start| CHUNK.min(tokens - start))
+}
+
+/// `len` elements of K, and of V.
+fn rows_of(len: usize, random: &mut Random) -> (Vec<f32>, Vec<f32>) {
+    let mut k = vec![0.0; len];
+    let mut v = k.clone();
+    random.fill(&mut k);
+    random.fill(&mut v);
+    (k, v)
+}
+
 /// Appends random rows to every layer. Layers share their values, not their memory.
 fn append<C>(cache: &mut C, shape: HeadShape, tokens: usize, random: &mut Random) -> Result<()>
 where
     C: for<'a> Cache<View<'a> = HostView<'a>>,
 {
     let rows = ViewShape::contiguous(tokens, shape.kv_heads, shape.head_dim);
-    let mut k = vec![0.0; tokens * shape.kv_heads * shape.head_dim];
-    let mut v = k.clone();
-    random.fill(&mut k);
-    random.fill(&mut v);
+    let (k, v) = rows_of(tokens * shape.kv_heads * shape.head_dim, random);
     for layer in (0..cache.config().shape.layers).map(Layer) {
         cache.append(layer, HostView::new(&k[..], rows)?, HostView::new(&v[..], rows)?)?;
     }
@@ -179,7 +269,9 @@ where
 
 #[cfg(test)]
 mod tests {
-    use leank_cpu::{Cpu, Executor};
+    use std::sync::Arc;
+
+    use leank_cpu::{Cpu, Serial};
 
     use super::*;
 
@@ -189,7 +281,7 @@ mod tests {
     }
 
     fn workload(options: &WorkloadOptions) -> Workload<leank_cpu::CpuCache> {
-        Workload::new(&Cpu::with_executor(Executor::Serial), options).unwrap()
+        Workload::new(&Cpu::with_executor(Arc::new(Serial)), options).unwrap()
     }
 
     #[test]
@@ -224,7 +316,7 @@ mod tests {
 
     #[test]
     fn settings_that_cannot_be_measured_are_refused() {
-        let backend = Cpu::with_executor(Executor::Serial);
+        let backend = Cpu::with_executor(Arc::new(Serial));
         for context in [0, 1, 1000] {
             let options = WorkloadOptions { context, ..options(Variant::Dense) };
             let error = Workload::new(&backend, &options).unwrap_err();

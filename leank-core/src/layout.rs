@@ -8,6 +8,8 @@ use crate::{CacheConfig, HeadFormat, KvHead, Layer, Result};
 pub struct LayoutRules {
     /// Stored channels of K per live head are a multiple of this.
     pub k_channel_multiple: usize,
+    /// Stored tokens of V per block are a multiple of this.
+    pub v_token_multiple: usize,
     /// K and V of each head start at a multiple of this many bytes.
     pub section_align: usize,
 }
@@ -36,17 +38,34 @@ pub struct LayerLayout {
     pub lean: Vec<LeanHead>,
 }
 
+impl LayerLayout {
+    /// Bytes of K and V of a head in a lean block.
+    ///
+    /// # Panics
+    /// When the index is out of range.
+    #[must_use]
+    pub fn lean_head_bytes(&self, head: KvHead) -> usize {
+        let end = self.lean.get(head.0 + 1).map_or(self.lean_bytes, |next| next.k_offset);
+        end - self.lean[head.0].k_offset
+    }
+}
+
 /// Block layouts of a whole cache.
 #[derive(Clone, Debug)]
 pub struct CacheLayout {
     /// Tokens per block.
     pub block: usize,
-    /// Bytes of K or V of one head in a full block, padding included.
-    pub full_section: usize,
-    /// Bytes of a full block of one layer: K of every head, then V of every head.
+    /// Stored channels of K of one head in a full block: `head_dim` padded to
+    /// [`LayoutRules::k_channel_multiple`].
+    pub full_channels: usize,
+    /// Stored tokens of V: `block` padded to [`LayoutRules::v_token_multiple`].
+    pub stored_tokens: usize,
+    /// Bytes of a full block of one layer: per head K, then V.
     pub full_bytes: usize,
     /// Bytes that a dense cache takes per token, all layers, no padding.
     pub dense_token_bytes: usize,
+    full_k_section: usize,
+    full_v_section: usize,
     layers: Vec<LayerLayout>,
 }
 
@@ -60,7 +79,10 @@ impl CacheLayout {
         let shape = config.shape;
         let element = config.dtype.bytes();
         let align = |bytes: usize| bytes.next_multiple_of(rules.section_align);
-        let full_section = align(config.block * shape.head_dim * element);
+        let full_channels = shape.head_dim.next_multiple_of(rules.k_channel_multiple);
+        let stored_tokens = config.block.next_multiple_of(rules.v_token_multiple);
+        let full_k_section = align(config.block * full_channels * element);
+        let full_v_section = align(stored_tokens * shape.head_dim * element);
         let layers = shape.layer_indices().map(|layer| {
             let mut offset = 0;
             let lean = shape.kv_head_indices().map(|head| {
@@ -70,7 +92,7 @@ impl CacheLayout {
                 let k_offset = offset;
                 let v_offset = k_offset + align(format.k.bytes(config.block, stored));
                 let v_channels = if kept == 0 { 0 } else { shape.head_dim };
-                offset = v_offset + align(format.v.bytes(config.block, v_channels));
+                offset = v_offset + align(format.v.bytes(stored_tokens, v_channels));
                 LeanHead { kept, stored, k_offset, v_offset, format }
             });
             let lean = lean.collect();
@@ -78,9 +100,12 @@ impl CacheLayout {
         });
         Ok(Self {
             block: config.block,
-            full_section,
-            full_bytes: 2 * shape.kv_heads * full_section,
+            full_channels,
+            stored_tokens,
+            full_bytes: shape.kv_heads * (full_k_section + full_v_section),
             dense_token_bytes: 2 * shape.layers * shape.kv_heads * shape.head_dim * element,
+            full_k_section,
+            full_v_section,
             layers: layers.collect(),
         })
     }
@@ -97,13 +122,13 @@ impl CacheLayout {
     /// Byte offset of K of a head in a full block.
     #[must_use]
     pub fn full_k_offset(&self, head: KvHead) -> usize {
-        head.0 * self.full_section
+        head.0 * (self.full_k_section + self.full_v_section)
     }
 
     /// Byte offset of V of a head in a full block.
     #[must_use]
     pub fn full_v_offset(&self, head: KvHead) -> usize {
-        self.full_bytes / 2 + head.0 * self.full_section
+        self.full_k_offset(head) + self.full_k_section
     }
 
     /// Bytes of a full block, all layers.

@@ -19,7 +19,7 @@
 //! let heads = vec![ChannelMask::new(64, (0..16).collect())?, ChannelMask::none(64)];
 //! let config = CacheConfig::new(shape, ModelMask::new(1, 2, 64, heads)?)?;
 //!
-//! let rules = LayoutRules { k_channel_multiple: 1, section_align: 64 };
+//! let rules = LayoutRules { k_channel_multiple: 1, v_token_multiple: 1, section_align: 64 };
 //! let footprint = Planner::new(&config, rules)?.footprint(32_768);
 //! assert!(footprint.whole_kv_ratio().unwrap() < 0.32);
 //! # Ok::<(), leank_core::Error>(())
@@ -48,10 +48,15 @@ pub use blocks::{
 };
 pub use config::{CacheConfig, DEFAULT_BLOCK, MAX_BLOCK};
 pub use error::{Error, Result};
-pub use format::{Dtype, HeadFormat, LeanFormat};
+pub use format::{Dtype, HeadFormat, LeanFormat, widen_f16};
 pub use layout::{CacheLayout, LayerLayout, LayoutRules, LeanHead};
 pub use mask::{ChannelMask, Fingerprint, MaskInfo, MaskSummary, ModelMask};
 pub use planner::{Footprint, Planner};
-pub use quantile::quantile_and_round;
+pub use quantile::{aligned_counts, kept_at_ratio, quantile_and_round};
 pub use shape::{KvHead, Layer, MAX_HEAD_DIM, ModelShape, QueryHead, Windows};
-pub use view::{Elements, ElementsMut, HostView, HostViewMut, ViewShape};
+pub use view::{Borrowed, Elements, ElementsMut, HostView, HostViewMut, View, ViewShape};
+
+/// Compiles the README's examples with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

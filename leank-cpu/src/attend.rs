@@ -1,150 +1,307 @@
-//! Attention of one layer over a planned step: cuts it into tiles and runs the kernel on each.
+//! Attention of one layer over a planned step.
+
+use std::sync::{Mutex, PoisonError};
 
 use leank_core::{
-    Block, CacheConfig, CacheLayout, HostView, HostViewMut, KvHead, Layer, Ledger, Result,
-    StepSequence,
+    Block, CacheConfig, CacheLayout, Dtype, HostView, HostViewMut, KvHead, Layer, Ledger, Result,
 };
 
 use crate::{
-    element::{Element, plain, with_element},
+    element::{Element, Left, Target, plain, with_element},
     executor::Executor,
-    kernel::{Keys, MAX_ROWS, Tile},
+    kernel::{Ahead, Kernel, RowState},
+    panels::{DEPTH_MULTIPLE, Panels},
     store::Store,
+    work::{Job, Piece, Work},
 };
 
-/// Everything that the tiles of one layer read.
+/// Bytes by which prefetching runs ahead of the kernel, into the second-level cache.
+const AHEAD: usize = 8192;
+
+/// Rows of logits are a multiple of this many tokens long: a vector of any instruction set.
+const TOKEN_MULTIPLE: usize = 16;
+
+/// Everything that the pieces of one layer read.
 #[derive(Clone, Copy)]
 pub(crate) struct LayerView<'a> {
     pub(crate) config: &'a CacheConfig,
     pub(crate) layout: &'a CacheLayout,
     pub(crate) store: &'a Store,
+    pub(crate) kernel: Kernel,
     pub(crate) layer: Layer,
 }
 
-/// Some query tokens of one sequence on one KV head. Its rows are `[tokens, group]`.
-struct Piece<'a> {
-    head: KvHead,
-    /// Row of the first query token in the step.
-    row: usize,
-    /// Query tokens.
-    tokens: usize,
-    /// Position of the first query token.
-    position: usize,
-    table: &'a [Block],
+/// What a piece works in, kept between steps.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    /// Queries for full blocks, `[rows, full_channels]`.
+    full: Left,
+    /// Queries for lean blocks, `[rows, stored]`.
+    lean: Left,
+    /// Logits, then weights of one block, `[rows, block]` padded to [`TOKEN_MULTIPLE`].
+    weights: Left,
+    /// Weighted sums of V, `[rows, head_dim]`.
+    sum: Vec<f32>,
+    rows: Vec<RowState>,
 }
 
-impl LayerView<'_> {
+/// K and V of one head in one block.
+#[derive(Clone, Copy)]
+struct Sections<'a> {
+    k: &'a [u8],
+    v: &'a [u8],
+    k_type: Dtype,
+    v_type: Dtype,
+    /// Stored channels of K.
+    channels: usize,
+    lean: bool,
+}
+
+impl<'a> LayerView<'a> {
     pub(crate) fn attend(
         self,
         ledger: &Ledger,
-        executor: Executor,
+        executor: &dyn Executor,
+        scratch: &mut Vec<Mutex<Scratch>>,
         q: HostView<'_>,
         mut out: HostViewMut<'_>,
     ) -> Result<()> {
-        let step = ledger.step().map_or(&[][..], |step| &step.sequences[..]);
-        let mut pieces = Vec::new();
-        for sequence in step.iter().filter(|sequence| sequence.attend) {
-            self.cut(sequence, ledger.table(sequence.id)?, &mut pieces);
+        let shape = self.config.shape;
+        let (heads, group) = (shape.kv_heads, shape.group());
+        let work = Work::cut(ledger, self.layout, self.layer, heads, group)?;
+        if scratch.len() < work.pieces.len() {
+            scratch.resize_with(work.pieces.len(), Mutex::default);
         }
-        let outputs = executor.map(pieces.len(), |i| self.run(&pieces[i], q));
-        let group = self.config.shape.group();
-        let head_dim = self.config.shape.head_dim;
-        for (piece, output) in pieces.iter().zip(&outputs) {
-            for (row, values) in output.chunks_exact(head_dim).enumerate() {
-                let (token, head) = (piece.row + row / group, piece.head.0 * group + row % group);
-                out.write_row(token, head, values);
+        let run = |i: usize| {
+            let piece = &work.pieces[i];
+            let mut scratch = scratch[i].lock().unwrap_or_else(PoisonError::into_inner);
+            self.run(&work.jobs[piece.job], piece, q, &mut scratch);
+        };
+        if work.is_parallel() {
+            executor.run(work.pieces.len(), &run);
+        } else {
+            (0..work.pieces.len()).for_each(run);
+        }
+
+        let mut done = scratch.iter_mut().map(|scratch| {
+            let scratch = scratch.get_mut().unwrap_or_else(PoisonError::into_inner);
+            &mut *scratch
+        });
+        for pieces in work.pieces.chunk_by(|a, b| a.job == b.job) {
+            let Some(total) = done.next() else { break };
+            for part in done.by_ref().take(pieces.len() - 1) {
+                total.merge(part, shape.head_dim);
+            }
+            let job = &work.jobs[pieces[0].job];
+            for (row, values) in total.finish(shape.head_dim).enumerate() {
+                out.write_row(job.row + row / group, job.head.0 * group + row % group, values);
             }
         }
         Ok(())
     }
 
-    fn cut<'a>(&self, sequence: &StepSequence, table: &'a [Block], pieces: &mut Vec<Piece<'a>>) {
-        let most = (MAX_ROWS / self.config.shape.group()).max(1);
-        for head in self.config.shape.kv_head_indices() {
-            for first in (0..sequence.tokens).step_by(most) {
-                pieces.push(Piece {
-                    head,
-                    row: sequence.row + first,
-                    tokens: most.min(sequence.tokens - first),
-                    position: sequence.start + first,
-                    table,
-                });
+    fn run(&self, job: &Job<'_>, piece: &Piece, q: HostView<'_>, scratch: &mut Scratch) {
+        let shape = self.config.shape;
+        let (group, head_dim, block) = (shape.group(), shape.head_dim, self.layout.block);
+        let rows = job.tokens * group;
+        self.prepare(job, q, scratch);
+        let Scratch { full, lean, weights, sum, rows: states } = scratch;
+
+        let table = &job.table[piece.blocks.clone()];
+        let mut coming = table.iter().filter_map(|&id| self.sections(job.head, id));
+        let mut v = None;
+        let mut next = || {
+            let section: &[u8] = match v.take() {
+                Some(section) => section,
+                None => {
+                    let sections = coming.next()?;
+                    v = Some(sections.v);
+                    sections.k
+                }
+            };
+            Some(std::ptr::from_ref(section))
+        };
+        let mut ahead = Ahead::new(&mut next);
+        self.kernel.prefetch(&mut ahead, AHEAD);
+
+        let stride = block.next_multiple_of(TOKEN_MULTIPLE);
+        let end = job.position + job.tokens;
+        for (index, &id) in piece.blocks.clone().zip(table) {
+            let Some(sections) = self.sections(job.head, id) else { continue };
+            let start = index * block;
+            let tokens = (end - start).min(block);
+            let queries = if sections.lean { &*lean } else { &*full };
+            with_element!(sections.k_type, T => {
+                let right: Panels<'_, T> = Panels {
+                    data: bytemuck::cast_slice(sections.k),
+                    depth: sections.channels,
+                    lanes: block,
+                };
+                let target = Target {
+                    rows,
+                    left_stride: sections.channels,
+                    depth: sections.channels,
+                    lanes: tokens,
+                    out: &mut weights.wide,
+                    out_stride: stride,
+                    accumulate: false,
+                };
+                T::product(self.kernel, queries, right, target, &mut ahead);
+            });
+
+            let scale = self.cap(&mut weights.wide, stride, tokens) * std::f32::consts::LOG2_E;
+            let logits = weights.wide.chunks_exact_mut(stride);
+            for (row, (logits, state)) in logits.zip(states.iter_mut()).enumerate() {
+                let seen = (job.position + row / group + 1).saturating_sub(start).min(block);
+                let correction = self.kernel.softmax(logits, seen, scale, state);
+                if correction != 1.0 {
+                    let sum = &mut sum[row * head_dim..][..head_dim];
+                    sum.iter_mut().for_each(|x| *x *= correction);
+                }
             }
+            if self.kernel.narrows(sections.v_type) {
+                self.kernel.narrow(&weights.wide, &mut weights.narrow);
+            }
+
+            with_element!(sections.v_type, T => {
+                let right: Panels<'_, T> = Panels {
+                    data: bytemuck::cast_slice(sections.v),
+                    depth: self.layout.stored_tokens,
+                    lanes: head_dim,
+                };
+                let target = Target {
+                    rows,
+                    left_stride: stride,
+                    depth: tokens,
+                    lanes: head_dim,
+                    out: sum,
+                    out_stride: head_dim,
+                    accumulate: true,
+                };
+                T::product(self.kernel, weights, right, target, &mut ahead);
+            });
         }
     }
 
-    /// The output of a piece, `[tokens, group, head_dim]`.
-    fn run(&self, piece: &Piece<'_>, q: HostView<'_>) -> Vec<f32> {
+    /// Lays out the scratch of a piece, with its queries in it.
+    fn prepare(&self, job: &Job<'_>, q: HostView<'_>, scratch: &mut Scratch) {
         let shape = self.config.shape;
-        let (group, head_dim, block) = (shape.group(), shape.head_dim, self.layout.block);
-        let rows = piece.tokens * group;
-        let queries = self.scaled_queries(piece, q);
-        let lean_queries = self.kept_of(piece.head, &queries);
-        let mut tile = Tile::new(rows, head_dim, block, self.config.soft_cap);
+        let (group, head_dim) = (shape.group(), shape.head_dim);
+        let rows = job.tokens * group;
+        let stride = self.layout.block.next_multiple_of(TOKEN_MULTIPLE);
+        scratch.rows.clear();
+        scratch.rows.resize(rows, RowState::EMPTY);
+        scratch.sum.clear();
+        scratch.sum.resize(rows * head_dim, 0.0);
+        scratch.weights.reset(rows * stride);
 
-        // Positions that the last row sees; no block beyond them is touched.
-        let end = piece.position + piece.tokens;
-        for (index, &id) in piece.table[..end.div_ceil(block)].iter().enumerate() {
-            let start = index * block;
-            let tokens = (end - start).min(block);
-            let seen =
-                |row: usize| (piece.position + row / group + 1).saturating_sub(start).min(block);
-            let bytes = self.store.bytes(self.layer, id);
-            match id {
-                Block::Full(_) => with_element!(self.config.dtype, T => {
-                    let len = block * head_dim;
-                    let k = elements::<T>(bytes, self.layout.full_k_offset(piece.head), len);
-                    let v = elements::<T>(bytes, self.layout.full_v_offset(piece.head), len);
-                    tile.score(&queries, Keys { data: k, block }, tokens);
-                    tile.accumulate(v, block, seen);
-                }),
-                Block::Lean(_) => {
-                    let head = self.layout.layer(self.layer).lean[piece.head.0];
-                    if head.kept == 0 {
-                        continue;
-                    }
-                    let (k_type, v_type) = (plain(head.format.k), plain(head.format.v));
-                    with_element!(k_type, T => {
-                        let k = elements::<T>(bytes, head.k_offset, block * head.kept);
-                        tile.score(&lean_queries, Keys { data: k, block }, tokens);
-                    });
-                    with_element!(v_type, T => {
-                        let v = elements::<T>(bytes, head.v_offset, block * head_dim);
-                        tile.accumulate(v, block, seen);
-                    });
+        let channels = self.layout.full_channels;
+        scratch.full.reset(rows * channels);
+        for (row, values) in scratch.full.wide.chunks_exact_mut(channels).enumerate() {
+            let head = job.head.0 * group + row % group;
+            q.read_row(job.row + row / group, head, &mut values[..head_dim]);
+        }
+        let kept = self.config.mask.head(self.layer, job.head).kept();
+        let lean = self.layout.layer(self.layer).lean[job.head.0];
+        scratch.lean.reset(rows * lean.stored);
+        if lean.stored > 0 {
+            let whole = scratch.full.wide.chunks_exact(channels);
+            for (whole, values) in whole.zip(scratch.lean.wide.chunks_exact_mut(lean.stored)) {
+                for (value, &channel) in values.iter_mut().zip(kept) {
+                    *value = whole[usize::from(channel)];
                 }
             }
         }
-        tile.finish()
-    }
-
-    /// Query rows of a piece times the scale, `[tokens, group, head_dim]`.
-    fn scaled_queries(&self, piece: &Piece<'_>, q: HostView<'_>) -> Vec<f32> {
-        let shape = self.config.shape;
-        let group = shape.group();
-        let mut queries = vec![0.0; piece.tokens * group * shape.head_dim];
-        for (row, values) in queries.chunks_exact_mut(shape.head_dim).enumerate() {
-            q.read_row(piece.row + row / group, piece.head.0 * group + row % group, values);
+        for (left, dtype) in
+            [(&mut scratch.full, self.config.dtype), (&mut scratch.lean, plain(lean.format.k))]
+        {
+            if self.kernel.narrows(dtype) {
+                self.kernel.narrow(&left.wide, &mut left.narrow);
+            }
         }
+    }
+
+    /// K and V of a head in a block; `None` where none are stored.
+    fn sections(&self, head: KvHead, id: Block) -> Option<Sections<'a>> {
+        let (block, head_dim) = (self.layout.block, self.config.shape.head_dim);
+        let bytes = self.store.bytes(self.layer, id);
+        let section = |offset: usize, elements: usize, dtype: Dtype| {
+            &bytes[offset..offset + elements * dtype.bytes()]
+        };
+        let v_elements = self.layout.stored_tokens * head_dim;
+        match id {
+            Block::Full(_) => {
+                let (dtype, channels) = (self.config.dtype, self.layout.full_channels);
+                Some(Sections {
+                    k: section(self.layout.full_k_offset(head), block * channels, dtype),
+                    v: section(self.layout.full_v_offset(head), v_elements, dtype),
+                    k_type: dtype,
+                    v_type: dtype,
+                    channels,
+                    lean: false,
+                })
+            }
+            Block::Lean(_) => {
+                let lean = self.layout.layer(self.layer).lean[head.0];
+                let (k_type, v_type) = (plain(lean.format.k), plain(lean.format.v));
+                (lean.kept > 0).then(|| Sections {
+                    k: section(lean.k_offset, block * lean.stored, k_type),
+                    v: section(lean.v_offset, v_elements, v_type),
+                    k_type,
+                    v_type,
+                    channels: lean.stored,
+                    lean: true,
+                })
+            }
+        }
+    }
+
+    /// Applies the soft-cap, if there is one; returns the factor that is left for the softmax.
+    fn cap(&self, logits: &mut [f32], stride: usize, tokens: usize) -> f32 {
         let scale = self.config.scale();
-        queries.iter_mut().for_each(|x| *x *= scale);
-        queries
-    }
-
-    /// The kept channels of each row.
-    fn kept_of(&self, head: KvHead, queries: &[f32]) -> Vec<f32> {
-        let kept = self.config.mask.head(self.layer, head).kept();
-        let rows = queries.chunks_exact(self.config.shape.head_dim);
-        rows.flat_map(|row| kept.iter().map(|&c| row[usize::from(c)])).collect()
+        let Some(cap) = self.config.soft_cap else { return scale };
+        for row in logits.chunks_exact_mut(stride) {
+            for logit in &mut row[..tokens] {
+                *logit = cap * (scale * *logit / cap).tanh();
+            }
+        }
+        1.0
     }
 }
 
-/// `len` elements that start `offset` bytes into a block.
-pub(crate) fn elements<T: Element>(bytes: &[u8], offset: usize, len: usize) -> &[T] {
-    bytemuck::cast_slice(&bytes[offset..offset + len * size_of::<T>()])
+impl Left {
+    /// `len` zeros.
+    fn reset(&mut self, len: usize) {
+        self.wide.clear();
+        self.wide.resize(len, 0.0);
+        self.narrow.clear();
+        self.narrow.resize(len, half::bf16::ZERO);
+    }
 }
 
-/// `len` elements that start `offset` bytes into a block, to be written.
-pub(crate) fn elements_mut<T: Element>(bytes: &mut [u8], offset: usize, len: usize) -> &mut [T] {
-    bytemuck::cast_slice_mut(&mut bytes[offset..offset + len * size_of::<T>()])
+impl Scratch {
+    /// Takes in another part of the same rows.
+    fn merge(&mut self, part: &Self, head_dim: usize) {
+        let sums = self.sum.chunks_exact_mut(head_dim).zip(part.sum.chunks_exact(head_dim));
+        for ((own, other), (sum, more)) in self.rows.iter_mut().zip(&part.rows).zip(sums) {
+            let max = own.max.max(other.max);
+            let factor = |from: f32| if from == max { 1.0 } else { (from - max).exp2() };
+            let (keep, add) = (factor(own.max), factor(other.max));
+            for (sum, more) in sum.iter_mut().zip(more) {
+                *sum = *sum * keep + more * add;
+            }
+            *own = RowState { max, weight: own.weight * keep + other.weight * add };
+        }
+    }
+
+    /// The output rows.
+    fn finish(&mut self, head_dim: usize) -> impl Iterator<Item = &[f32]> {
+        for (row, state) in self.sum.chunks_exact_mut(head_dim).zip(&self.rows) {
+            let inverse = 1.0 / state.weight;
+            row.iter_mut().for_each(|x| *x *= inverse);
+        }
+        self.sum.chunks_exact(head_dim)
+    }
 }
+
+const _: () = assert!(TOKEN_MULTIPLE.is_multiple_of(DEPTH_MULTIPLE), "weights pad the last pair");

@@ -1,13 +1,22 @@
 //! The cache itself: the ledger's operations carried out on host memory.
 
-use std::fmt;
+use std::{
+    fmt,
+    sync::{Arc, Mutex},
+};
 
 use leank_core::{
     Cache, CacheConfig, CacheLayout, Error, HostView, HostViewMut, Layer, LayoutRules, LeanFormat,
     Ledger, Memory, Result, SequenceId, StepEntry, ViewShape,
 };
 
-use crate::{attend::LayerView, executor::Executor, store::Store, write::LayerWriter};
+use crate::{
+    attend::{LayerView, Scratch},
+    executor::Executor,
+    kernel::Kernel,
+    store::Store,
+    write::LayerWriter,
+};
 
 /// A lean KV cache in host memory. Made by [`crate::Cpu`].
 pub struct CpuCache {
@@ -15,7 +24,10 @@ pub struct CpuCache {
     layout: CacheLayout,
     ledger: Ledger,
     store: Store,
-    executor: Executor,
+    kernel: Kernel,
+    executor: Arc<dyn Executor>,
+    /// What the pieces of a step work in.
+    scratch: Vec<Mutex<Scratch>>,
     /// Layers appended to in the step under way.
     appended: Vec<bool>,
 }
@@ -30,7 +42,12 @@ impl fmt::Debug for CpuCache {
 }
 
 impl CpuCache {
-    pub(crate) fn new(config: CacheConfig, rules: LayoutRules, executor: Executor) -> Result<Self> {
+    pub(crate) fn new(
+        config: CacheConfig,
+        rules: LayoutRules,
+        kernel: Kernel,
+        executor: Arc<dyn Executor>,
+    ) -> Result<Self> {
         let layout = CacheLayout::new(&config, rules)?;
         for layer in config.shape.layer_indices() {
             for head in &layout.layer(layer).lean {
@@ -45,7 +62,8 @@ impl CpuCache {
         let ledger = Ledger::new(&layout, config.windows, config.limit);
         let store = Store::new(&layout, config.shape.layers);
         let appended = vec![false; config.shape.layers];
-        Ok(Self { config, layout, ledger, store, executor, appended })
+        let scratch = Vec::new();
+        Ok(Self { config, layout, ledger, store, kernel, executor, scratch, appended })
     }
 
     fn check_layer(&self, call: &'static str, layer: Layer) -> Result<()> {
@@ -119,12 +137,10 @@ impl Cache for CpuCache {
         self.check_layer("append", layer)?;
         self.check_view("K of a step", k.shape(), self.config.shape.kv_heads)?;
         self.check_view("V of a step", v.shape(), self.config.shape.kv_heads)?;
-        // An append that fails leaves the layer half written.
-        self.appended[layer.0] = false;
         let Self { config, layout, ledger, store, .. } = self;
         let mut writer = LayerWriter { config, layout, store, layer };
         for sequence in ledger.step().map_or(&[][..], |step| &step.sequences) {
-            writer.append(sequence, ledger.table(sequence.id)?, k, v)?;
+            writer.append(sequence, ledger.table(sequence.id)?, k, v);
         }
         self.appended[layer.0] = true;
         Ok(())
@@ -139,9 +155,14 @@ impl Cache for CpuCache {
         let query_heads = self.config.shape.query_heads;
         self.check_view("q of a step", q.shape(), query_heads)?;
         self.check_view("output of a step", out.shape(), query_heads)?;
-        let view =
-            LayerView { config: &self.config, layout: &self.layout, store: &self.store, layer };
-        view.attend(&self.ledger, self.executor, q, out)
+        let view = LayerView {
+            config: &self.config,
+            layout: &self.layout,
+            store: &self.store,
+            kernel: self.kernel,
+            layer,
+        };
+        view.attend(&self.ledger, &*self.executor, &mut self.scratch, q, out)
     }
 
     fn commit(&mut self) -> Result<()> {

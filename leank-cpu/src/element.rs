@@ -1,53 +1,134 @@
-//! Element types as the kernel sees them: stored narrow, computed in f32.
+//! Element types as the kernel sees them: stored narrow, summed in f32.
 
 use half::{bf16, f16};
 use leank_core::{Dtype, LeanFormat};
 
+use crate::{
+    kernel::{Ahead, Kernel, Product, widen_f16},
+    panels::Panels,
+};
+
+/// The left side of a product: `[rows, stride]`, in single precision, and in bf16 where the kernel
+/// asks for it.
+#[derive(Debug, Default)]
+pub(crate) struct Left {
+    pub(crate) wide: Vec<f32>,
+    pub(crate) narrow: Vec<bf16>,
+}
+
+/// A product without its sides.
+pub(crate) struct Target<'a> {
+    /// First row of the left side.
+    pub(crate) rows: usize,
+    pub(crate) left_stride: usize,
+    pub(crate) depth: usize,
+    pub(crate) lanes: usize,
+    pub(crate) out: &'a mut [f32],
+    pub(crate) out_stride: usize,
+    pub(crate) accumulate: bool,
+}
+
+impl<'a> Target<'a> {
+    fn product<L, T>(self, left: &'a [L], right: Panels<'a, T>) -> Product<'a, L, T> {
+        let Self { rows, left_stride, depth, lanes, out, out_stride, accumulate } = self;
+        Product { left, left_stride, rows, depth, right, lanes, out, out_stride, accumulate }
+    }
+}
+
 /// An element of K or V in storage.
 pub(crate) trait Element: bytemuck::Pod + Send + Sync {
-    /// Exact value. Only finite values are ever stored, which is what makes the branch-free
-    /// conversion of f16 right.
+    /// Rows that lie side by side (see [`crate::panels`]).
+    const STEP: usize;
+
+    /// Exact value.
     fn widen(self) -> f32;
 
     /// Rounded to the nearest even.
     fn narrow(x: f32) -> Self;
+
+    /// `target (+)= left · right`
+    fn product(
+        kernel: Kernel,
+        left: &Left,
+        right: Panels<'_, Self>,
+        target: Target<'_>,
+        ahead: &mut Ahead<'_>,
+    );
 }
 
 impl Element for f32 {
+    const STEP: usize = 1;
+
     #[inline(always)]
     fn widen(self) -> f32 {
         self
     }
 
+    #[inline(always)]
     fn narrow(x: f32) -> Self {
         x
+    }
+
+    fn product(
+        kernel: Kernel,
+        left: &Left,
+        right: Panels<'_, Self>,
+        target: Target<'_>,
+        ahead: &mut Ahead<'_>,
+    ) {
+        kernel.product_f32(target.product(&left.wide, right), ahead);
+    }
+}
+
+impl Element for f16 {
+    const STEP: usize = 1;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        widen_f16(self)
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+
+    fn product(
+        kernel: Kernel,
+        left: &Left,
+        right: Panels<'_, Self>,
+        target: Target<'_>,
+        ahead: &mut Ahead<'_>,
+    ) {
+        kernel.product_f16(target.product(&left.wide, right), ahead);
     }
 }
 
 impl Element for bf16 {
+    const STEP: usize = 2;
+
     #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
-    fn narrow(x: f32) -> Self {
-        Self::from_f32(x)
-    }
-}
-
-impl Element for f16 {
-    /// Moves exponent and mantissa into place and corrects the exponent's bias by a multiplication,
-    /// which is exact for subnormals too. Unlike `f16::to_f32` it vectorises on any target.
     #[inline(always)]
-    fn widen(self) -> f32 {
-        const BIAS: f32 = f32::from_bits((127 + 112) << 23); // 2^(127 - 15)
-        let bits = u32::from(self.to_bits());
-        let magnitude = f32::from_bits((bits & 0x7fff) << 13) * BIAS;
-        f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
-    }
-
     fn narrow(x: f32) -> Self {
         Self::from_f32(x)
+    }
+
+    fn product(
+        kernel: Kernel,
+        left: &Left,
+        right: Panels<'_, Self>,
+        target: Target<'_>,
+        ahead: &mut Ahead<'_>,
+    ) {
+        if kernel.narrows(Dtype::Bf16) {
+            kernel.product_narrow(target.product(&left.narrow, right), ahead);
+        } else {
+            kernel.product_bf16(target.product(&left.wide, right), ahead);
+        }
     }
 }
 
@@ -77,23 +158,5 @@ pub(crate) fn plain(format: LeanFormat) -> Dtype {
     match format {
         LeanFormat::Plain(dtype) => dtype,
         _ => unreachable!("CpuCache::new refuses formats without a kernel"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn widening_is_exact_for_every_finite_half() {
-        for bits in 0..=u16::MAX {
-            let (x, y) = (f16::from_bits(bits), bf16::from_bits(bits));
-            if x.is_finite() {
-                assert_eq!(x.widen().to_bits(), x.to_f32().to_bits(), "f16 {bits:#x}");
-            }
-            if y.is_finite() {
-                assert_eq!(y.widen().to_bits(), y.to_f32().to_bits(), "bf16 {bits:#x}");
-            }
-        }
     }
 }

@@ -2,39 +2,65 @@
 
 use std::fmt;
 
-/// Runs the pieces of a step.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Executor {
-    /// On the calling thread.
-    #[cfg_attr(not(feature = "rayon"), default)]
-    Serial,
-    /// On the rayon pool that the caller is in.
-    #[cfg(feature = "rayon")]
-    #[default]
-    Rayon,
+/// Runs pieces of work. Implement it to put them on threads of your own; [`Serial`], [`Rayon`] and
+/// [`crate::Pool`] are at hand.
+///
+/// [`Rayon`]: crate::Rayon
+pub trait Executor: fmt::Debug + Send + Sync {
+    /// Threads that may run pieces at the same time; work is cut accordingly.
+    fn threads(&self) -> usize;
+
+    /// Calls `piece(i)` exactly once for every `i < count`, in any order, on any threads, and
+    /// returns when all are done.
+    fn run(&self, count: usize, piece: &(dyn Fn(usize) + Sync));
 }
 
-impl Executor {
-    /// `work(i)` for every `i` below `count`, results in order.
-    pub(crate) fn map<T: Send>(self, count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
-        match self {
-            Self::Serial => (0..count).map(work).collect(),
-            #[cfg(feature = "rayon")]
-            Self::Rayon => {
-                use rayon::prelude::*;
-                (0..count).into_par_iter().with_max_len(1).map(&work).collect()
-            }
-        }
+/// On the calling thread.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Serial;
+
+impl Executor for Serial {
+    fn threads(&self) -> usize {
+        1
+    }
+
+    fn run(&self, count: usize, piece: &(dyn Fn(usize) + Sync)) {
+        (0..count).for_each(piece);
     }
 }
 
-impl fmt::Display for Executor {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Serial => "serial",
-            #[cfg(feature = "rayon")]
-            Self::Rayon => "rayon",
-        })
+/// On the rayon pool that the caller is in.
+///
+/// Waking sleeping rayon threads takes tens of microseconds; [`crate::Pool`] takes less than one
+/// while its threads still spin.
+#[cfg(feature = "rayon")]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rayon;
+
+#[cfg(feature = "rayon")]
+impl Executor for Rayon {
+    fn threads(&self) -> usize {
+        rayon::current_num_threads()
+    }
+
+    fn run(&self, count: usize, piece: &(dyn Fn(usize) + Sync)) {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+
+        let next = AtomicUsize::new(0);
+        let claim = || {
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= count {
+                    break;
+                }
+                piece(i);
+            }
+        };
+        rayon::scope(|scope| {
+            for _ in 1..self.threads().min(count) {
+                scope.spawn(|_| claim());
+            }
+            claim();
+        });
     }
 }

@@ -34,46 +34,88 @@
 //! # Ok::<(), leank_core::Error>(())
 //! ```
 //!
-//! **Layout.** K of a block is stored channel by channel, `[channels, block]`: the logits of a
-//! block's tokens are then one vector, there are no horizontal sums, any number of kept channels
-//! costs just itself, and packing a block copies whole runs. V is stored token by token,
-//! `[block, head_dim]`, which is the order of its weighted sum.
-#![forbid(unsafe_code)]
+//! **Layout.** K of a block is stored channel by channel, `[channels, tokens]`: the logits of a
+//! block's tokens are then vectors, there are no horizontal sums, any number of kept channels costs
+//! just itself, and packing a block copies whole rows. V is stored token by token,
+//! `[tokens, head_dim]`. Both halves of attention are then the same product, `out[r, lane] += Σ_d
+//! left[r, d] · right[d, lane]`, written once for every instruction set ([`Isa`]).
+#![deny(unsafe_code)]
 
 mod attend;
 mod cache;
 mod element;
 mod executor;
+#[allow(unsafe_code, reason = "vectors")]
 mod kernel;
+mod panels;
+#[allow(unsafe_code, reason = "lends a closure to threads")]
+mod pool;
+#[allow(unsafe_code, reason = "gives pages back to the system")]
 mod store;
+mod work;
 mod write;
 
 pub use cache::CpuCache;
-pub use executor::Executor;
+#[cfg(feature = "rayon")]
+pub use executor::Rayon;
+pub use executor::{Executor, Serial};
+pub use kernel::Isa;
+pub use pool::{DEFAULT_SPIN, Pool};
+
+use std::sync::Arc;
 
 use leank_core::{Backend, CacheConfig, LayoutRules, Result};
+
+use kernel::Kernel;
 
 /// Bytes at which K and V of a head start: a cache line.
 const SECTION_ALIGN: usize = 64;
 
 /// The CPU backend.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Cpu {
-    executor: Executor,
+    isa: Isa,
+    kernel: Kernel,
+    executor: Arc<dyn Executor>,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        #[cfg(feature = "rayon")]
+        let executor = Arc::new(Rayon);
+        #[cfg(not(feature = "rayon"))]
+        let executor = Arc::new(Serial);
+        Self::with_executor(executor)
+    }
 }
 
 impl Cpu {
-    /// A backend with the default executor: the rayon pool of the caller where the feature
-    /// `rayon` is on, serial otherwise.
+    /// A backend with the best kernel for this CPU and the default executor: the rayon pool of the
+    /// caller where the feature `rayon` is on, serial otherwise.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A backend that runs the work of a step on `executor`.
+    /// A backend that runs the work of a step on `executor`, with the best kernel for this CPU.
     #[must_use]
-    pub fn with_executor(executor: Executor) -> Self {
-        Self { executor }
+    pub fn with_executor(executor: Arc<dyn Executor>) -> Self {
+        let isa = Isa::best();
+        Self { isa, kernel: Kernel::best(), executor }
+    }
+
+    /// The same backend with the kernel for another instruction set.
+    ///
+    /// # Errors
+    /// [`leank_core::Error::Unavailable`] where this CPU lacks it.
+    pub fn with_isa(self, isa: Isa) -> Result<Self> {
+        Ok(Self { isa, kernel: Kernel::new(isa)?, ..self })
+    }
+
+    /// The kernel's instruction set.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.isa
     }
 }
 
@@ -81,14 +123,20 @@ impl Backend for Cpu {
     type Cache = CpuCache;
 
     fn name(&self) -> String {
-        format!("cpu (portable kernel, {})", self.executor)
+        format!("cpu ({} kernel, {} threads)", self.isa, self.executor.threads())
     }
 
     fn layout_rules(&self) -> LayoutRules {
-        LayoutRules { k_channel_multiple: 1, section_align: SECTION_ALIGN }
+        let multiple = panels::DEPTH_MULTIPLE;
+        LayoutRules {
+            k_channel_multiple: multiple,
+            v_token_multiple: multiple,
+            section_align: SECTION_ALIGN,
+        }
     }
 
     fn create(&self, config: CacheConfig) -> Result<Self::Cache> {
-        CpuCache::new(config, self.layout_rules(), self.executor)
+        let executor = Arc::clone(&self.executor);
+        CpuCache::new(config, self.layout_rules(), self.kernel, executor)
     }
 }

@@ -1,7 +1,9 @@
-//! The conformance suite on every executor.
+//! The conformance suite: every kernel that this CPU can run, and every executor.
 
-use leank_core::{Cache, Layer, Result};
-use leank_cpu::{Cpu, CpuCache, Executor};
+use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+
+use leank_core::{Cache, Dtype, Layer, Result};
+use leank_cpu::{Cpu, CpuCache, Executor, Isa, Pool, Serial};
 use leank_testkit::{Rows, Subject};
 
 struct OnCpu(Cpu);
@@ -22,15 +24,81 @@ impl Subject for OnCpu {
         cache.attend(layer, q.view(), out.view_mut())?;
         Ok(out)
     }
+
+    /// Seven suites share the time that one would take.
+    fn cases(&self) -> u32 {
+        64
+    }
+
+    /// Queries and weights that are rounded to bf16 move logits of up to about 20 by some
+    /// hundredths.
+    fn arithmetic_error(&self, dtype: Dtype) -> f64 {
+        let narrow = self.0.isa() == Isa::Avx512Bf16 && dtype == Dtype::Bf16;
+        if narrow { 4e-2 } else { 2e-5 }
+    }
 }
 
-mod serial {
+/// The suite on one instruction set; says so where this CPU lacks it.
+macro_rules! kernel {
+    ($module:ident, $isa:expr) => {
+        mod $module {
+            use super::*;
+
+            fn if_available(property: impl Fn(&OnCpu)) {
+                match Cpu::with_executor(Arc::new(Serial)).with_isa($isa) {
+                    Ok(cpu) => property(&OnCpu(cpu)),
+                    Err(error) => eprintln!("SKIPPED: {error}"),
+                }
+            }
+
+            leank_testkit::conformance!(with if_available);
+        }
+    };
+}
+
+kernel!(portable, Isa::Portable);
+#[cfg(target_arch = "x86_64")]
+kernel!(avx2, Isa::Avx2);
+#[cfg(target_arch = "x86_64")]
+kernel!(avx512, Isa::Avx512);
+#[cfg(target_arch = "x86_64")]
+kernel!(avx512_bf16, Isa::Avx512Bf16);
+#[cfg(target_arch = "aarch64")]
+kernel!(neon, Isa::Neon);
+
+/// Cuts work even where it is not worth it.
+#[derive(Debug)]
+struct Backwards;
+
+impl Executor for Backwards {
+    fn threads(&self) -> usize {
+        7
+    }
+
+    fn run(&self, count: usize, piece: &(dyn Fn(usize) + Sync)) {
+        (0..count).rev().for_each(piece);
+    }
+}
+
+mod backwards {
     use super::*;
-    leank_testkit::conformance!(OnCpu(Cpu::with_executor(Executor::Serial)));
+    leank_testkit::conformance!(OnCpu(Cpu::with_executor(Arc::new(Backwards))));
+}
+
+mod pool {
+    use super::*;
+
+    fn cpu() -> Cpu {
+        let threads = NonZeroUsize::new(3).expect("3");
+        let pool = Pool::with_spin(threads, Duration::from_micros(20)).expect("three threads");
+        Cpu::with_executor(Arc::new(pool))
+    }
+
+    leank_testkit::conformance!(OnCpu(cpu()));
 }
 
 #[cfg(feature = "rayon")]
 mod rayon {
     use super::*;
-    leank_testkit::conformance!(OnCpu(Cpu::with_executor(Executor::Rayon)));
+    leank_testkit::conformance!(OnCpu(Cpu::with_executor(Arc::new(leank_cpu::Rayon))));
 }

@@ -41,7 +41,7 @@ pub use case::{Case, HeadKind, Load};
 pub use data::{Kind, Rows};
 pub use properties::{
     calls_out_of_order_are_refused, cancelled_steps_leave_no_trace, chunks_do_not_matter,
-    neighbours_do_not_matter, non_finite_values_are_refused, oracle_agrees,
+    neighbours_do_not_matter, non_finite_values_stay_where_they_are, oracle_agrees,
     out_of_memory_changes_nothing, planner_agrees, pool_order_does_not_matter,
     wrong_shapes_are_refused,
 };
@@ -100,11 +100,12 @@ pub fn rounding_error(dtype: Dtype) -> f64 {
     }
 }
 
-/// One `#[test]` per property for the [`Subject`] that the expression makes.
+/// One `#[test]` per property for the [`Subject`] that the expression makes. `with run`, where there
+/// may be none, has `run(property)` call the property with a subject, or say why not.
 #[macro_export]
 macro_rules! conformance {
-    ($subject:expr) => {
-        $crate::conformance!(@each $subject;
+    (with $run:expr) => {
+        $crate::conformance!(@each ($run)
             oracle_agrees
             chunks_do_not_matter
             neighbours_do_not_matter
@@ -113,14 +114,22 @@ macro_rules! conformance {
             out_of_memory_changes_nothing
             planner_agrees
             wrong_shapes_are_refused
-            non_finite_values_are_refused
+            non_finite_values_stay_where_they_are
             calls_out_of_order_are_refused
         );
     };
-    (@each $subject:expr; $($property:ident)*) => {$(
+    ($subject:expr) => {
+        $crate::conformance!(with |property: fn(&_)| property(&$subject));
+    };
+    (@each $run:tt $($property:ident)*) => {$(
         #[test]
         fn $property() {
-            $crate::$property(&$subject);
+            $run($crate::$property);
         }
     )*};
 }
+
+/// Compiles the README's examples with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,8 +1,8 @@
 //! A cache under test together with what is known about it.
 
 use leank_core::{
-    Backend, Cache, CacheConfig, Dtype, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
-    StepEntry, blocks::is_lean, oracle::Attention,
+    Backend, Cache, CacheConfig, Dtype, KvHead, Layer, LeanFormat, Result, SequenceId, StepEntry,
+    blocks::is_lean, oracle::Attention,
 };
 
 use crate::{CacheOf, Case, Kind, Load, Rows, Subject, data::activation, rounding_error};
@@ -128,22 +128,25 @@ impl<'s, S: Subject> World<'s, S> {
             .filter(|(l, n, p, _)| *l == layer && *n == name && positions.contains(p))
             .flat_map(|(_, _, _, row)| row.iter().copied())
             .collect();
-        let arithmetic = self.subject.arithmetic_error(self.config.dtype);
+        let arithmetic = self.largest(layer, |dtype| self.subject.arithmetic_error(dtype));
         let stored = self.oracle(layer, name, positions.clone(), true);
         compare(&got, &stored, arithmetic, "the oracle on stored values");
-        let coarsest = |dtype: Dtype, format: HeadFormat| {
-            let plain = |format| match format {
-                LeanFormat::Plain(dtype) => rounding_error(dtype),
-                _ => panic!("no bound is stated for {format}"),
-            };
-            rounding_error(dtype).max(plain(format.k)).max(plain(format.v))
-        };
-        let heads = self.config.shape.kv_head_indices();
-        let bound = heads
-            .map(|head| coarsest(self.config.dtype, self.config.format(layer, head)))
-            .fold(arithmetic, f64::max);
+        let bound = arithmetic.max(self.largest(layer, rounding_error));
         let exact = self.oracle(layer, name, positions, false);
         compare(&got, &exact, bound, "the oracle on exact values");
+    }
+
+    /// The largest bound among the types in which the layer is stored.
+    fn largest(&self, layer: Layer, bound: impl Fn(Dtype) -> f64) -> f64 {
+        let plain = |format| match format {
+            LeanFormat::Plain(dtype) => bound(dtype),
+            _ => panic!("no bound is stated for {format}"),
+        };
+        let heads = self.config.shape.kv_head_indices();
+        let formats = heads.map(|head| self.config.format(layer, head));
+        formats.fold(bound(self.config.dtype), |most, format| {
+            most.max(plain(format.k)).max(plain(format.v))
+        })
     }
 
     /// What the oracle says; on values as they are stored, or as they were given.

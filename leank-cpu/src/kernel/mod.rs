@@ -1,104 +1,299 @@
-//! The attention kernel: online softmax over the blocks of one KV head, for a tile of query rows.
+//! The attention kernel: once in general ([`product`], [`softmax`]), and thin per instruction set.
 //!
-//! A tile is some rows of queries (query tokens × the query heads of the group) that read the same
-//! K and V, so every element is loaded and widened once for all of them. Per block: logits
-//! ([`math::logits`]), softmax over what each row sees, weighted sum of V
-//! ([`math::weighted_sum`]). The running maximum and sum per row make the blocks exact in any
-//! number (Milakov & Gimelshein 2018).
+//! | file | instruction set |
+//! |---|---|
+//! | `portable.rs` | any |
+//! | `avx2.rs` | x86-64 with AVX2, FMA, F16C |
+//! | `avx512.rs` | x86-64 with AVX-512 F, BW, DQ, VL |
+//! | `avx512_bf16.rs` | the same with BF16: pairs of bf16 in one instruction |
+//! | `neon.rs` | 64-bit ARM |
+//!
+//! [`Kernel`] is chosen once per backend; every call goes through one `match` to code that was
+//! compiled for the instruction set.
 
-pub(crate) mod math;
+mod ahead;
+mod portable;
+mod product;
+mod simd;
+mod softmax;
 
-use crate::element::Element;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
-/// Most query rows of a tile: their accumulators stay in the first-level cache.
-pub(crate) const MAX_ROWS: usize = 16;
+pub(crate) use ahead::Ahead;
+pub(crate) use portable::widen_f16;
+pub(crate) use product::Product;
+pub(crate) use softmax::RowState;
 
-/// The state of a tile while blocks pass by.
-pub(crate) struct Tile {
-    rows: usize,
-    head_dim: usize,
-    soft_cap: Option<f32>,
-    /// `[rows, tokens of a block]`: logits, then weights.
-    logits: Vec<f32>,
-    /// `[rows, head_dim]`
-    sum: Vec<f32>,
-    max: Vec<f32>,
-    weight: Vec<f32>,
+use std::{fmt, str::FromStr};
+
+use half::{bf16, f16};
+use leank_core::{Dtype, Error, Result};
+
+use portable::Portable;
+use product::{Bf16Pairs, F16s, F32s, Lanes};
+use simd::Simd;
+
+/// An instruction set that a kernel was written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Isa {
+    /// Plain Rust, on any CPU.
+    Portable,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AVX-512 with BF16. Queries and softmax weights that meet bf16 storage are rounded to bf16,
+    /// relative error 2⁻⁹; [`Isa::Avx512`] does not.
+    Avx512Bf16,
+    /// 64-bit ARM.
+    Neon,
 }
 
-/// K of one head in one block as the kernel reads it: `[channels, block]`.
-pub(crate) struct Keys<'a, T> {
-    pub(crate) data: &'a [T],
-    pub(crate) block: usize,
-}
+impl Isa {
+    /// Every instruction set, the plainest first.
+    pub const ALL: [Self; 5] =
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Neon];
 
-impl Tile {
-    pub(crate) fn new(rows: usize, head_dim: usize, block: usize, soft_cap: Option<f32>) -> Self {
-        Self {
-            rows,
-            head_dim,
-            soft_cap,
-            logits: vec![0.0; rows * block],
-            sum: vec![0.0; rows * head_dim],
-            max: vec![f32::NEG_INFINITY; rows],
-            weight: vec![0.0; rows],
-        }
+    /// Whether this CPU can run it.
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        Kernel::detect(self).is_some()
     }
 
-    /// Logits of the first `tokens` tokens of a block for every row.
+    /// The fastest one that this CPU can run.
+    #[must_use]
+    pub fn best() -> Self {
+        let available = Self::ALL.into_iter().filter(|isa| isa.is_available());
+        available.last().unwrap_or(Self::Portable)
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Neon => "neon",
+        })
+    }
+}
+
+impl FromStr for Isa {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|isa| isa.to_string() == name).ok_or_else(|| {
+            let names = Self::ALL.map(|isa| isa.to_string()).join(", ");
+            Error::invalid("instruction set", format!("{name:?} is none of {names}"))
+        })
+    }
+}
+
+/// Code for one instruction set.
+trait Engine: Simd {
+    /// [`product::product`]
+    fn product<L: Lanes<Self>>(self, args: Product<'_, L::Left, L::Stored>, ahead: &mut Ahead<'_>);
+
+    /// [`softmax::softmax`]
+    fn softmax(self, row: &mut [f32], seen: usize, scale: f32, state: &mut RowState) -> f32;
+}
+
+impl Engine for Portable {
+    fn product<L: Lanes<Self>>(self, args: Product<'_, L::Left, L::Stored>, ahead: &mut Ahead<'_>) {
+        product::product::<Self, L>(self, args, ahead);
+    }
+
+    fn softmax(self, row: &mut [f32], seen: usize, scale: f32, state: &mut RowState) -> f32 {
+        softmax::softmax(self, row, seen, scale, state)
+    }
+}
+
+/// Compiles the general code for a token's instruction set.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! entries {
+    ($token:ty, $features:literal) => {
+        impl super::Engine for $token {
+            fn product<L: super::product::Lanes<Self>>(
+                self,
+                args: super::Product<'_, L::Left, L::Stored>,
+                ahead: &mut super::Ahead<'_>,
+            ) {
+                #[target_feature(enable = $features)]
+                fn compiled<L: super::product::Lanes<$token>>(
+                    simd: $token,
+                    args: super::Product<'_, L::Left, L::Stored>,
+                    ahead: &mut super::Ahead<'_>,
+                ) {
+                    super::product::product::<$token, L>(simd, args, ahead);
+                }
+                // SAFETY: a token exists only where the CPU has the instruction set.
+                unsafe { compiled::<L>(self, args, ahead) }
+            }
+
+            fn softmax(
+                self,
+                row: &mut [f32],
+                seen: usize,
+                scale: f32,
+                state: &mut super::RowState,
+            ) -> f32 {
+                #[target_feature(enable = $features)]
+                fn compiled(
+                    simd: $token,
+                    row: &mut [f32],
+                    seen: usize,
+                    scale: f32,
+                    state: &mut super::RowState,
+                ) -> f32 {
+                    super::softmax::softmax(simd, row, seen, scale, state)
+                }
+                // SAFETY: a token exists only where the CPU has the instruction set.
+                unsafe { compiled(self, row, seen, scale, state) }
+            }
+        }
+    };
+}
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use entries;
+
+/// The kernel of a backend.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kernel {
+    Portable(Portable),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(avx512_bf16::Avx512Bf16),
+    #[cfg(target_arch = "aarch64")]
+    Neon(neon::Neon),
+}
+
+/// Runs `$body` with the [`Engine`] of a kernel.
+macro_rules! on_engine {
+    ($kernel:expr, $simd:ident => $body:expr) => {
+        match $kernel {
+            Kernel::Portable($simd) => $body,
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx2($simd) => $body,
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512($simd) => $body,
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512Bf16(token) => {
+                let $simd = token.base();
+                $body
+            }
+            #[cfg(target_arch = "aarch64")]
+            Kernel::Neon($simd) => $body,
+        }
+    };
+}
+
+impl Kernel {
+    /// The kernel for `isa`.
     ///
-    /// `queries` is `[rows, channels]`, already scaled, in the order of the stored channels.
-    pub(crate) fn score<K: Element>(&mut self, queries: &[f32], keys: Keys<'_, K>, tokens: usize) {
-        let block = keys.block;
-        math::logits(queries, keys, tokens, &mut self.logits);
-        if let Some(cap) = self.soft_cap {
-            for row in self.logits.chunks_exact_mut(block).take(self.rows) {
-                for logit in &mut row[..tokens] {
-                    *logit = cap * (*logit / cap).tanh();
-                }
-            }
+    /// # Errors
+    /// [`Error::Unavailable`] where this CPU lacks it.
+    pub(crate) fn new(isa: Isa) -> Result<Self> {
+        Self::detect(isa).ok_or_else(|| {
+            let why = format!("this CPU does not have it; its best is {}", Isa::best());
+            Error::Unavailable { what: "a kernel's instruction set", why: format!("{isa}: {why}") }
+        })
+    }
+
+    /// The kernel for [`Isa::best`].
+    pub(crate) fn best() -> Self {
+        Self::detect(Isa::best()).unwrap_or(Self::Portable(Portable))
+    }
+
+    fn detect(isa: Isa) -> Option<Self> {
+        match isa {
+            Isa::Portable => Some(Self::Portable(Portable)),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::Avx2::detect().map(Self::Avx2),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::Avx512::detect().map(Self::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => avx512_bf16::Avx512Bf16::detect().map(Self::Avx512Bf16),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::Neon::detect().map(Self::Neon),
+            #[allow(unreachable_patterns, reason = "which patterns are left depends on the target")]
+            _ => None,
         }
     }
 
-    /// Takes the block's V in. Row `r` sees its first `seen(r)` tokens; `values` is
-    /// `[block, head_dim]`.
-    pub(crate) fn accumulate<V: Element>(
-        &mut self,
-        values: &[V],
-        block: usize,
-        seen: impl Fn(usize) -> usize,
-    ) {
-        let mut most = 0;
-        for row in 0..self.rows {
-            let seen = seen(row);
-            most = most.max(seen);
-            let logits = &mut self.logits[row * block..][..block];
-            if seen == 0 {
-                logits.fill(0.0);
-                continue;
-            }
-            let max = math::max(&logits[..seen]).max(self.max[row]);
-            let correction = math::exp(self.max[row] - max);
-            let weight = math::exp_in_place(&mut logits[..seen], max);
-            logits[seen..].fill(0.0);
-            self.max[row] = max;
-            self.weight[row] = self.weight[row] * correction + weight;
-            if correction != 1.0 {
-                for x in &mut self.sum[row * self.head_dim..][..self.head_dim] {
-                    *x *= correction;
-                }
-            }
-        }
-        let weights = math::Weights { data: &self.logits, block, tokens: most };
-        math::weighted_sum(weights, values, self.head_dim, &mut self.sum);
+    /// Moves a prefetching cursor.
+    pub(crate) fn prefetch(self, ahead: &mut Ahead<'_>, bytes: usize) {
+        on_engine!(self, simd => ahead.advance(simd, bytes));
     }
 
-    /// The output of each row, `[rows, head_dim]`.
-    pub(crate) fn finish(mut self) -> Vec<f32> {
-        for (row, weight) in self.sum.chunks_exact_mut(self.head_dim).zip(&self.weight) {
-            let inverse = 1.0 / weight;
-            row.iter_mut().for_each(|x| *x *= inverse);
+    /// Whether the left side of products with this type is narrowed to it.
+    pub(crate) fn narrows(self, dtype: Dtype) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(_) => dtype == Dtype::Bf16,
+            _ => false,
         }
-        self.sum
+    }
+
+    /// Rounds left sides to bf16.
+    pub(crate) fn narrow(self, from: &[f32], to: &mut [bf16]) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(token) => token.narrow(from, to),
+            _ => half::slice::HalfFloatSliceExt::convert_from_f32_slice(to, from),
+        }
+    }
+
+    /// See [`softmax::softmax`].
+    pub(crate) fn softmax(
+        self,
+        row: &mut [f32],
+        seen: usize,
+        scale: f32,
+        state: &mut RowState,
+    ) -> f32 {
+        on_engine!(self, simd => simd.softmax(row, seen, scale, state))
+    }
+
+    /// The product with single precision.
+    pub(crate) fn product_f32(self, args: Product<'_, f32, f32>, ahead: &mut Ahead<'_>) {
+        on_engine!(self, simd => simd.product::<F32s>(args, ahead));
+    }
+
+    /// The product with half precision.
+    pub(crate) fn product_f16(self, args: Product<'_, f32, f16>, ahead: &mut Ahead<'_>) {
+        on_engine!(self, simd => simd.product::<F16s>(args, ahead));
+    }
+
+    /// The product with bf16, the left side in single precision.
+    pub(crate) fn product_bf16(self, args: Product<'_, f32, bf16>, ahead: &mut Ahead<'_>) {
+        on_engine!(self, simd => simd.product::<Bf16Pairs>(args, ahead));
+    }
+
+    /// The product with bf16, both sides narrow.
+    ///
+    /// # Panics
+    /// Where the kernel does not [narrow](Self::narrows).
+    pub(crate) fn product_narrow(self, args: Product<'_, bf16, bf16>, ahead: &mut Ahead<'_>) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(token) => token.product(args, ahead),
+            _ => {
+                let _ = (args, ahead);
+                unreachable!("callers ask `narrows` first")
+            }
+        }
     }
 }

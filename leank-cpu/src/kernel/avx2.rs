@@ -1,0 +1,121 @@
+//! AVX2 with FMA and F16C: sixteen vectors of eight lanes.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{entries, simd::Simd};
+
+/// AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    pub(crate) fn detect() -> Option<Self> {
+        let has = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        has.then_some(Self(()))
+    }
+}
+
+entries!(Avx2, "avx2,fma,f16c");
+
+/// One operation of the token's instruction set.
+macro_rules! op {
+    ($op:expr) => {
+        // SAFETY: a token exists only where the CPU has the instruction set.
+        unsafe { $op }
+    };
+}
+
+impl Simd for Avx2 {
+    const LANES: usize = 8;
+    const ACCUMULATORS: usize = 12;
+    type F32 = __m256;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        op!(_mm256_set1_ps(x))
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        op!(_mm256_add_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        op!(_mm256_sub_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        op!(_mm256_fmadd_ps(a, b, c))
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        op!(_mm256_max_ps(a, b))
+    }
+
+    #[inline(always)]
+    fn round(self, x: __m256) -> __m256 {
+        op!(_mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x))
+    }
+
+    #[inline(always)]
+    fn times_power_of_two(self, x: __m256, n: __m256) -> __m256 {
+        let exponent = op!(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)));
+        op!(_mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))))
+    }
+
+    #[inline(always)]
+    fn sum(self, x: __m256) -> f32 {
+        let x = op!(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)));
+        let x = op!(_mm_add_ps(x, _mm_movehl_ps(x, x)));
+        op!(_mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x))))
+    }
+
+    #[inline(always)]
+    fn largest(self, x: __m256) -> f32 {
+        let x = op!(_mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)));
+        let x = op!(_mm_max_ps(x, _mm_movehl_ps(x, x)));
+        op!(_mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x))))
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> __m256 {
+        // SAFETY: the token, and the caller's promise.
+        unsafe { _mm256_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const f16) -> __m256 {
+        // SAFETY: the token, and the caller's promise.
+        let stored = unsafe { _mm_loadu_si128(from.cast()) };
+        op!(_mm256_cvtph_ps(stored))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(self, from: *const bf16) -> [__m256; 2] {
+        // SAFETY: the token, and the caller's promise.
+        let pairs = unsafe { _mm256_loadu_si256(from.cast()) };
+        let upper = op!(_mm256_set1_epi32(0xffff_0000_u32 as i32));
+        op!([
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)),
+            _mm256_castsi256_ps(_mm256_and_si256(pairs, upper)),
+        ])
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, x: __m256) {
+        // SAFETY: the token, and the caller's promise.
+        unsafe { _mm256_storeu_ps(to, x) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        op!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
+    }
+}

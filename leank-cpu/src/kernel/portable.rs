@@ -1,0 +1,129 @@
+//! The kernel's operations in plain Rust, for any CPU: arrays of eight lanes, which the compiler
+//! maps to whatever vectors the target has.
+
+use half::{bf16, f16};
+
+use super::simd::Simd;
+
+/// Plain Rust.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Portable;
+
+const LANES: usize = 8;
+type Lanes = [f32; LANES];
+
+#[inline(always)]
+fn zip(a: Lanes, b: Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
+    std::array::from_fn(|lane| f(a[lane], b[lane]))
+}
+
+impl Simd for Portable {
+    const LANES: usize = LANES;
+    const ACCUMULATORS: usize = 4;
+    type F32 = Lanes;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Lanes {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    fn add(self, a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| a - b)
+    }
+
+    /// Rounds twice: a fused multiplication is a library call where the target has none.
+    #[inline(always)]
+    fn mul_add(self, a: Lanes, b: Lanes, c: Lanes) -> Lanes {
+        std::array::from_fn(|lane| a[lane] * b[lane] + c[lane])
+    }
+
+    #[inline(always)]
+    fn max(self, a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+
+    /// Adding and subtracting 1.5·2^23 rounds to the nearest integer.
+    #[inline(always)]
+    fn round(self, x: Lanes) -> Lanes {
+        x.map(|x| (x + 12_582_912.0) - 12_582_912.0)
+    }
+
+    #[inline(always)]
+    fn times_power_of_two(self, x: Lanes, n: Lanes) -> Lanes {
+        zip(x, n, |x, n| x * f32::from_bits(((n as i32 + 127) << 23) as u32))
+    }
+
+    #[inline(always)]
+    fn sum(self, x: Lanes) -> f32 {
+        ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]))
+    }
+
+    #[inline(always)]
+    fn largest(self, x: Lanes) -> f32 {
+        x.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> Lanes {
+        // SAFETY: the caller's promise; arrays need no more alignment than their elements.
+        unsafe { *from.cast::<Lanes>() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, from: *const f16) -> Lanes {
+        // SAFETY: as above.
+        let stored = unsafe { *from.cast::<[f16; LANES]>() };
+        stored.map(widen_f16)
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(self, from: *const bf16) -> [Lanes; 2] {
+        // SAFETY: as above.
+        let stored = unsafe { *from.cast::<[[bf16; 2]; LANES]>() };
+        let wide = |x: bf16| f32::from_bits(u32::from(x.to_bits()) << 16);
+        [stored.map(|pair| wide(pair[0])), stored.map(|pair| wide(pair[1]))]
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, x: Lanes) {
+        // SAFETY: as above.
+        unsafe { *to.cast::<Lanes>() = x };
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _address: *const u8) {}
+}
+
+/// Moves exponent and mantissa into place and corrects the exponent's bias by a multiplication,
+/// which is exact for subnormals too; infinities and NaN, whose exponent would come out finite,
+/// get theirs by a comparison. Unlike `f16::to_f32` it vectorises on any target.
+#[inline(always)]
+pub(crate) fn widen_f16(x: f16) -> f32 {
+    const BIAS: f32 = f32::from_bits((127 + 112) << 23); // 2^(127 - 15)
+    let bits = u32::from(x.to_bits());
+    let magnitude = (bits & 0x7fff) << 13;
+    let scaled = (f32::from_bits(magnitude) * BIAS).to_bits();
+    let special = if magnitude >= 0x7c00 << 13 { 0xff << 23 } else { 0 };
+    f32::from_bits(scaled | special | (bits & 0x8000) << 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn widening_is_exact_for_every_half() {
+        for bits in 0..=u16::MAX {
+            let x = f16::from_bits(bits);
+            let (got, want) = (widen_f16(x), x.to_f32());
+            let same = got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan());
+            assert!(same, "f16 {bits:#x}: {got}, not {want}");
+        }
+    }
+}

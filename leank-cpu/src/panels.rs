@@ -1,0 +1,74 @@
+//! How K and V of one head lie in a block.
+//!
+//! Both are matrices `[depth, lanes]` for the kernel's product: K has its stored channels as depth
+//! and the block's tokens as lanes, V has the tokens as depth and the channels as lanes. The lanes
+//! are cut into panels of [`PANEL`]; a panel is stored row after row, so that one pass of the
+//! kernel reads memory in order. In bf16 the rows go in pairs, with the two elements of a lane side
+//! by side: that is what `vdpbf16ps` and `bfdot` multiply, and widening it takes one shift or mask.
+
+use crate::element::Element;
+
+/// Lanes of a panel.
+pub(crate) const PANEL: usize = 64;
+
+/// Rows go in groups of this many in some type: the depth of everything is a multiple.
+pub(crate) const DEPTH_MULTIPLE: usize = 2;
+
+/// K or V of one head in one block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Panels<'a, T> {
+    pub(crate) data: &'a [T],
+    /// Rows.
+    pub(crate) depth: usize,
+    /// Elements of a row, all panels together.
+    pub(crate) lanes: usize,
+}
+
+impl<'a, T> Panels<'a, T> {
+    /// The panel that begins with lane `first`, a multiple of [`PANEL`].
+    pub(crate) fn panel(&self, first: usize) -> &'a [T] {
+        let width = PANEL.min(self.lanes - first);
+        &self.data[first * self.depth..][..width * self.depth]
+    }
+}
+
+/// K or V of one head in one block, to be written.
+#[derive(Debug)]
+pub(crate) struct PanelsMut<'a, T> {
+    pub(crate) data: &'a mut [T],
+    pub(crate) depth: usize,
+    pub(crate) lanes: usize,
+}
+
+/// Index of an element.
+pub(crate) fn index<T: Element>(depth: usize, lanes: usize, row: usize, lane: usize) -> usize {
+    let first = lane / PANEL * PANEL;
+    let width = PANEL.min(lanes - first);
+    let step = T::STEP;
+    first * depth + (row / step * width + lane - first) * step + row % step
+}
+
+impl<T: Element> PanelsMut<'_, T> {
+    /// Writes one column: every row of one lane.
+    pub(crate) fn write_lane(&mut self, lane: usize, column: impl Iterator<Item = f32>) {
+        for (row, x) in column.enumerate() {
+            self.data[index::<T>(self.depth, self.lanes, row, lane)] = T::narrow(x);
+        }
+    }
+
+    /// Writes one row. The first row of a group zeroes the rest of it, so that a product over
+    /// whole groups never meets what nobody wrote.
+    pub(crate) fn write_row(&mut self, row: usize, values: &[f32]) {
+        let (depth, lanes) = (self.depth, self.lanes);
+        for (lane, &x) in values.iter().enumerate() {
+            self.data[index::<T>(depth, lanes, row, lane)] = T::narrow(x);
+        }
+        if row.is_multiple_of(T::STEP) {
+            for rest in row + 1..row + T::STEP {
+                for lane in 0..lanes {
+                    self.data[index::<T>(depth, lanes, rest, lane)] = T::narrow(0.0);
+                }
+            }
+        }
+    }
+}
