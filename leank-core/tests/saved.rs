@@ -1,0 +1,406 @@
+//! Saved sequences: round trips, and streams that are damaged, foreign or made up.
+
+use std::{
+    collections::HashMap,
+    io::{self, Write},
+};
+
+use leank_core::{
+    Block, BlockCount, CacheConfig, CacheLayout, ChannelMask, Dtype, Error, Fingerprint,
+    HeadFormat, KvHead, Layer, LayoutRules, LeanFormat, Ledger, MaskInfo, ModelMask, ModelShape,
+    Result, SequenceId, StepEntry, Windows,
+    saved::{self, BlockStore, Rows, Tensor},
+};
+use proptest::prelude::*;
+
+const RULES: LayoutRules =
+    LayoutRules { k_channel_multiple: 4, v_token_multiple: 2, section_align: 32 };
+
+/// Storage of whole blocks of rows; a block has some exactly when it has storage.
+#[derive(Default)]
+struct Store {
+    rows: HashMap<(Block, Layer, KvHead, Tensor), Vec<u8>>,
+    blocks: Vec<Block>,
+    /// Allocations that succeed.
+    left: Option<usize>,
+}
+
+impl BlockStore for Store {
+    fn allocate(&mut self, block: Block) -> Result<()> {
+        assert!(!self.blocks.contains(&block), "{block:?} allocated twice");
+        if let Some(left) = &mut self.left {
+            *left = left.checked_sub(1).ok_or(Error::SystemMemory { what: "a test", bytes: 1 })?;
+        }
+        self.blocks.push(block);
+        Ok(())
+    }
+
+    fn free(&mut self, block: Block) {
+        let at = self.blocks.iter().position(|&held| held == block).expect("it has storage");
+        self.blocks.swap_remove(at);
+        self.rows.retain(|key, _| key.0 != block);
+    }
+
+    fn write_rows(&mut self, rows: &Rows, bytes: &[u8]) -> Result<()> {
+        assert_eq!(bytes.len(), rows.bytes());
+        assert!(self.blocks.contains(&rows.block), "{:?} has no storage", rows.block);
+        self.rows.insert((rows.block, rows.layer, rows.head, rows.tensor), bytes.to_vec());
+        Ok(())
+    }
+}
+
+impl Store {
+    fn read_rows(&self, rows: &Rows, bytes: &mut [u8]) -> Result<()> {
+        // Deterministic values where nothing was written: finite in every type.
+        match self.rows.get(&(rows.block, rows.layer, rows.head, rows.tensor)) {
+            Some(stored) => bytes.copy_from_slice(stored),
+            None => {
+                let seed = rows.layer.0 * 7 + rows.head.0 * 3 + rows.tensor as usize;
+                bytes.iter_mut().enumerate().for_each(|(i, byte)| *byte = ((seed + i) % 60) as u8);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A cache without attention.
+struct Cache {
+    config: CacheConfig,
+    ledger: Ledger,
+    store: Store,
+}
+
+impl Cache {
+    fn new(config: &CacheConfig) -> Self {
+        let layout = CacheLayout::new(config, RULES).unwrap();
+        let ledger = Ledger::new(&layout, config.windows, config.limit);
+        Self { config: config.clone(), ledger, store: Store::default() }
+    }
+
+    fn step(&mut self, entry: StepEntry) {
+        for &block in &self.ledger.plan(&[entry]).unwrap().allocate {
+            self.store.allocate(block).unwrap();
+        }
+        self.ledger.commit().unwrap();
+    }
+
+    fn save(&self, sequence: SequenceId) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let read = |rows: &Rows, bytes: &mut [u8]| self.store.read_rows(rows, bytes);
+        saved::save(&self.ledger, &self.config, sequence, read, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn restore(&mut self, mut bytes: &[u8]) -> Result<SequenceId> {
+        saved::restore(&mut self.ledger, &self.config, &mut self.store, &mut bytes)
+    }
+
+    /// What a refused stream must leave behind: nothing.
+    fn is_untouched(&self) -> bool {
+        let held = |lean: bool| {
+            let of_kind = |block: &&Block| matches!(block, Block::Lean(_)) == lean;
+            self.store.blocks.iter().filter(of_kind).count()
+        };
+        let layout = CacheLayout::new(&self.config, RULES).unwrap();
+        let stored = BlockCount { full: held(false), lean: held(true) }.bytes(&layout);
+        let memory = self.ledger.memory();
+        self.ledger.is_empty() && memory.used_bytes() == 0 && memory.allocated_bytes == stored
+    }
+}
+
+fn config(block: usize, windows: Windows, kept: [u16; 4], dtypes: [Dtype; 3]) -> CacheConfig {
+    let shape = ModelShape::new(2, 4, 2, 16).unwrap();
+    let heads = kept.map(|n| ChannelMask::new(16, (0..n).collect()).unwrap());
+    let mask = ModelMask::new(2, 2, 16, heads.to_vec()).unwrap();
+    let [dtype, k, v] = dtypes;
+    let format = HeadFormat { k: LeanFormat::Plain(k), v: LeanFormat::Plain(v) };
+    let formats = Some(vec![format; 4]);
+    CacheConfig { windows, block, dtype, formats, ..CacheConfig::new(shape, mask).unwrap() }
+}
+
+/// A cache with one sequence of 45 tokens: 2 sink blocks, 5 lean ones, the last with 5 of 8 tokens.
+fn sample() -> (Cache, Vec<u8>) {
+    let windows = Windows { sink: 10, recent: 12 };
+    let mut cache = Cache::new(&config(8, windows, [4, 0, 16, 5], [Dtype::F16; 3]));
+    let sequence = cache.ledger.add_sequence();
+    cache.step(StepEntry::store(sequence, 45));
+    assert_eq!(cache.ledger.lean_blocks(sequence).unwrap(), 2..4);
+    let bytes = cache.save(sequence);
+    (Cache::new(&cache.config), bytes)
+}
+
+/// CRC-32, bit by bit.
+fn crc32(bytes: &[u8]) -> [u8; 4] {
+    let mut crc = !0u32;
+    for &byte in bytes {
+        crc ^= u32::from(byte);
+        for _ in 0..8 {
+            crc = if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
+        }
+    }
+    (!crc).to_le_bytes()
+}
+
+/// Length of the header without its checksum.
+fn header_length(bytes: &[u8]) -> usize {
+    16 + u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize
+}
+
+/// The header with some bytes replaced and a good checksum, without the blocks.
+fn forged_header(bytes: &[u8], at: usize, with: &[u8]) -> Vec<u8> {
+    let mut header = bytes[..header_length(bytes)].to_vec();
+    header[at..at + with.len()].copy_from_slice(with);
+    let crc = crc32(&header);
+    header.extend(crc);
+    header
+}
+
+const AT_TOKENS: usize = 16 + 5 * 4 + 2 * 8;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn round_trips(
+        block in 1usize..10,
+        sink in 0usize..20,
+        recent in prop_oneof![8 => 0usize..30, 1 => Just(usize::MAX)],
+        kept in prop::array::uniform4(0u16..=16),
+        dtypes in prop::array::uniform3(prop::sample::select(Dtype::ALL.to_vec())),
+        tokens in prop::collection::vec((1usize..40, any::<bool>()), 0..4),
+        back in 0usize..30,
+    ) {
+        let config = config(block, Windows { sink, recent }, kept, dtypes);
+        let mut cache = Cache::new(&config);
+        let sequence = cache.ledger.add_sequence();
+        for (tokens, attend) in tokens {
+            cache.step(StepEntry { sequence, tokens, attend });
+        }
+        let len = cache.ledger.len(sequence).unwrap();
+        let (below, _) = cache.ledger.nearest_lengths(sequence, len.saturating_sub(back)).unwrap();
+        cache.ledger.truncate(sequence, below).unwrap();
+        let bytes = cache.save(sequence);
+
+        // Into an empty cache, beside what is there, and twice from one stream.
+        let mut fresh = Cache::new(&config);
+        let twice = [&bytes[..], &bytes].concat();
+        let mut stream = &twice[..];
+        for _ in 0..2 {
+            let Cache { ledger, store, .. } = &mut fresh;
+            let restored = saved::restore(ledger, &config, store, &mut stream).unwrap();
+            prop_assert_eq!(ledger.len(restored).unwrap(), below);
+            let lean = |ledger: &Ledger, id| ledger.lean_blocks(id).unwrap();
+            prop_assert_eq!(lean(ledger, restored), lean(&cache.ledger, sequence));
+            prop_assert_eq!(fresh.save(restored), bytes.clone());
+        }
+        prop_assert!(stream.is_empty());
+        let used = |cache: &Cache| cache.ledger.memory().used_bytes();
+        prop_assert_eq!(used(&fresh), 2 * used(&cache));
+        // The restored sequence goes on as the saved one does.
+        let next = |cache: &mut Cache, sequence| {
+            let step = cache.ledger.plan(&[StepEntry::decode(sequence, 7)]).unwrap();
+            let planned = (step.packs.len(), step.copies.len());
+            cache.ledger.cancel();
+            planned
+        };
+        prop_assert_eq!(next(&mut fresh, SequenceId(1)), next(&mut cache, sequence));
+    }
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    let (mut cache, bytes) = sample();
+    for at in 0..bytes.len() {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= 1 << (at % 8);
+        let error = cache.restore(&damaged).expect_err("damaged");
+        assert!(matches!(error, Error::Format { .. }), "byte {at}: {error:?}");
+        assert!(cache.is_untouched());
+    }
+    cache.restore(&bytes).unwrap();
+}
+
+#[test]
+fn every_cut_is_found() {
+    let (mut cache, bytes) = sample();
+    for end in 0..bytes.len() {
+        let error = cache.restore(&bytes[..end]).expect_err("cut short");
+        assert!(matches!(error, Error::Format { .. }), "{end} bytes: {error:?}");
+        assert!(cache.is_untouched());
+    }
+    let error = cache.restore(&bytes[..bytes.len() - 3]).unwrap_err().to_string();
+    assert!(error.contains("it ends in block 5, layer 1"), "{error}");
+}
+
+#[test]
+fn swapped_blocks_are_found() {
+    let (mut cache, mut bytes) = sample();
+    let start = header_length(&bytes) + 4;
+    // Layer 0 and layer 1 of block 0 are of one size.
+    let size = 2 * 2 * 8 * 16 * 2 + 4;
+    let (a, b) = bytes[start..start + 2 * size].split_at_mut(size);
+    a.swap_with_slice(b);
+    assert!(matches!(cache.restore(&bytes), Err(Error::Format { .. })));
+}
+
+#[test]
+fn another_configuration_is_named() {
+    let (cache, bytes) = sample();
+    let base = cache.config;
+    let refused = |config: CacheConfig, names: &str| {
+        let mut cache = Cache::new(&config);
+        let error = cache.restore(&bytes).expect_err("another configuration");
+        assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");
+        assert!(error.to_string().contains(names), "{error}");
+        assert!(cache.is_untouched());
+    };
+    let windows = |sink, recent| CacheConfig { windows: Windows { sink, recent }, ..base.clone() };
+    refused(windows(11, 12), "sink window");
+    refused(windows(10, usize::MAX), "recent window");
+    refused(CacheConfig { block: 16, ..base.clone() }, "block size");
+    refused(CacheConfig { dtype: Dtype::Bf16, ..base.clone() }, "element type");
+    let formats = Some(vec![HeadFormat::plain(Dtype::F32); 4]);
+    refused(CacheConfig { formats, ..base.clone() }, "lean format");
+    let shape = ModelShape::new(2, 8, 2, 16).unwrap();
+    refused(CacheConfig { shape, ..base.clone() }, "shape");
+    let mut heads = base.mask.heads().to_vec();
+    heads[3] = ChannelMask::new(16, vec![0, 1, 2, 3, 5]).unwrap();
+    let mask = ModelMask::new(2, 2, 16, heads).unwrap();
+    refused(CacheConfig { mask, ..base.clone() }, "layer 1, KV head 1");
+}
+
+#[test]
+fn another_model_is_named_where_both_say_theirs() {
+    let (cache, bytes) = sample();
+    let of_model = |config_hash: &str| {
+        let fingerprint = Fingerprint {
+            architecture: "llama".into(),
+            shape: cache.config.shape,
+            rope_base: 1e4,
+            rope_scaling: None,
+            config_hash: config_hash.into(),
+        };
+        let info = MaskInfo { fingerprint: Some(fingerprint), ..MaskInfo::default() };
+        let mask = cache.config.mask.clone().with_info(info).unwrap();
+        Cache::new(&CacheConfig { mask, ..cache.config.clone() })
+    };
+    let mut one = of_model("one");
+    let sequence = one.restore(&bytes).expect("the stream does not say");
+    let of_one = one.save(sequence);
+    Cache::new(&cache.config).restore(&of_one).expect("the cache does not say");
+    let error = of_model("two").restore(&of_one).unwrap_err();
+    assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");
+    assert!(error.to_string().contains("configuration one"), "{error}");
+}
+
+#[test]
+fn claims_are_not_believed() {
+    let (mut cache, bytes) = sample();
+    let format = |result: Result<SequenceId>, cache: &Cache| {
+        assert!(matches!(result, Err(Error::Format { .. })), "{result:?}");
+        assert!(cache.is_untouched());
+    };
+    // More tokens than are there: storage grows with the stream, which is empty.
+    for tokens in [1u64 << 32, 1 << 20] {
+        let packed = (tokens / 8 - 2).to_le_bytes();
+        let fields = [tokens.to_le_bytes(), packed].concat();
+        format(cache.restore(&forged_header(&bytes, AT_TOKENS, &fields)), &cache);
+        assert!(cache.store.blocks.len() <= 1);
+    }
+    for tokens in [u64::MAX, (1 << 32) + 1] {
+        format(cache.restore(&forged_header(&bytes, AT_TOKENS, &tokens.to_le_bytes())), &cache);
+    }
+    // 45 tokens: 4 is where lean blocks end; full ones before it the windows do not allow, and the
+    // last one is not full.
+    for packed in [0u64, 3, 6, 7, u64::MAX] {
+        let forged = forged_header(&bytes, AT_TOKENS + 8, &packed.to_le_bytes());
+        format(cache.restore(&forged), &cache);
+    }
+    format(cache.restore(&forged_header(&bytes, 8, &2u32.to_le_bytes())), &cache);
+    // A good header without blocks, and one that is not ours.
+    format(cache.restore(&forged_header(&bytes, 0, b"L")), &cache);
+    format(cache.restore(&forged_header(&bytes, 0, b"l")), &cache);
+    let mut longer = bytes[..header_length(&bytes)].to_vec();
+    longer.push(0);
+    let length = longer.len() as u32 - 16;
+    longer[12..16].copy_from_slice(&length.to_le_bytes());
+    let crc = crc32(&longer);
+    longer.extend(crc);
+    format(cache.restore(&longer), &cache);
+    let mut endless = bytes.clone();
+    endless[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
+    format(cache.restore(&endless), &cache);
+}
+
+#[test]
+fn values_come_back_bit_for_bit() {
+    let config = config(4, Windows { sink: 0, recent: 8 }, [4, 0, 16, 5], [Dtype::F32; 3]);
+    let mut cache = Cache::new(&config);
+    let sequence = cache.ledger.add_sequence();
+    cache.step(StepEntry::store(sequence, 1));
+    let values = [1e-45, -0.0, f32::NAN, f32::INFINITY].map(f32::to_le_bytes).concat().repeat(4);
+    let key = |block| (block, Layer(1), KvHead(1), Tensor::V);
+    cache.store.rows.insert(key(cache.ledger.table(sequence).unwrap()[0]), values.clone());
+    let bytes = cache.save(sequence);
+    let mut fresh = Cache::new(&config);
+    let restored = fresh.restore(&bytes).unwrap();
+    assert_eq!(fresh.store.rows[&key(fresh.ledger.table(restored).unwrap()[0])], values);
+}
+
+#[test]
+fn too_little_memory_changes_nothing() {
+    let (cache, bytes) = sample();
+    let limited = |limit| Cache::new(&CacheConfig { limit: Some(limit), ..cache.config.clone() });
+    let mut roomy = limited(u64::MAX);
+    roomy.restore(&bytes).unwrap();
+    let needs = roomy.ledger.memory().used_bytes();
+    let mut tight = limited(needs - 1);
+    assert!(matches!(tight.restore(&bytes), Err(Error::OutOfMemory { missing: 1, .. })));
+    assert!(tight.is_untouched());
+    // Storage of free blocks of the other kind makes room.
+    let mut used = limited(needs);
+    let sequence = used.ledger.add_sequence();
+    used.step(StepEntry::decode(sequence, 32));
+    used.ledger.release(sequence).unwrap();
+    assert!(used.ledger.memory().allocated_bytes > 0);
+    used.restore(&bytes).unwrap();
+    assert!(used.ledger.memory().allocated_bytes <= needs);
+    // And the system may have none.
+    for allocations in 0..6 {
+        let mut poor = Cache::new(&cache.config);
+        poor.store.left = Some(allocations);
+        assert!(matches!(poor.restore(&bytes), Err(Error::SystemMemory { .. })));
+        assert!(poor.is_untouched());
+        poor.store.left = None;
+        poor.restore(&bytes).unwrap();
+    }
+}
+
+#[test]
+fn only_between_steps_and_for_sequences_that_are_there() {
+    let (mut cache, bytes) = sample();
+    let sequence = cache.restore(&bytes).unwrap();
+    let gone = cache.ledger.fork(sequence).unwrap();
+    cache.ledger.release(gone).unwrap();
+    let save = |cache: &Cache, sequence, out: &mut dyn Write| {
+        let read = |rows: &Rows, bytes: &mut [u8]| cache.store.read_rows(rows, bytes);
+        saved::save(&cache.ledger, &cache.config, sequence, read, out)
+    };
+    let mut out = Vec::new();
+    assert!(matches!(save(&cache, gone, &mut out), Err(Error::UnknownSequence(_))));
+    cache.ledger.plan(&[StepEntry::decode(sequence, 1)]).unwrap();
+    assert!(matches!(save(&cache, sequence, &mut out), Err(Error::Order { .. })));
+    assert!(matches!(cache.restore(&bytes), Err(Error::Order { .. })));
+    assert!(out.is_empty());
+    cache.ledger.cancel();
+    struct Full;
+    impl Write for Full {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    assert!(matches!(save(&cache, sequence, &mut Full), Err(Error::Io { .. })));
+}
