@@ -122,13 +122,19 @@ impl CacheLayout {
     /// Byte offset of K of a head in a full block.
     #[must_use]
     pub fn full_k_offset(&self, head: KvHead) -> usize {
-        head.0 * (self.full_k_section + self.full_v_section)
+        head.0 * self.full_head_bytes()
     }
 
     /// Byte offset of V of a head in a full block.
     #[must_use]
     pub fn full_v_offset(&self, head: KvHead) -> usize {
         self.full_k_offset(head) + self.full_k_section
+    }
+
+    /// Bytes of K and V of a head in a full block.
+    #[must_use]
+    pub fn full_head_bytes(&self) -> usize {
+        self.full_k_section + self.full_v_section
     }
 
     /// Bytes of a full block, all layers.

@@ -9,17 +9,15 @@ use leank_core::{
 use crate::{
     element::{Element, Left, Target, plain, with_element},
     executor::Executor,
-    kernel::{Ahead, Kernel, RowState},
+    kernel::{Kernel, MAX_LANES, RowState, Softmax},
     panels::{DEPTH_MULTIPLE, Panels},
     store::Store,
     work::{Job, Piece, Work},
 };
 
-/// Bytes by which prefetching runs ahead of the kernel, into the second-level cache.
-const AHEAD: usize = 8192;
-
-/// Rows of logits are a multiple of this many tokens long: a vector of any instruction set.
-const TOKEN_MULTIPLE: usize = 16;
+/// Bytes of a section that are asked for while the one before it is worked on; the hardware's
+/// prefetchers go on from there.
+const AHEAD: usize = 2048;
 
 /// Everything that the pieces of one layer read.
 #[derive(Clone, Copy)]
@@ -38,7 +36,7 @@ pub(crate) struct Scratch {
     full: Left,
     /// Queries for lean blocks, `[rows, stored]`.
     lean: Left,
-    /// Logits, then weights of one block, `[rows, block]` padded to [`TOKEN_MULTIPLE`].
+    /// Logits, then weights of one block, `[rows, block]` padded to [`MAX_LANES`].
     weights: Left,
     /// Weighted sums of V, `[rows, head_dim]`.
     sum: Vec<f32>,
@@ -107,27 +105,15 @@ impl<'a> LayerView<'a> {
         self.prepare(job, q, scratch);
         let Scratch { full, lean, weights, sum, rows: states } = scratch;
 
-        let table = &job.table[piece.blocks.clone()];
-        let mut coming = table.iter().filter_map(|&id| self.sections(job.head, id));
-        let mut v = None;
-        let mut next = || {
-            let section: &[u8] = match v.take() {
-                Some(section) => section,
-                None => {
-                    let sections = coming.next()?;
-                    v = Some(sections.v);
-                    sections.k
-                }
-            };
-            Some(std::ptr::from_ref(section))
-        };
-        let mut ahead = Ahead::new(&mut next);
-        self.kernel.prefetch(&mut ahead, AHEAD);
-
-        let stride = block.next_multiple_of(TOKEN_MULTIPLE);
+        let stride = block.next_multiple_of(MAX_LANES);
         let end = job.position + job.tokens;
-        for (index, &id) in piece.blocks.clone().zip(table) {
-            let Some(sections) = self.sections(job.head, id) else { continue };
+        let coming = |index: usize| {
+            let id = *job.table[..piece.blocks.end].get(index)?;
+            self.sections(job.head, id)
+        };
+        let mut next = coming(piece.blocks.start);
+        for index in piece.blocks.clone() {
+            let Some(sections) = std::mem::replace(&mut next, coming(index + 1)) else { continue };
             let start = index * block;
             let tokens = (end - start).min(block);
             let queries = if sections.lean { &*lean } else { &*full };
@@ -146,21 +132,27 @@ impl<'a> LayerView<'a> {
                     out_stride: stride,
                     accumulate: false,
                 };
-                T::product(self.kernel, queries, right, target, &mut ahead);
+                T::product(self.kernel, queries, right, target);
             });
 
             let scale = self.cap(&mut weights.wide, stride, tokens) * std::f32::consts::LOG2_E;
-            let logits = weights.wide.chunks_exact_mut(stride);
-            for (row, (logits, state)) in logits.zip(states.iter_mut()).enumerate() {
-                let seen = (job.position + row / group + 1).saturating_sub(start).min(block);
-                let correction = self.kernel.softmax(logits, seen, scale, state);
-                if correction != 1.0 {
-                    let sum = &mut sum[row * head_dim..][..head_dim];
-                    sum.iter_mut().for_each(|x| *x *= correction);
-                }
-            }
-            if self.kernel.narrows(sections.v_type) {
-                self.kernel.narrow(&weights.wide, &mut weights.narrow);
+            let softmax = Softmax {
+                logits: &mut weights.wide,
+                stride,
+                seen: (job.position + 1) as isize - start as isize,
+                group,
+                most: tokens,
+                scale,
+                states,
+                sums: sum,
+                head_dim,
+                next: &sections.v[..AHEAD.min(sections.v.len())],
+            };
+            self.kernel.softmax(softmax, sections.v_type, &mut weights.narrow);
+            if let Some(next) = &next
+                && next.k.as_ptr() != sections.v.as_ptr_range().end
+            {
+                self.kernel.prefetch(&next.k[..AHEAD.min(next.k.len())]);
             }
 
             with_element!(sections.v_type, T => {
@@ -178,7 +170,7 @@ impl<'a> LayerView<'a> {
                     out_stride: head_dim,
                     accumulate: true,
                 };
-                T::product(self.kernel, weights, right, target, &mut ahead);
+                T::product(self.kernel, weights, right, target);
             });
         }
     }
@@ -188,7 +180,7 @@ impl<'a> LayerView<'a> {
         let shape = self.config.shape;
         let (group, head_dim) = (shape.group(), shape.head_dim);
         let rows = job.tokens * group;
-        let stride = self.layout.block.next_multiple_of(TOKEN_MULTIPLE);
+        let stride = self.layout.block.next_multiple_of(MAX_LANES);
         scratch.rows.clear();
         scratch.rows.resize(rows, RowState::EMPTY);
         scratch.sum.clear();
@@ -224,7 +216,7 @@ impl<'a> LayerView<'a> {
     /// K and V of a head in a block; `None` where none are stored.
     fn sections(&self, head: KvHead, id: Block) -> Option<Sections<'a>> {
         let (block, head_dim) = (self.layout.block, self.config.shape.head_dim);
-        let bytes = self.store.bytes(self.layer, id);
+        let bytes = self.store.head(self.layer, id, head);
         let section = |offset: usize, elements: usize, dtype: Dtype| {
             &bytes[offset..offset + elements * dtype.bytes()]
         };
@@ -232,9 +224,10 @@ impl<'a> LayerView<'a> {
         match id {
             Block::Full(_) => {
                 let (dtype, channels) = (self.config.dtype, self.layout.full_channels);
+                let v_offset = self.layout.full_v_offset(head) - self.layout.full_k_offset(head);
                 Some(Sections {
-                    k: section(self.layout.full_k_offset(head), block * channels, dtype),
-                    v: section(self.layout.full_v_offset(head), v_elements, dtype),
+                    k: section(0, block * channels, dtype),
+                    v: section(v_offset, v_elements, dtype),
                     k_type: dtype,
                     v_type: dtype,
                     channels,
@@ -245,8 +238,8 @@ impl<'a> LayerView<'a> {
                 let lean = self.layout.layer(self.layer).lean[head.0];
                 let (k_type, v_type) = (plain(lean.format.k), plain(lean.format.v));
                 (lean.kept > 0).then(|| Sections {
-                    k: section(lean.k_offset, block * lean.stored, k_type),
-                    v: section(lean.v_offset, v_elements, v_type),
+                    k: section(0, block * lean.stored, k_type),
+                    v: section(lean.v_offset - lean.k_offset, v_elements, v_type),
                     k_type,
                     v_type,
                     channels: lean.stored,
@@ -284,24 +277,24 @@ impl Scratch {
     fn merge(&mut self, part: &Self, head_dim: usize) {
         let sums = self.sum.chunks_exact_mut(head_dim).zip(part.sum.chunks_exact(head_dim));
         for ((own, other), (sum, more)) in self.rows.iter_mut().zip(&part.rows).zip(sums) {
-            let max = own.max.max(other.max);
-            let factor = |from: f32| if from == max { 1.0 } else { (from - max).exp2() };
-            let (keep, add) = (factor(own.max), factor(other.max));
+            let mut other = *other;
+            let base = own.base.max(other.base);
+            let (keep, add) = (own.rebase(base), other.rebase(base));
             for (sum, more) in sum.iter_mut().zip(more) {
                 *sum = *sum * keep + more * add;
             }
-            *own = RowState { max, weight: own.weight * keep + other.weight * add };
+            own.add(&other);
         }
     }
 
     /// The output rows.
     fn finish(&mut self, head_dim: usize) -> impl Iterator<Item = &[f32]> {
         for (row, state) in self.sum.chunks_exact_mut(head_dim).zip(&self.rows) {
-            let inverse = 1.0 / state.weight;
+            let inverse = 1.0 / state.weight();
             row.iter_mut().for_each(|x| *x *= inverse);
         }
         self.sum.chunks_exact(head_dim)
     }
 }
 
-const _: () = assert!(TOKEN_MULTIPLE.is_multiple_of(DEPTH_MULTIPLE), "weights pad the last pair");
+const _: () = assert!(MAX_LANES.is_multiple_of(DEPTH_MULTIPLE), "weights pad the last pair");

@@ -60,7 +60,7 @@ impl CpuCache {
             }
         }
         let ledger = Ledger::new(&layout, config.windows, config.limit);
-        let store = Store::new(&layout, config.shape.layers);
+        let store = Store::new(&layout, config.shape);
         let appended = vec![false; config.shape.layers];
         let scratch = Vec::new();
         Ok(Self { config, layout, ledger, store, kernel, executor, scratch, appended })

@@ -1,10 +1,10 @@
 //! Element types as the kernel sees them: stored narrow, summed in f32.
 
 use half::{bf16, f16};
-use leank_core::{Dtype, LeanFormat};
+use leank_core::{Dtype, LeanFormat, widen_f16};
 
 use crate::{
-    kernel::{Ahead, Kernel, Product, widen_f16},
+    kernel::{Kernel, Product},
     panels::Panels,
 };
 
@@ -47,13 +47,7 @@ pub(crate) trait Element: bytemuck::Pod + Send + Sync {
     fn narrow(x: f32) -> Self;
 
     /// `target (+)= left · right`
-    fn product(
-        kernel: Kernel,
-        left: &Left,
-        right: Panels<'_, Self>,
-        target: Target<'_>,
-        ahead: &mut Ahead<'_>,
-    );
+    fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>);
 }
 
 impl Element for f32 {
@@ -69,14 +63,8 @@ impl Element for f32 {
         x
     }
 
-    fn product(
-        kernel: Kernel,
-        left: &Left,
-        right: Panels<'_, Self>,
-        target: Target<'_>,
-        ahead: &mut Ahead<'_>,
-    ) {
-        kernel.product_f32(target.product(&left.wide, right), ahead);
+    fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
+        kernel.product_f32(target.product(&left.wide, right));
     }
 }
 
@@ -93,14 +81,8 @@ impl Element for f16 {
         Self::from_f32(x)
     }
 
-    fn product(
-        kernel: Kernel,
-        left: &Left,
-        right: Panels<'_, Self>,
-        target: Target<'_>,
-        ahead: &mut Ahead<'_>,
-    ) {
-        kernel.product_f16(target.product(&left.wide, right), ahead);
+    fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
+        kernel.product_f16(target.product(&left.wide, right));
     }
 }
 
@@ -117,17 +99,11 @@ impl Element for bf16 {
         Self::from_f32(x)
     }
 
-    fn product(
-        kernel: Kernel,
-        left: &Left,
-        right: Panels<'_, Self>,
-        target: Target<'_>,
-        ahead: &mut Ahead<'_>,
-    ) {
+    fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
         if kernel.narrows(Dtype::Bf16) {
-            kernel.product_narrow(target.product(&left.narrow, right), ahead);
+            kernel.product_narrow(target.product(&left.narrow, right));
         } else {
-            kernel.product_bf16(target.product(&left.wide, right), ahead);
+            kernel.product_bf16(target.product(&left.wide, right));
         }
     }
 }

@@ -1,11 +1,13 @@
 //! Block storage: slabs that hold blocks of one kind and layer side by side.
 //!
-//! A block's number says where it lies, for good. Slabs double up to [`SLAB`] bytes, and from
+//! Within a slab, K and V of one head lie side by side from block to block: attention walks along a
+//! head, and a stream without gaps is what the hardware's prefetchers follow best. A block's number
+//! says where it lies, for good. Slabs double up to [`SLAB`] bytes, and from
 //! [`HUGE_PAGE`] bytes on they are mappings of their own that ask for huge pages: reading a long
 //! cache through 4 KiB pages costs up to a quarter of the bandwidth. The system gives memory page
 //! by page as blocks are written, so what is resident follows the blocks in use.
 
-use leank_core::{Block, CacheLayout, Error, Layer, Result};
+use leank_core::{Block, CacheLayout, Error, KvHead, Layer, ModelShape, Result};
 
 use crate::SECTION_ALIGN;
 
@@ -85,14 +87,39 @@ impl Slab {
     }
 }
 
+/// K and V of one head in the blocks of one kind and layer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Head {
+    /// Bytes of the heads before it.
+    pub(crate) offset: usize,
+    /// Its own bytes.
+    pub(crate) bytes: usize,
+}
+
 /// Blocks of one kind in one layer.
 #[derive(Default)]
 struct Slots {
     /// Bytes of a block.
     bytes: usize,
     slabs: Vec<Slab>,
-    /// Slab of each block, and its first byte there.
-    places: Vec<(usize, usize)>,
+    /// Where each block lies.
+    places: Vec<Place>,
+}
+
+#[derive(Clone, Copy)]
+struct Place {
+    slab: usize,
+    /// Number of the block within the slab, which holds `blocks`.
+    index: usize,
+    blocks: usize,
+}
+
+impl Place {
+    /// Bytes of a head within the slab.
+    fn range(self, head: Head) -> std::ops::Range<usize> {
+        let start = self.blocks * head.offset + self.index * head.bytes;
+        start..start + head.bytes
+    }
 }
 
 impl Slots {
@@ -103,24 +130,26 @@ impl Slots {
             let blocks = self.places.len().clamp(1, most);
             self.slabs.push(Slab::try_new(blocks * self.bytes)?);
             let slab = self.slabs.len() - 1;
-            self.places.extend((0..blocks).map(|block| (slab, block * self.bytes)));
+            self.places.extend((0..blocks).map(|index| Place { slab, index, blocks }));
         }
         Some(())
     }
 
-    fn block(&self, id: u32) -> &[u8] {
-        let (slab, start) = self.places[id as usize];
-        &self.slabs[slab].bytes()[start..start + self.bytes]
+    fn head(&self, id: u32, head: Head) -> &[u8] {
+        let place = self.places[id as usize];
+        &self.slabs[place.slab].bytes()[place.range(head)]
     }
 
-    fn block_mut(&mut self, id: u32) -> &mut [u8] {
-        let (slab, start) = self.places[id as usize];
-        &mut self.slabs[slab].bytes_mut()[start..start + self.bytes]
+    fn head_mut(&mut self, id: u32, head: Head) -> &mut [u8] {
+        let place = self.places[id as usize];
+        &mut self.slabs[place.slab].bytes_mut()[place.range(head)]
     }
 
-    fn discard(&mut self, id: u32) {
-        if let Some(&(slab, start)) = self.places.get(id as usize) {
-            self.slabs[slab].discard(start..start + self.bytes);
+    fn discard(&mut self, id: u32, heads: &[Head]) {
+        if let Some(&place) = self.places.get(id as usize) {
+            for &head in heads {
+                self.slabs[place.slab].discard(place.range(head));
+            }
         }
     }
 }
@@ -129,31 +158,48 @@ impl Slots {
 pub(crate) struct Store {
     full: Vec<Slots>,
     lean: Vec<Slots>,
+    full_heads: Vec<Head>,
+    /// Per layer.
+    lean_heads: Vec<Vec<Head>>,
 }
 
 impl Store {
-    pub(crate) fn new(layout: &CacheLayout, layers: usize) -> Self {
+    pub(crate) fn new(layout: &CacheLayout, shape: ModelShape) -> Self {
         let slots = |bytes| Slots { bytes, ..Slots::default() };
+        let full_head = |head: KvHead| Head {
+            offset: layout.full_k_offset(head),
+            bytes: layout.full_head_bytes(),
+        };
+        let lean_head = |layer: Layer, head: KvHead| Head {
+            offset: layout.layer(layer).lean[head.0].k_offset,
+            bytes: layout.layer(layer).lean_head_bytes(head),
+        };
+        let heads = || shape.kv_head_indices();
         Self {
-            full: (0..layers).map(|_| slots(layout.full_bytes)).collect(),
-            lean: (0..layers).map(|layer| slots(layout.layer(Layer(layer)).lean_bytes)).collect(),
+            full: shape.layer_indices().map(|_| slots(layout.full_bytes)).collect(),
+            lean: shape.layer_indices().map(|l| slots(layout.layer(l).lean_bytes)).collect(),
+            full_heads: heads().map(full_head).collect(),
+            lean_heads: shape
+                .layer_indices()
+                .map(|layer| heads().map(|head| lean_head(layer, head)).collect())
+                .collect(),
         }
     }
 
     /// Gives storage to a block in every layer.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] when the system has no memory left.
+    /// [`Error::SystemMemory`] when the system has no memory left.
     pub(crate) fn allocate(&mut self, block: Block) -> Result<()> {
-        let (kind, id) = self.kind(block);
+        let (kind, id) = match block {
+            Block::Full(id) => (&mut self.full, id),
+            Block::Lean(id) => (&mut self.lean, id),
+        };
         for slots in kind {
             if slots.cover(id as usize).is_none() {
-                let bytes = slots.bytes;
-                return Err(Error::Unavailable {
-                    what: "memory for a block",
-                    why: format!(
-                        "the system refused {bytes} bytes; release sequences or set a limit"
-                    ),
+                return Err(Error::SystemMemory {
+                    what: "blocks of the cache",
+                    bytes: slots.bytes as u64,
                 });
             }
         }
@@ -162,45 +208,50 @@ impl Store {
 
     /// Takes the storage of a block in every layer.
     pub(crate) fn free(&mut self, block: Block) {
-        let (kind, id) = self.kind(block);
-        for slots in kind {
-            slots.discard(id);
+        for layer in 0..self.full.len() {
+            match block {
+                Block::Full(id) => self.full[layer].discard(id, &self.full_heads),
+                Block::Lean(id) => self.lean[layer].discard(id, &self.lean_heads[layer]),
+            }
         }
     }
 
-    fn kind(&mut self, block: Block) -> (&mut [Slots], u32) {
+    /// K and V of a head in a block that has storage, as the layout puts them one after the other.
+    pub(crate) fn head(&self, layer: Layer, block: Block, head: KvHead) -> &[u8] {
         match block {
-            Block::Full(id) => (&mut self.full, id),
-            Block::Lean(id) => (&mut self.lean, id),
+            Block::Full(id) => self.full[layer.0].head(id, self.full_heads[head.0]),
+            Block::Lean(id) => self.lean[layer.0].head(id, self.lean_heads[layer.0][head.0]),
         }
     }
 
-    /// Bytes of a block that has storage.
-    pub(crate) fn bytes(&self, layer: Layer, block: Block) -> &[u8] {
+    /// The same, to be written.
+    pub(crate) fn head_mut(&mut self, layer: Layer, block: Block, head: KvHead) -> &mut [u8] {
         match block {
-            Block::Full(id) => self.full[layer.0].block(id),
-            Block::Lean(id) => self.lean[layer.0].block(id),
+            Block::Full(id) => self.full[layer.0].head_mut(id, self.full_heads[head.0]),
+            Block::Lean(id) => self.lean[layer.0].head_mut(id, self.lean_heads[layer.0][head.0]),
         }
     }
 
-    /// Bytes of a block that has storage, to be written.
-    pub(crate) fn bytes_mut(&mut self, layer: Layer, block: Block) -> &mut [u8] {
-        match block {
-            Block::Full(id) => self.full[layer.0].block_mut(id),
-            Block::Lean(id) => self.lean[layer.0].block_mut(id),
-        }
-    }
-
-    /// A full block to read and a lean one to write, of one layer.
-    pub(crate) fn pack_pair(&mut self, layer: Layer, full: u32, lean: u32) -> (&[u8], &mut [u8]) {
-        (self.full[layer.0].block(full), self.lean[layer.0].block_mut(lean))
+    /// A head of a full block to read, and of a lean one to write.
+    pub(crate) fn pack_pair(
+        &mut self,
+        layer: Layer,
+        (full, lean): (u32, u32),
+        head: KvHead,
+    ) -> (&[u8], &mut [u8]) {
+        (
+            self.full[layer.0].head(full, self.full_heads[head.0]),
+            self.lean[layer.0].head_mut(lean, self.lean_heads[layer.0][head.0]),
+        )
     }
 
     /// Overwrites what a block holds, so that a test sees whether anybody reads it unwritten.
     #[cfg(any(test, debug_assertions))]
     pub(crate) fn poison(&mut self, block: Block) {
-        for layer in 0..self.full.len() {
-            self.bytes_mut(Layer(layer), block).fill(0xff); // NaN in every element type
+        for layer in (0..self.full.len()).map(Layer) {
+            for head in (0..self.full_heads.len()).map(KvHead) {
+                self.head_mut(layer, block, head).fill(0xff); // NaN in every element type
+            }
         }
     }
 }

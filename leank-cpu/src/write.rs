@@ -54,10 +54,9 @@ impl LayerWriter<'_> {
         let block = self.layout.block;
         match slot.block {
             Block::Full(_) => {
-                let offset = self.layout.full_k_offset(slot.head);
-                let bytes = self.store.bytes_mut(self.layer, slot.block);
+                let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
                 with_element!(self.config.dtype, T => {
-                    let mut k = panels_mut::<T>(bytes, offset, self.layout.full_channels, block);
+                    let mut k = panels_mut::<T>(bytes, 0, self.layout.full_channels, block);
                     let padding = self.layout.full_channels - row.len();
                     let column = row.iter().copied().chain(std::iter::repeat_n(0.0, padding));
                     k.write_lane(slot.token, column);
@@ -71,9 +70,9 @@ impl LayerWriter<'_> {
                 let dtype = plain(head.format.k);
                 self.round(dtype, row);
                 let kept = self.config.mask.head(self.layer, slot.head).kept();
-                let bytes = self.store.bytes_mut(self.layer, slot.block);
+                let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
                 with_element!(dtype, T => {
-                    let mut k = panels_mut::<T>(bytes, head.k_offset, head.stored, block);
+                    let mut k = panels_mut::<T>(bytes, 0, head.stored, block);
                     let padding = std::iter::repeat_n(0.0, head.stored - head.kept);
                     let column = kept.iter().map(|&c| row[usize::from(c)]);
                     k.write_lane(slot.token, column.chain(padding));
@@ -84,7 +83,7 @@ impl LayerWriter<'_> {
 
     fn write_value(&mut self, slot: Slot, row: &mut [f32]) {
         let (dtype, offset) = match slot.block {
-            Block::Full(_) => (self.config.dtype, self.layout.full_v_offset(slot.head)),
+            Block::Full(_) => (self.config.dtype, self.full_v_offset(slot.head)),
             Block::Lean(_) => {
                 let head = self.layout.layer(self.layer).lean[slot.head.0];
                 if head.kept == 0 {
@@ -92,14 +91,19 @@ impl LayerWriter<'_> {
                 }
                 let dtype = plain(head.format.v);
                 self.round(dtype, row);
-                (dtype, head.v_offset)
+                (dtype, head.v_offset - head.k_offset)
             }
         };
         let depth = self.layout.stored_tokens;
-        let bytes = self.store.bytes_mut(self.layer, slot.block);
+        let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
         with_element!(dtype, T => {
             panels_mut::<T>(bytes, offset, depth, row.len()).write_row(slot.token, row);
         });
+    }
+
+    /// Where V of a head in a full block begins, after its K.
+    fn full_v_offset(&self, head: KvHead) -> usize {
+        self.layout.full_v_offset(head) - self.layout.full_k_offset(head)
     }
 
     /// Rounds to the type of full blocks what will be rounded to `dtype`.
@@ -120,18 +124,17 @@ impl LayerWriter<'_> {
                 continue;
             }
             let packed = self.layout.layer(self.layer).lean[head.0];
-            let (k_offset, v_offset) =
-                (self.layout.full_k_offset(head), self.layout.full_v_offset(head));
-            let (from, to) = self.store.pack_pair(self.layer, full, lean);
+            let v_offset = self.full_v_offset(head);
+            let (from, to) = self.store.pack_pair(self.layer, (full, lean), head);
             with_element!(self.config.dtype, S => {
-                let k = elements::<S>(from, k_offset, block * channels);
+                let k = elements::<S>(from, 0, block * channels);
                 let v = elements::<S>(from, v_offset, tokens * head_dim);
                 with_element!(plain(packed.format.k), T => {
-                    let out = panels_mut::<T>(to, packed.k_offset, packed.stored, block);
+                    let out = panels_mut::<T>(to, 0, packed.stored, block);
                     gather(k, channels, kept, out);
                 });
                 with_element!(plain(packed.format.v), T => {
-                    let out = panels_mut::<T>(to, packed.v_offset, tokens, head_dim);
+                    let out = panels_mut::<T>(to, packed.v_offset - packed.k_offset, tokens, head_dim);
                     transfer(v, block, out);
                 });
             });
@@ -168,12 +171,12 @@ fn transfer<S: Element, T: Element>(from: &[S], tokens: usize, to: PanelsMut<'_,
     }
 }
 
-/// `len` elements that start `offset` bytes into a block.
+/// `len` elements that start `offset` bytes into a head's part of a block.
 fn elements<T: Element>(bytes: &[u8], offset: usize, len: usize) -> &[T] {
     bytemuck::cast_slice(&bytes[offset..offset + len * size_of::<T>()])
 }
 
-/// A section of a block, to be written.
+/// K or V in a head's part of a block, to be written.
 fn panels_mut<T: Element>(
     bytes: &mut [u8],
     offset: usize,

@@ -71,10 +71,8 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn sum(self, x: __m256) -> f32 {
-        let x = op!(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)));
-        let x = op!(_mm_add_ps(x, _mm_movehl_ps(x, x)));
-        op!(_mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x))))
+    fn any_greater(self, a: __m256, b: __m256) -> bool {
+        op!(_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b))) != 0
     }
 
     #[inline(always)]
@@ -116,6 +114,6 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
-        op!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
+        op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
 }

@@ -72,8 +72,8 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn sum(self, x: __m512) -> f32 {
-        op!(_mm512_reduce_add_ps(x))
+    fn any_greater(self, a: __m512, b: __m512) -> bool {
+        op!(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b)) != 0
     }
 
     #[inline(always)]
@@ -113,6 +113,6 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
-        op!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
+        op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
 }

@@ -9,10 +9,10 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::{
-    Ahead,
     avx512::Avx512,
     product::{self, Lanes, Product},
     simd::Simd as _,
+    softmax::{self, Bf16s, Narrow, Softmax},
 };
 
 /// AVX-512 F, BW, DQ, VL and BF16.
@@ -30,9 +30,16 @@ impl Avx512Bf16 {
     }
 
     /// The product of bf16 by bf16.
-    pub(crate) fn product(self, args: Product<'_, bf16, bf16>, ahead: &mut Ahead<'_>) {
+    pub(crate) fn product(self, args: Product<'_, bf16, bf16>) {
         // SAFETY: the token exists only where the CPU has the instruction set.
-        unsafe { product_dot(self.0, args, ahead) }
+        unsafe { product_dot(self.0, args) }
+    }
+
+    /// The softmax with weights in bf16 too.
+    pub(crate) fn softmax(self, args: Softmax<'_>, narrow: &mut [bf16]) {
+        assert_eq!(args.logits.len(), narrow.len(), "one narrow weight per logit");
+        // SAFETY: the token exists only where the CPU has the instruction set.
+        unsafe { softmax_narrow(self.0, args, narrow) }
     }
 
     /// Rounds to bf16.
@@ -43,8 +50,24 @@ impl Avx512Bf16 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn product_dot(simd: Avx512, args: Product<'_, bf16, bf16>, ahead: &mut Ahead<'_>) {
-    product::product::<Avx512, Bf16Dot>(simd, args, ahead);
+fn product_dot(simd: Avx512, args: Product<'_, bf16, bf16>) {
+    product::product::<Avx512, Bf16Dot>(simd, args);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn softmax_narrow(simd: Avx512, args: Softmax<'_>, narrow: &mut [bf16]) {
+    softmax::softmax(simd, args, narrow);
+}
+
+impl Narrow<Avx512> for Bf16s<'_> {
+    #[inline(always)]
+    fn put(&mut self, _: Avx512, index: usize, weights: __m512) {
+        let to: &mut [bf16; 16] = self[index..].first_chunk_mut().expect("as long as the logits");
+        // SAFETY: only `softmax_narrow` uses this, which has the instruction.
+        let narrow = unsafe { _mm512_cvtneps_pbh(weights) };
+        // SAFETY: both are sixteen 16-bit elements; the store needs no alignment.
+        unsafe { to.as_mut_ptr().cast::<__m256bh>().write_unaligned(narrow) };
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]

@@ -11,7 +11,6 @@
 //! [`Kernel`] is chosen once per backend; every call goes through one `match` to code that was
 //! compiled for the instruction set.
 
-mod ahead;
 mod portable;
 mod product;
 mod simd;
@@ -26,10 +25,8 @@ mod avx512_bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
-pub(crate) use ahead::Ahead;
-pub(crate) use portable::widen_f16;
 pub(crate) use product::Product;
-pub(crate) use softmax::RowState;
+pub(crate) use softmax::{MAX_LANES, RowState, Softmax};
 
 use std::{fmt, str::FromStr};
 
@@ -102,19 +99,19 @@ impl FromStr for Isa {
 /// Code for one instruction set.
 trait Engine: Simd {
     /// [`product::product`]
-    fn product<L: Lanes<Self>>(self, args: Product<'_, L::Left, L::Stored>, ahead: &mut Ahead<'_>);
+    fn product<L: Lanes<Self>>(self, args: Product<'_, L::Left, L::Stored>);
 
     /// [`softmax::softmax`]
-    fn softmax(self, row: &mut [f32], seen: usize, scale: f32, state: &mut RowState) -> f32;
+    fn softmax(self, args: Softmax<'_>);
 }
 
 impl Engine for Portable {
-    fn product<L: Lanes<Self>>(self, args: Product<'_, L::Left, L::Stored>, ahead: &mut Ahead<'_>) {
-        product::product::<Self, L>(self, args, ahead);
+    fn product<L: Lanes<Self>>(self, args: Product<'_, L::Left, L::Stored>) {
+        product::product::<Self, L>(self, args);
     }
 
-    fn softmax(self, row: &mut [f32], seen: usize, scale: f32, state: &mut RowState) -> f32 {
-        softmax::softmax(self, row, seen, scale, state)
+    fn softmax(self, args: Softmax<'_>) {
+        softmax::softmax(self, args, softmax::Wide);
     }
 }
 
@@ -126,39 +123,25 @@ macro_rules! entries {
             fn product<L: super::product::Lanes<Self>>(
                 self,
                 args: super::Product<'_, L::Left, L::Stored>,
-                ahead: &mut super::Ahead<'_>,
             ) {
                 #[target_feature(enable = $features)]
                 fn compiled<L: super::product::Lanes<$token>>(
                     simd: $token,
                     args: super::Product<'_, L::Left, L::Stored>,
-                    ahead: &mut super::Ahead<'_>,
                 ) {
-                    super::product::product::<$token, L>(simd, args, ahead);
+                    super::product::product::<$token, L>(simd, args);
                 }
                 // SAFETY: a token exists only where the CPU has the instruction set.
-                unsafe { compiled::<L>(self, args, ahead) }
+                unsafe { compiled::<L>(self, args) }
             }
 
-            fn softmax(
-                self,
-                row: &mut [f32],
-                seen: usize,
-                scale: f32,
-                state: &mut super::RowState,
-            ) -> f32 {
+            fn softmax(self, args: super::Softmax<'_>) {
                 #[target_feature(enable = $features)]
-                fn compiled(
-                    simd: $token,
-                    row: &mut [f32],
-                    seen: usize,
-                    scale: f32,
-                    state: &mut super::RowState,
-                ) -> f32 {
-                    super::softmax::softmax(simd, row, seen, scale, state)
+                fn compiled(simd: $token, args: super::Softmax<'_>) {
+                    super::softmax::softmax(simd, args, super::softmax::Wide);
                 }
                 // SAFETY: a token exists only where the CPU has the instruction set.
-                unsafe { compiled(self, row, seen, scale, state) }
+                unsafe { compiled(self, args) }
             }
         }
     };
@@ -233,9 +216,9 @@ impl Kernel {
         }
     }
 
-    /// Moves a prefetching cursor.
-    pub(crate) fn prefetch(self, ahead: &mut Ahead<'_>, bytes: usize) {
-        on_engine!(self, simd => ahead.advance(simd, bytes));
+    /// Asks for memory that will be read soon.
+    pub(crate) fn prefetch(self, bytes: &[u8]) {
+        on_engine!(self, simd => bytes.chunks(64).for_each(|line| simd.prefetch(line.as_ptr())));
     }
 
     /// Whether the left side of products with this type is narrowed to it.
@@ -256,42 +239,44 @@ impl Kernel {
         }
     }
 
-    /// See [`softmax::softmax`].
-    pub(crate) fn softmax(
-        self,
-        row: &mut [f32],
-        seen: usize,
-        scale: f32,
-        state: &mut RowState,
-    ) -> f32 {
-        on_engine!(self, simd => simd.softmax(row, seen, scale, state))
+    /// See [`softmax::softmax`]. Weights go to `narrow` too where products with V of this type
+    /// [narrow](Self::narrows) their left side.
+    pub(crate) fn softmax(self, args: Softmax<'_>, v_type: Dtype, narrow: &mut [bf16]) {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(token) if v_type == Dtype::Bf16 => token.softmax(args, narrow),
+            _ => {
+                let _ = (v_type, narrow);
+                on_engine!(self, simd => simd.softmax(args));
+            }
+        }
     }
 
     /// The product with single precision.
-    pub(crate) fn product_f32(self, args: Product<'_, f32, f32>, ahead: &mut Ahead<'_>) {
-        on_engine!(self, simd => simd.product::<F32s>(args, ahead));
+    pub(crate) fn product_f32(self, args: Product<'_, f32, f32>) {
+        on_engine!(self, simd => simd.product::<F32s>(args));
     }
 
     /// The product with half precision.
-    pub(crate) fn product_f16(self, args: Product<'_, f32, f16>, ahead: &mut Ahead<'_>) {
-        on_engine!(self, simd => simd.product::<F16s>(args, ahead));
+    pub(crate) fn product_f16(self, args: Product<'_, f32, f16>) {
+        on_engine!(self, simd => simd.product::<F16s>(args));
     }
 
     /// The product with bf16, the left side in single precision.
-    pub(crate) fn product_bf16(self, args: Product<'_, f32, bf16>, ahead: &mut Ahead<'_>) {
-        on_engine!(self, simd => simd.product::<Bf16Pairs>(args, ahead));
+    pub(crate) fn product_bf16(self, args: Product<'_, f32, bf16>) {
+        on_engine!(self, simd => simd.product::<Bf16Pairs>(args));
     }
 
     /// The product with bf16, both sides narrow.
     ///
     /// # Panics
     /// Where the kernel does not [narrow](Self::narrows).
-    pub(crate) fn product_narrow(self, args: Product<'_, bf16, bf16>, ahead: &mut Ahead<'_>) {
+    pub(crate) fn product_narrow(self, args: Product<'_, bf16, bf16>) {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(token) => token.product(args, ahead),
+            Self::Avx512Bf16(token) => token.product(args),
             _ => {
-                let _ = (args, ahead);
+                let _ = args;
                 unreachable!("callers ask `narrows` first")
             }
         }

@@ -69,8 +69,8 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn sum(self, x: float32x4_t) -> f32 {
-        op!(vaddvq_f32(x))
+    fn any_greater(self, a: float32x4_t, b: float32x4_t) -> bool {
+        op!(vmaxvq_u32(vcgtq_f32(a, b))) != 0
     }
 
     #[inline(always)]

@@ -2,6 +2,7 @@
 //! maps to whatever vectors the target has.
 
 use half::{bf16, f16};
+use leank_core::widen_f16;
 
 use super::simd::Simd;
 
@@ -60,8 +61,8 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn sum(self, x: Lanes) -> f32 {
-        ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]))
+    fn any_greater(self, a: Lanes, b: Lanes) -> bool {
+        (0..LANES).fold(false, |any, lane| any | (a[lane] > b[lane]))
     }
 
     #[inline(always)]
@@ -98,32 +99,4 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn prefetch(self, _address: *const u8) {}
-}
-
-/// Moves exponent and mantissa into place and corrects the exponent's bias by a multiplication,
-/// which is exact for subnormals too; infinities and NaN, whose exponent would come out finite,
-/// get theirs by a comparison. Unlike `f16::to_f32` it vectorises on any target.
-#[inline(always)]
-pub(crate) fn widen_f16(x: f16) -> f32 {
-    const BIAS: f32 = f32::from_bits((127 + 112) << 23); // 2^(127 - 15)
-    let bits = u32::from(x.to_bits());
-    let magnitude = (bits & 0x7fff) << 13;
-    let scaled = (f32::from_bits(magnitude) * BIAS).to_bits();
-    let special = if magnitude >= 0x7c00 << 13 { 0xff << 23 } else { 0 };
-    f32::from_bits(scaled | special | (bits & 0x8000) << 16)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn widening_is_exact_for_every_half() {
-        for bits in 0..=u16::MAX {
-            let x = f16::from_bits(bits);
-            let (got, want) = (widen_f16(x), x.to_f32());
-            let same = got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan());
-            assert!(same, "f16 {bits:#x}: {got}, not {want}");
-        }
-    }
 }

@@ -7,8 +7,9 @@
 //! the group.
 
 use half::{bf16, f16};
+use leank_core::widen_f16;
 
-use super::{Ahead, portable::widen_f16, simd::Simd};
+use super::simd::Simd;
 use crate::panels::{PANEL, Panels};
 
 /// Most rows that one pass over a panel takes.
@@ -189,16 +190,12 @@ struct Pass<L, T> {
     accumulate: bool,
 }
 
-/// The product; `ahead` moves by as many bytes as the right side has.
+/// The product.
 ///
 /// # Panics
 /// When a slice is shorter than its shape says.
 #[inline(always)]
-pub(crate) fn product<S: Simd, L: Lanes<S>>(
-    simd: S,
-    args: Product<'_, L::Left, L::Stored>,
-    ahead: &mut Ahead<'_>,
-) {
+pub(crate) fn product<S: Simd, L: Lanes<S>>(simd: S, args: Product<'_, L::Left, L::Stored>) {
     let Product { left, left_stride, rows, depth, right, lanes, out, out_stride, accumulate } =
         args;
     let steps = depth.div_ceil(L::STEP);
@@ -226,12 +223,9 @@ pub(crate) fn product<S: Simd, L: Lanes<S>>(
                     out_stride,
                     accumulate,
                 };
-                // Only the first rows' pass brings memory in; later ones find it cached.
-                let fresh = row == 0;
                 // SAFETY: the assertions above and the loop's conditions keep every row, step and
                 // vector inside the slices.
-                lane += S::LANES
-                    * unsafe { pass_rows::<S, L>(simd, pass, some, vectors, fresh, ahead) };
+                lane += S::LANES * unsafe { pass_rows::<S, L>(simd, pass, some, vectors) };
             }
             // What is left of a width that is no multiple of a vector.
             for lane in lane..width.min(lanes - first) {
@@ -261,14 +255,12 @@ unsafe fn pass_rows<S: Simd, L: Lanes<S>>(
     args: Pass<L::Left, L::Stored>,
     rows: usize,
     vectors: usize,
-    fresh: bool,
-    ahead: &mut Ahead<'_>,
 ) -> usize {
     macro_rules! with_rows {
         ($($rows:literal)*) => {
             match rows {
                 // SAFETY: the caller's promise.
-                $($rows => unsafe { pass_vectors::<S, L, $rows>(simd, args, vectors, fresh, ahead) },)*
+                $($rows => unsafe { pass_vectors::<S, L, $rows>(simd, args, vectors) },)*
                 _ => unreachable!("at most {MAX_ROWS} rows in a pass"),
             }
         };
@@ -283,21 +275,19 @@ unsafe fn pass_vectors<S: Simd, L: Lanes<S>, const R: usize>(
     simd: S,
     args: Pass<L::Left, L::Stored>,
     vectors: usize,
-    fresh: bool,
-    ahead: &mut Ahead<'_>,
 ) -> usize {
     let fits = |vectors: usize| (R + L::VECTORS - 1) * vectors <= S::ACCUMULATORS;
     if vectors >= 4 && fits(4) {
         // SAFETY: the caller's promise.
-        unsafe { pass::<S, L, R, 4>(simd, args, fresh, ahead) };
+        unsafe { pass::<S, L, R, 4>(simd, args) };
         4
     } else if vectors >= 2 && fits(2) {
         // SAFETY: the caller's promise.
-        unsafe { pass::<S, L, R, 2>(simd, args, fresh, ahead) };
+        unsafe { pass::<S, L, R, 2>(simd, args) };
         2
     } else {
         // SAFETY: the caller's promise.
-        unsafe { pass::<S, L, R, 1>(simd, args, fresh, ahead) };
+        unsafe { pass::<S, L, R, 1>(simd, args) };
         1
     }
 }
@@ -312,19 +302,13 @@ unsafe fn pass_vectors<S: Simd, L: Lanes<S>, const R: usize>(
 unsafe fn pass<S: Simd, L: Lanes<S>, const R: usize, const V: usize>(
     simd: S,
     args: Pass<L::Left, L::Stored>,
-    fresh: bool,
-    ahead: &mut Ahead<'_>,
 ) {
-    let bytes = if fresh { V * S::LANES * L::STEP * size_of::<L::Stored>() } else { 0 };
     let mut sums = [[simd.splat(0.0); V]; R];
     for step in 0..args.steps {
         // SAFETY: the caller's promise, for this step and each vector.
         let wide: [L::Wide; V] = std::array::from_fn(|v| unsafe {
             L::load(simd, args.right.add(step * args.right_stride + v * S::LANES * L::STEP))
         });
-        if fresh {
-            ahead.advance(simd, bytes);
-        }
         for r in 0..R {
             // SAFETY: the caller's promise, for this row and step.
             let factor =

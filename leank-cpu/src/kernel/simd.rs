@@ -35,12 +35,12 @@ pub(crate) trait Simd: Copy {
     /// The nearest integer, NaN of NaN.
     fn round(self, x: Self::F32) -> Self::F32;
 
-    /// `x · 2^n` for integers `ZERO_EXPONENT ≤ n ≤ 0` and `x` in 0.5..2, 0 at `ZERO_EXPONENT`; NaN
+    /// `x · 2^n` for integers `ZERO_EXPONENT ≤ n ≤ 8` and `x` in 0.5..2, 0 at `ZERO_EXPONENT`; NaN
     /// where `x` is NaN.
     fn times_power_of_two(self, x: Self::F32, n: Self::F32) -> Self::F32;
 
-    /// Sum of all lanes.
-    fn sum(self, x: Self::F32) -> f32;
+    /// Whether any lane of `a` is greater than that of `b`; NaN is not.
+    fn any_greater(self, a: Self::F32, b: Self::F32) -> bool;
 
     /// Largest lane; with NaN among them, any.
     fn largest(self, x: Self::F32) -> f32;
