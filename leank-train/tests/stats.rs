@@ -10,14 +10,14 @@ use leank_train::{
 use proptest::prelude::*;
 
 /// `C`, `b` and `A` of one head, by the definitions, one query at a time.
-/// Also the size of what `s` is a difference of, which bounds its error in f32.
+/// Also the sizes that bound the errors in f32.
 fn naive(
     dump: &Dump,
     layer: Layer,
     head: KvHead,
     windows: Windows,
     mask: &HeadMask,
-) -> (Stats, f64) {
+) -> (Stats, Sizes) {
     let manifest = dump.manifest();
     let (d, n) = (manifest.shape.head_dim, manifest.positions);
     let group = manifest.shape.group();
@@ -29,7 +29,7 @@ fn naive(
         HeadMask::Scaled(weights) => weights.iter().map(|&w| f64::from(w)).collect(),
     };
     let (mut loss, mut b, mut a) = (0.0, vec![0.0; d], vec![0.0; d * d]);
-    let (mut count, mut size) = (0.0, 0f64);
+    let (mut count, mut sizes) = (0.0, Sizes { output: 0.0, product: 1.0 });
     let reader = dump.layer(layer).unwrap();
     let mut data = HeadData::default();
     for (sequence, info) in manifest.sequences.iter().enumerate() {
@@ -50,7 +50,12 @@ fn naive(
                     };
                     let (full, _) = attend(None);
                     let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
-                    size = size.max(norm(&g) * norm(&vec![1.0; d]));
+                    sizes.output = sizes.output.max(norm(&g) * norm(&vec![1.0; d]));
+                    for k in data.k[..seen * d].chunks_exact(d) {
+                        let products = q.iter().zip(k).map(|(q, &k)| (q * f64::from(k)).abs());
+                        let largest = products.fold(0.0, f64::max) / (d as f64).sqrt();
+                        sizes.product = sizes.product.max(largest);
+                    }
                     let dead = matches!(mask, HeadMask::Dead);
                     let (output, own) = attend(Some(if dead { &[] } else { &weights }));
                     s += output - full;
@@ -78,7 +83,14 @@ fn naive(
         }
     }
     let mean = |values: Vec<f64>| values.into_iter().map(|v| v / count).collect();
-    (Stats { loss: loss / count, b: mean(b), a: mean(a) }, size)
+    (Stats { loss: loss / count, b: mean(b), a: mean(a) }, sizes)
+}
+
+struct Sizes {
+    /// What `s` is a difference of.
+    output: f64,
+    /// Largest term of a logit, at least 1.
+    product: f64,
 }
 
 struct Query<'a> {
@@ -141,12 +153,12 @@ fn check(dump: &Dump, windows: Windows, mask: &HeadMask) {
     for layer in manifest.shape.layer_indices() {
         let reader = dump.layer(layer).unwrap();
         for head in manifest.shape.kv_head_indices() {
-            let (expected, size) = naive(dump, layer, head, windows, mask);
+            let (expected, sizes) = naive(dump, layer, head, windows, mask);
             // s is a difference of f32 outputs: it has an absolute error.
-            let s_error = 1e-6 * size;
+            let s_error = 1e-6 * sizes.output;
             let loss_error = s_error * (2.0 * expected.loss.sqrt() + s_error);
-            // z weighs differences of such outputs by q·k, which exceeds 1 here.
-            let z_error = 2.0 * s_error;
+            // z weighs differences of such outputs by the terms of the logits.
+            let z_error = sizes.product * s_error;
             let z_max = (0..d).map(|c| expected.a[c * d + c]).fold(0.0, f64::max).sqrt();
             let mut evaluator = HeadEvaluator::new(&reader, head, windows);
             let last = Some((mask, Want::Quadratic));
