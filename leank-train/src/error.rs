@@ -40,6 +40,35 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
+    /// A file of the dump is larger than the system lets this process write.
+    #[error(
+        "{}: the file is too large for its file system or for the limit of this process; a layer \
+         of the dump takes {needed} bytes: raise the limit (ulimit -f), choose a directory on \
+         another file system, or dump fewer sequences or f16 instead of f32",
+        path.display()
+    )]
+    FileTooLarge {
+        /// The file being written.
+        path: PathBuf,
+        /// Bytes of the activations of one layer.
+        needed: u64,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Replacing a dump failed half-way, and the old one could not be put back.
+    #[error(
+        "{}: the finished dump could not be moved there, and neither could the old one that was \
+         moved aside: move {} back to keep it",
+        target.display(), aside.display()
+    )]
+    Aside {
+        /// Where the dump should be.
+        target: PathBuf,
+        /// Where the old dump is.
+        aside: PathBuf,
+        /// The system's reason for not letting it back.
+        source: io::Error,
+    },
     /// The place where a dump should go is taken.
     #[error("{}: {why}", path.display())]
     Occupied {

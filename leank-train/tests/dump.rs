@@ -268,11 +268,57 @@ fn a_layer_of_another_dump_is_refused() {
     let own = fs::read(temp.path.join(&zero)).unwrap();
     fs::copy(other.path.join(&zero), temp.path.join(&zero)).unwrap();
     let error = Dump::open(&temp.path).unwrap_err();
-    assert!(matches!(error, Error::OtherDump { what: "the id of the dump", .. }), "{error}");
+    assert!(matches!(error, Error::OtherDump { what: "the id of the manifest", .. }), "{error}");
     fs::write(temp.path.join(&zero), &own).unwrap();
     fs::write(temp.path.join(&one), &own).unwrap();
     let error = Dump::open(&temp.path).unwrap_err();
     assert!(matches!(error, Error::OtherDump { what: "the layer", .. }), "{error}");
+}
+
+/// Without the optional digest, as another program may write a layer file.
+fn strip_digest(file: &Path) {
+    let bytes = fs::read(file).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let metadata = header["__metadata__"].as_object_mut().unwrap();
+    let digest = metadata.remove("leank.data").unwrap();
+    assert_eq!(digest.as_str().unwrap().len(), 64);
+    assert_ne!(digest.as_str().unwrap(), "0".repeat(64));
+    let mut json = header.to_string().into_bytes();
+    json.resize(length, b' ');
+    fs::write(file, [&bytes[..8], &json, &bytes[8 + length..]].concat()).unwrap();
+}
+
+/// Text of the same name may have changed: then all that the manifest says is the same.
+#[test]
+fn the_id_covers_the_activations() {
+    let synthetic = tiny(Dtype::F16);
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, seed| {
+        let other = Synthetic { seed, ..tiny(Dtype::F16) };
+        other.write_as(&dir.path().join(name), synthetic.manifest()).unwrap()
+    };
+    let (a, b, changed) = (write("a", 7), write("b", 7), write("changed", 8));
+    let manifest = |dump: &Dump| fs::read(dump.dir().join("manifest.json")).unwrap();
+    assert_eq!(manifest(&a), manifest(&changed));
+    assert_eq!(a.id(), b.id());
+    assert_ne!(a.id(), changed.id());
+
+    // A layer that is replaced by one of another dump with the same manifest.
+    let layer = layer_file_name(Layer(1));
+    fs::copy(changed.dir().join(&layer), b.dir().join(&layer)).unwrap();
+    let error = b.layer(Layer(1)).unwrap_err();
+    assert!(matches!(error, Error::OtherDump { what: "the digest of the data", .. }), "{error}");
+    let mixed = Dump::open(b.dir()).unwrap();
+    assert!(mixed.id() != a.id() && mixed.id() != changed.id());
+
+    // Digests are optional: dumps of older writers keep their ids.
+    for dump in [&a, &changed] {
+        (0..2).for_each(|layer| strip_digest(&dump.dir().join(layer_file_name(Layer(layer)))));
+    }
+    let bare = Dump::open(a.dir()).unwrap();
+    assert_eq!(bare.id(), leank_core::files::sha256_hex(&manifest(&a)));
+    assert_eq!(bare.id(), Dump::open(changed.dir()).unwrap().id());
 }
 
 #[test]
@@ -348,4 +394,24 @@ fn probes_have_names() {
     }
     let message = "Fisher".parse::<Probe>().unwrap_err().to_string();
     assert!(message.contains("fisher and random"), "{message}");
+}
+
+#[test]
+fn what_a_killed_dump_left_is_removed_by_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("dump");
+    let synthetic = tiny(Dtype::F16);
+    // Leaked: as if its process had been killed, but for the lock.
+    let killed = DumpWriter::create(&path, synthetic.manifest()).unwrap();
+    let left = siblings(&path);
+    let running = DumpWriter::create(&path, synthetic.manifest()).unwrap();
+    assert_eq!(siblings(&path).len(), 2, "both are being written");
+    drop(killed);
+    fs::create_dir(dir.path().join(&left[0])).unwrap();
+    fs::write(dir.path().join(&left[0]).join("manifest.json"), "{}").unwrap();
+    drop(DumpWriter::create(&path, synthetic.manifest()).unwrap());
+    let names = siblings(&path);
+    assert!(names.len() == 1 && names != left, "{names:?}");
+    drop(running);
+    assert!(siblings(&path).is_empty());
 }

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use leank_core::{Dtype, Layer};
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 
 use super::manifest::Manifest;
 use crate::{Error, Result};
@@ -14,6 +13,10 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 /// Keys of the safetensors metadata of a layer file.
 pub(super) const META_LAYER: &str = "leank.layer";
 pub(super) const META_DUMP: &str = "leank.dump";
+/// Optional: a digest of the layer's data, in whatever way the writer takes it.
+pub(super) const META_DATA: &str = "leank.data";
+/// Characters of the digests that [`super::DumpWriter`] takes.
+pub(super) const DIGEST_LEN: usize = 64;
 /// Length of the number in front of a safetensors header.
 pub(super) const LENGTH_BYTES: u64 = 8;
 
@@ -97,11 +100,19 @@ impl Layout {
     }
 
     /// The safetensors header of a layer, its length in front, padded to a multiple of 8.
-    pub(super) fn header(&self, manifest: &Manifest, layer: Layer, dump_id: &str) -> Vec<u8> {
+    /// `manifest_id` and the digest of the layer's data go into its metadata.
+    pub(super) fn header(
+        &self,
+        manifest: &Manifest,
+        layer: Layer,
+        manifest_id: &str,
+        digest: &str,
+    ) -> Vec<u8> {
         let mut entries = Map::new();
+        let layer = layer.0.to_string();
         entries.insert(
             "__metadata__".into(),
-            json!({ META_LAYER: layer.0.to_string(), META_DUMP: dump_id }),
+            json!({ META_LAYER: layer, META_DUMP: manifest_id, META_DATA: digest }),
         );
         for sequence in 0..manifest.sequences.len() {
             for tensor in Tensor::ALL {
@@ -153,11 +164,6 @@ pub(super) fn safetensors_dtype(dtype: Dtype) -> safetensors::Dtype {
         Dtype::F16 => safetensors::Dtype::F16,
         Dtype::Bf16 => safetensors::Dtype::BF16,
     }
-}
-
-/// Identity of a dump: the SHA-256 of its manifest file, in hexadecimal.
-pub(super) fn dump_id(manifest_json: &[u8]) -> String {
-    Sha256::digest(manifest_json).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Path of a layer's file.

@@ -15,13 +15,16 @@
 //! position `n` stands at token `T_i + n` and sees tokens `0..=T_i + n`.
 //!
 //! [`DumpWriter`] writes beside the target and renames when all is on the disk, so a directory
-//! that [`Dump::open`] accepts is whole. Reading maps one head of one tensor of one sequence at a
+//! that [`Dump::open`] accepts is whole. What a killed process left there, the next writer of the
+//! same name removes. The id of a dump ([`Dump::id`]) covers the activations: the writer puts a
+//! digest of each layer's data into the layer file's header. Reading maps one head of one tensor of one sequence at a
 //! time, so that memory stays bounded whatever the dump's size.
 
 mod convert;
 mod layout;
 mod manifest;
 mod mmap;
+mod place;
 mod reader;
 mod writer;
 

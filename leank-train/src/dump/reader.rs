@@ -6,18 +6,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use leank_core::{KvHead, Layer};
+use leank_core::{KvHead, Layer, files::sha256_hex};
 use safetensors::tensor::Metadata;
 
 use super::{
     convert,
     layout::{
-        LENGTH_BYTES, Layout, MANIFEST_FILE, META_DUMP, META_LAYER, Tensor, dump_id, layer_path,
+        LENGTH_BYTES, Layout, MANIFEST_FILE, META_DATA, META_DUMP, META_LAYER, Tensor, layer_path,
         max_header, safetensors_dtype,
     },
     manifest::Manifest,
     mmap,
-    writer::Place,
+    writer::TensorAt,
 };
 use crate::{Error, Result};
 
@@ -29,7 +29,11 @@ const MAX_MANIFEST: u64 = 1 << 28;
 pub struct Dump {
     dir: PathBuf,
     id: String,
+    /// SHA-256 of the manifest's file: what layer files are marked with.
+    manifest_id: String,
     manifest: Manifest,
+    /// Digest of each layer's data at [`Dump::open`], where its file has one.
+    digests: Vec<Option<String>>,
 }
 
 impl Dump {
@@ -50,9 +54,17 @@ impl Dump {
             return Err(Error::Manifest { path, why });
         }
         let manifest = Manifest::from_json(&json, &path)?;
-        let dump = Self { dir: dir.to_owned(), id: dump_id(&json), manifest };
+        let (manifest_id, digests) = (sha256_hex(&json), Vec::new());
+        let mut dump =
+            Self { dir: dir.to_owned(), id: manifest_id.clone(), manifest_id, manifest, digests };
         for layer in dump.manifest.shape.layer_indices() {
-            dump.layer(layer)?;
+            let digest = dump.layer(layer)?.digest;
+            dump.digests.push(digest);
+        }
+        if dump.digests.iter().any(Option::is_some) {
+            let digests = dump.digests.iter().map(|own| own.as_deref().unwrap_or_default());
+            let all: Vec<&str> = std::iter::once(&dump.manifest_id[..]).chain(digests).collect();
+            dump.id = sha256_hex(all.join("\n").as_bytes());
         }
         Ok(dump)
     }
@@ -69,7 +81,9 @@ impl Dump {
         &self.dir
     }
 
-    /// Identity of the dump: the SHA-256 of its manifest, in hexadecimal.
+    /// Identity of the dump, 64 hexadecimal digits: a SHA-256 of its manifest and of the digests of
+    /// its layers' data, as their writer took them; no activation is read for it. In a dump without
+    /// digests (they are optional) only the manifest counts.
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
@@ -78,7 +92,8 @@ impl Dump {
     /// Opens one layer, its file validated anew.
     ///
     /// # Errors
-    /// As [`Dump::open`]; [`Error::OutOfRange`].
+    /// As [`Dump::open`]; [`Error::OtherDump`] also when the file was replaced since;
+    /// [`Error::OutOfRange`].
     pub fn layer(&self, layer: Layer) -> Result<LayerDump<'_>> {
         let count = self.manifest.shape.layers;
         if layer.0 >= count {
@@ -87,8 +102,8 @@ impl Dump {
         let path = layer_path(&self.dir, layer);
         let file = File::open(&path).map_err(Error::io(&path, "opening"))?;
         let header = Header { dump: self, layer, path: &path };
-        let (layout, data_start) = header.read(&file)?;
-        Ok(LayerDump { dump: self, layer, path, file, layout, data_start })
+        let (layout, data_start, digest) = header.read(&file)?;
+        Ok(LayerDump { dump: self, layer, path, file, layout, data_start, digest })
     }
 }
 
@@ -104,8 +119,8 @@ impl Header<'_> {
         Err(Error::LayerFile { path: self.path.to_owned(), why })
     }
 
-    /// Offsets of the tensors, and where their data begins.
-    fn read(&self, mut file: &File) -> Result<(Layout, u64)> {
+    /// Offsets of the tensors, where their data begins, and the digest of it.
+    fn read(&self, mut file: &File) -> Result<(Layout, u64, Option<String>)> {
         let manifest = &self.dump.manifest;
         let expected = Layout::new(manifest, self.path)?;
         let size = file.metadata().map_err(Error::io(self.path, "asking for the size"))?.len();
@@ -130,31 +145,38 @@ impl Header<'_> {
             Ok(metadata) => metadata,
             Err(error) => return self.fail(format!("its header is not valid: {error}")),
         };
-        self.check_identity(&metadata)?;
+        let digest = self.check_identity(&metadata)?;
         let starts = self.check_tensors(&metadata)?;
-        Ok((Layout::with_starts(starts, expected.data_len), data_start))
+        Ok((Layout::with_starts(starts, expected.data_len), data_start, digest))
     }
 
-    fn check_identity(&self, metadata: &Metadata) -> Result<()> {
+    /// Checks that the file belongs here; the digest of its data, where it has one.
+    fn check_identity(&self, metadata: &Metadata) -> Result<Option<String>> {
         let layer = self.layer.to_string();
         let own = metadata.metadata().as_ref();
-        for (key, what, expected) in
-            [(META_DUMP, "the id of the dump", &self.dump.id), (META_LAYER, "the layer", &layer)]
-        {
-            match own.and_then(|own| own.get(key)) {
+        let get = |key: &str| own.and_then(|own| own.get(key)).map(String::as_str);
+        let other = |what, expected: &str, found: &str| {
+            let (expected, found) = (expected.to_owned(), found.to_owned());
+            Err(Error::OtherDump { path: self.path.to_owned(), what, expected, found })
+        };
+        for (key, what, expected) in [
+            (META_DUMP, "the id of the manifest", &self.dump.manifest_id),
+            (META_LAYER, "the layer", &layer),
+        ] {
+            match get(key) {
                 Some(found) if found == expected => {}
-                Some(found) => {
-                    return Err(Error::OtherDump {
-                        path: self.path.to_owned(),
-                        what,
-                        expected: expected.clone(),
-                        found: found.clone(),
-                    });
-                }
+                Some(found) => return other(what, expected, found),
                 None => return self.fail(format!("its metadata lacks {key}")),
             }
         }
-        Ok(())
+        let digest = get(META_DATA);
+        match self.dump.digests.get(self.layer.0).map(Option::as_deref) {
+            Some(opened) if opened != digest => {
+                let name = |digest: Option<&str>| digest.unwrap_or("missing").to_owned();
+                other("the digest of the data", &name(opened), &name(digest))
+            }
+            _ => Ok(digest.map(str::to_owned)),
+        }
     }
 
     /// Starts of all tensors. Their sizes are checked against the shapes and against each other
@@ -200,6 +222,7 @@ pub struct LayerDump<'a> {
     file: File,
     layout: Layout,
     data_start: u64,
+    digest: Option<String>,
 }
 
 /// What one KV head and its group of query heads hold in one sequence, as f32.
@@ -253,7 +276,7 @@ impl<'a> LayerDump<'a> {
         data.k.resize(key_row, 0.0);
         data.v.resize(key_row, 0.0);
         data.g.resize(manifest.draws * group * query_row, 0.0);
-        let place = |tensor| Place { layer: self.layer, sequence, tensor };
+        let place = |tensor| TensorAt { layer: self.layer, sequence, tensor };
         self.range(place(Tensor::Q), head.0 * group * query_row, &mut data.q)?;
         self.range(place(Tensor::K), head.0 * key_row, &mut data.k)?;
         self.range(place(Tensor::V), head.0 * key_row, &mut data.v)?;
@@ -265,7 +288,7 @@ impl<'a> LayerDump<'a> {
     }
 
     /// Reads `out.len()` elements of a tensor from `first` on.
-    fn range(&self, place: Place, first: usize, out: &mut [f32]) -> Result<()> {
+    fn range(&self, place: TensorAt, first: usize, out: &mut [f32]) -> Result<()> {
         let dtype = self.dump.manifest.dtype;
         let size = dtype.bytes();
         let offset = self.data_start

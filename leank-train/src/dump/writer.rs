@@ -1,19 +1,22 @@
 //! Writing a dump: streamed into a temporary sibling directory, renamed when whole.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     io::{self, Seek, SeekFrom, Write},
     ops::Range,
     path::{Path, PathBuf},
 };
 
-use leank_core::Layer;
-use tempfile::TempDir;
+use leank_core::{
+    Layer,
+    files::{mark_in_use, sha256_hex},
+};
 
 use super::{
     convert,
-    layout::{LENGTH_BYTES, Layout, MANIFEST_FILE, Tensor, dump_id, layer_path, tensor_bytes},
+    layout::{DIGEST_LEN, LENGTH_BYTES, Layout, MANIFEST_FILE, Tensor, layer_path, tensor_bytes},
     manifest::Manifest,
+    place::{self, Place},
 };
 use crate::{Error, Result, error::ElementPosition};
 
@@ -65,10 +68,11 @@ pub struct SequenceTensors<'a> {
 /// ```
 #[derive(Debug)]
 pub struct DumpWriter {
-    target: PathBuf,
-    existing: Existing,
-    directory: TempDir,
+    place: Place,
     manifest: Manifest,
+    /// SHA-256 of the manifest's file.
+    manifest_id: String,
+    layout: Layout,
     layers: Vec<LayerFile>,
     /// Bytes of the whole dump.
     needed: u64,
@@ -80,7 +84,8 @@ struct LayerFile {
     path: PathBuf,
     /// Byte ranges of the file, by sequence and tensor.
     data: Vec<Range<u64>>,
-    written: Vec<bool>,
+    /// Digest of each sequence that was written.
+    digests: Vec<Option<String>>,
 }
 
 impl DumpWriter {
@@ -88,7 +93,7 @@ impl DumpWriter {
     ///
     /// # Errors
     /// [`Error::Occupied`] when something is there; [`Error::Manifest`] when the manifest is not
-    /// valid; [`Error::Io`] and [`Error::DiskFull`].
+    /// valid; [`Error::Io`], [`Error::DiskFull`] and [`Error::FileTooLarge`].
     pub fn create(dir: &Path, manifest: Manifest) -> Result<Self> {
         Self::create_with(dir, manifest, Existing::Refuse)
     }
@@ -98,44 +103,38 @@ impl DumpWriter {
     /// # Errors
     /// As [`DumpWriter::create`].
     pub fn create_with(dir: &Path, manifest: Manifest, existing: Existing) -> Result<Self> {
-        Self::check_target(dir, existing)?;
         manifest.validate(&dir.join(MANIFEST_FILE))?;
         let json = manifest.to_json(dir)?;
         let layout = Layout::new(&manifest, dir)?;
-        let id = dump_id(&json);
-
-        let parent = match dir.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        fs::create_dir_all(parent).map_err(Error::io(parent, "creating the directory"))?;
-        let directory = temporary_beside(parent, &target_name(dir)?)
-            .map_err(Error::io(parent, "creating a temporary directory"))?;
-
-        let headers: Vec<_> = manifest
-            .shape
-            .layer_indices()
-            .map(|layer| layout.header(&manifest, layer, &id))
-            .collect();
-        let needed = headers.iter().fold(json.len() as u64, |n, header| {
-            n.saturating_add(header.len() as u64).saturating_add(layout.data_len)
-        });
+        let manifest_id = sha256_hex(&json);
+        let place = Place::create(dir, existing)?;
         let mut writer = Self {
-            target: dir.to_owned(),
-            existing,
-            directory,
+            place,
             manifest,
+            manifest_id,
+            layout,
             layers: Vec::new(),
-            needed,
+            needed: json.len() as u64,
             buffer: Vec::new(),
         };
-        writer.write_file(&writer.directory.path().join(MANIFEST_FILE), &json)?;
+        let headers: Vec<_> = writer
+            .manifest
+            .shape
+            .layer_indices()
+            .map(|layer| writer.header(layer, &"0".repeat(DIGEST_LEN)))
+            .collect();
+        for header in &headers {
+            let file = (header.len() as u64).saturating_add(writer.layout.data_len);
+            writer.needed = writer.needed.saturating_add(file);
+        }
+        let held = writer.write_file(&writer.place.path().join(MANIFEST_FILE), &json)?;
+        writer.place.hold(held);
         for (layer, header) in writer.manifest.shape.layer_indices().zip(&headers) {
-            let path = layer_path(writer.directory.path(), layer);
+            let path = layer_path(writer.place.path(), layer);
             writer.write_file(&path, header)?;
-            let data = writer.data_ranges(&layout, header.len() as u64);
-            let written = vec![false; writer.manifest.sequences.len()];
-            writer.layers.push(LayerFile { path, data, written });
+            let data = writer.data_ranges(header.len() as u64);
+            let digests = vec![None; writer.manifest.sequences.len()];
+            writer.layers.push(LayerFile { path, data, digests });
         }
         Ok(writer)
     }
@@ -146,29 +145,7 @@ impl DumpWriter {
     /// # Errors
     /// [`Error::Occupied`]; [`Error::Io`] when it cannot be looked into.
     pub fn check_target(dir: &Path, existing: Existing) -> Result<()> {
-        target_name(dir)?;
-        let mut entries = match fs::read_dir(dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
-                return Err(occupied(dir, "is a file; a dump is a directory: choose another name"));
-            }
-            Err(error) => return Err(Error::io(dir, "looking into the directory")(error)),
-        };
-        if entries.next().is_none() {
-            return Ok(());
-        }
-        let is_dump = dir.join(MANIFEST_FILE).is_file();
-        match (is_dump, existing) {
-            (true, Existing::Replace) => Ok(()),
-            (true, Existing::Refuse) => Err(occupied(
-                dir,
-                "holds a dump already; choose another directory, or replace it (--overwrite)",
-            )),
-            (false, _) => {
-                Err(occupied(dir, "is not empty and holds no dump; choose another directory"))
-            }
-        }
+        place::check_target(dir, existing)
     }
 
     /// Bytes of the whole dump, known before anything is written.
@@ -188,7 +165,7 @@ impl DumpWriter {
     /// # Errors
     /// [`Error::OutOfRange`], [`Error::Length`], [`Error::WriteOrder`] when it is there already,
     /// [`Error::NonFinite`] for NaN, infinity or a value that overflows the dtype, [`Error::Io`],
-    /// [`Error::DiskFull`].
+    /// [`Error::DiskFull`], [`Error::FileTooLarge`].
     pub fn write(
         &mut self,
         layer: Layer,
@@ -200,7 +177,7 @@ impl DumpWriter {
         };
         in_range("layer", layer.0, self.layers.len())?;
         in_range("sequence", sequence, self.manifest.sequences.len())?;
-        if self.layers[layer.0].written[sequence] {
+        if self.layers[layer.0].digests[sequence].is_some() {
             return Err(Error::WriteOrder { layer, sequence, what: "was written twice" });
         }
         let values = |tensor| match tensor {
@@ -220,26 +197,34 @@ impl DumpWriter {
         let path = self.layers[layer.0].path.clone();
         let mut file =
             OpenOptions::new().write(true).open(&path).map_err(Error::io(&path, "opening"))?;
+        let mut digests = String::new();
         for tensor in Tensor::ALL {
-            let place = Place { layer, sequence, tensor };
-            self.write_tensor(&mut file, place, values(tensor))?;
+            let at = TensorAt { layer, sequence, tensor };
+            self.write_tensor(&mut file, at, values(tensor), &mut digests)?;
         }
-        self.layers[layer.0].written[sequence] = true;
+        self.layers[layer.0].digests[sequence] = Some(sha256_hex(digests.as_bytes()));
         Ok(())
     }
 
-    fn write_tensor(&mut self, file: &mut File, place: Place, values: &[f32]) -> Result<()> {
-        let LayerFile { path, data, .. } = &self.layers[place.layer.0];
-        let start = data[place.sequence * 4 + place.tensor as usize].start;
+    /// Writes one tensor, and the digest of each of its chunks to `digests`.
+    fn write_tensor(
+        &mut self,
+        file: &mut File,
+        at: TensorAt,
+        values: &[f32],
+        digests: &mut String,
+    ) -> Result<()> {
+        let LayerFile { path, data, .. } = &self.layers[at.layer.0];
+        let start = data[at.sequence * 4 + at.tensor as usize].start;
         let mut buffer = std::mem::take(&mut self.buffer);
         file.seek(SeekFrom::Start(start)).map_err(self.io(path, "seeking"))?;
         for (i, chunk) in values.chunks(CHUNK).enumerate() {
             buffer.clear();
-            convert::write(self.manifest.dtype, chunk, &mut buffer).map_err(|at| {
+            convert::write(self.manifest.dtype, chunk, &mut buffer).map_err(|bad| {
                 Error::NonFinite {
-                    at: Box::new(self.position(&place, i * CHUNK + at)),
-                    value: chunk[at],
-                    mend: if chunk[at].is_finite() {
+                    at: Box::new(at.position(&self.manifest, i * CHUNK + bad)),
+                    value: chunk[bad],
+                    mend: if chunk[bad].is_finite() {
                         "it overflows the dump's dtype; dump with --dtype bf16 or f32"
                     } else {
                         "the model itself produced it: check the weights and the forward pass"
@@ -247,6 +232,7 @@ impl DumpWriter {
                 }
             })?;
             file.write_all(&buffer).map_err(self.io(path, "writing"))?;
+            digests.push_str(&sha256_hex(&buffer));
         }
         self.buffer = buffer;
         Ok(())
@@ -256,50 +242,45 @@ impl DumpWriter {
     ///
     /// # Errors
     /// [`Error::WriteOrder`] when a part is missing, [`Error::Occupied`] when the target was taken
-    /// meanwhile, [`Error::Io`], [`Error::DiskFull`]. The temporary directory is removed.
+    /// meanwhile, [`Error::Io`], [`Error::DiskFull`]; then the temporary directory is removed, and
+    /// a dump that was to be replaced is still there. [`Error::Aside`] when it could not be put
+    /// back.
     pub fn finish(self) -> Result<()> {
-        for (layer, file) in self.layers.iter().enumerate() {
-            if let Some(sequence) = file.written.iter().position(|written| !written) {
+        for (layer, file) in self.manifest.shape.layer_indices().zip(&self.layers) {
+            if let Some(sequence) = file.digests.iter().position(Option::is_none) {
                 let what = "was not written: write every sequence of every layer before finish";
-                return Err(Error::WriteOrder { layer: Layer(layer), sequence, what });
+                return Err(Error::WriteOrder { layer, sequence, what });
             }
-            let sync = File::open(&file.path).and_then(|file| file.sync_all());
-            sync.map_err(self.io(&file.path, "flushing"))?;
+            let digests: String = file.digests.iter().flatten().map(String::as_str).collect();
+            // As long as the one that holds its place.
+            let header = self.header(layer, &sha256_hex(digests.as_bytes()));
+            let mut opened = OpenOptions::new()
+                .write(true)
+                .open(&file.path)
+                .map_err(self.io(&file.path, "opening"))?;
+            opened.write_all(&header).map_err(self.io(&file.path, "writing"))?;
+            opened.sync_all().map_err(self.io(&file.path, "flushing"))?;
         }
-        Self::check_target(&self.target, self.existing)?;
-        let rename = |from: &Path, to: &Path| {
-            fs::rename(from, to).map_err(Error::io(to, "moving the finished dump into place"))
-        };
-        if !self.target.exists() {
-            rename(self.directory.path(), &self.target)?;
-        } else if fs::remove_dir(&self.target).is_ok() {
-            // It was empty.
-            rename(self.directory.path(), &self.target)?;
-        } else {
-            // Aside, not away: the old dump goes only after the new one stands.
-            let mut old = self.directory.path().as_os_str().to_owned();
-            old.push("-replaced");
-            let old = PathBuf::from(old);
-            rename(&self.target, &old)?;
-            rename(self.directory.path(), &self.target)?;
-            fs::remove_dir_all(&old).map_err(Error::io(&old, "removing the replaced dump"))?;
-        }
-        // Moved: nothing is left for the guard to remove.
-        let _ = self.directory.keep();
-        sync_parent(&self.target)
+        self.place.move_in()
     }
 
-    /// Creates a file with `bytes` in it, flushed to the disk.
-    fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+    /// Creates a file with `bytes` in it, flushed to the disk, marked as in use while it is open.
+    fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<File> {
         let mut file = File::create_new(path).map_err(self.io(path, "creating"))?;
+        mark_in_use(&file);
         file.write_all(bytes).map_err(self.io(path, "writing"))?;
-        file.sync_all().map_err(self.io(path, "flushing"))
+        file.sync_all().map_err(self.io(path, "flushing"))?;
+        Ok(file)
     }
 
-    fn data_ranges(&self, layout: &Layout, header: u64) -> Vec<Range<u64>> {
+    fn header(&self, layer: Layer, digest: &str) -> Vec<u8> {
+        self.layout.header(&self.manifest, layer, &self.manifest_id, digest)
+    }
+
+    fn data_ranges(&self, header: u64) -> Vec<Range<u64>> {
         debug_assert!(header > LENGTH_BYTES);
         let range = |sequence, tensor| {
-            let start = header + layout.start(tensor, sequence);
+            let start = header + self.layout.start(tensor, sequence);
             let bytes = tensor_bytes(tensor, &self.manifest, sequence).unwrap_or_default();
             start..start + bytes
         };
@@ -308,29 +289,26 @@ impl DumpWriter {
     }
 
     fn io(&self, path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<> {
-        let (path, needed) = (path.to_owned(), self.needed);
+        let (path, needed, data) = (path.to_owned(), self.needed, self.layout.data_len);
         move |source| match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 Error::DiskFull { path, needed, source }
             }
+            io::ErrorKind::FileTooLarge => Error::FileTooLarge { path, needed: data, source },
             _ => Error::Io { path, action, source },
         }
-    }
-
-    fn position(&self, place: &Place, element: usize) -> ElementPosition {
-        place.position(&self.manifest, element)
     }
 }
 
 /// Which tensor of a dump.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
+pub(super) struct TensorAt {
     pub(super) layer: Layer,
     pub(super) sequence: usize,
     pub(super) tensor: Tensor,
 }
 
-impl Place {
+impl TensorAt {
     /// Names element `element` of the tensor.
     pub(super) fn position(&self, manifest: &Manifest, element: usize) -> ElementPosition {
         let shape = self.tensor.shape(manifest, self.sequence);
@@ -350,37 +328,4 @@ impl Place {
             channel: element % channels,
         }
     }
-}
-
-/// A directory that removes itself unless kept, open to others as a plain `mkdir` makes it.
-fn temporary_beside(parent: &Path, name: &str) -> io::Result<TempDir> {
-    let prefix = format!(".{name}.partial-");
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(&prefix);
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    builder.tempdir_in(parent)
-}
-
-fn occupied(path: &Path, why: &'static str) -> Error {
-    Error::Occupied { path: path.to_owned(), why }
-}
-
-/// The last part of a dump's path.
-fn target_name(dir: &Path) -> Result<String> {
-    let name = dir.file_name().ok_or_else(|| occupied(dir, "is not a name for a dump"))?;
-    Ok(name.to_string_lossy().into_owned())
-}
-
-/// Makes the rename itself durable, where the system can.
-fn sync_parent(target: &Path) -> Result<()> {
-    let parent = match target.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    if cfg!(unix) {
-        let sync = File::open(parent).and_then(|directory| directory.sync_all());
-        sync.map_err(Error::io(parent, "flushing the directory"))?;
-    }
-    Ok(())
 }

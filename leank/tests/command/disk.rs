@@ -20,7 +20,8 @@ fn a_file_that_may_not_grow() {
     let mut command = Command::new("sh");
     command.args(["-c", &script]).current_dir(world.path("."));
     std::fs::create_dir(world.path("full")).unwrap();
-    Outcome::new(command.output().unwrap()).assert_failed(&["full", "layer-", "too large"]);
+    let words = ["full", "layer-", "too large", "ulimit -f"];
+    Outcome::new(command.output().unwrap()).assert_failed(&words);
     std::fs::remove_dir(world.path("full")).expect("something was left");
     assert_eq!(world.files(), before);
 }

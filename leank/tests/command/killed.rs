@@ -1,4 +1,5 @@
-//! `learn` killed at any moment goes on where it was and ends with the same mask.
+//! `learn` killed at any moment goes on where it was and ends with the same mask; what a killed
+//! `dump` leaves, the next one removes.
 
 use std::{
     fs,
@@ -64,4 +65,28 @@ fn a_killed_learn_resumes_to_the_same_mask() {
         }
         fs::remove_dir_all(&records).unwrap();
     }
+}
+
+#[test]
+fn the_next_dump_removes_what_a_killed_one_left() {
+    let world = World::new();
+    let partial = || {
+        let entries = fs::read_dir(world.path(".")).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with(".dump.partial-")).count()
+    };
+    let mut child =
+        world.command(&DUMP.replace("--sequences 4", "--sequences 400")).spawn().unwrap();
+    let start = Instant::now();
+    while partial() == 0 && start.elapsed() < Duration::from_secs(60) {
+        sleep(Duration::from_millis(1));
+    }
+    // Another dump of the same name leaves a running one alone.
+    world.done(&format!("{DUMP} --overwrite"));
+    assert_eq!(partial(), 1);
+    child.kill().unwrap();
+    assert!(!child.wait().unwrap().success(), "it ended before it was killed");
+    assert_eq!(partial(), 1);
+    world.done(&format!("{DUMP} --overwrite"));
+    assert_eq!(partial(), 0);
 }
