@@ -61,6 +61,29 @@ impl fmt::Display for Dtype {
     }
 }
 
+/// `x` as f32, exactly; infinities and NaN stay so.
+///
+/// Without branches, so that loops over it become vector instructions on any target, which those
+/// over `f16::to_f32` do not; and without subnormal arithmetic, which is slow: small gradients are
+/// full of subnormals.
+#[inline(always)]
+#[must_use]
+pub fn widen_f16(x: half::f16) -> f32 {
+    let half = x.to_bits();
+    let sign = u32::from(half & 0x8000) << 16;
+    let shifted = u32::from(half & 0x7fff) << 13;
+    let exponent = shifted & 0x0f80_0000;
+    let normal = shifted + (112 << 23);
+    // Infinity and NaN: the exponent becomes 255.
+    let special = shifted + (224 << 23);
+    // Subnormal: the mantissa below 2^-14, by an exact subtraction of two normal numbers.
+    let base = 113 << 23;
+    let subnormal = (f32::from_bits(shifted + base) - f32::from_bits(base)).to_bits();
+    let bits = if exponent == 0 { subnormal } else { normal };
+    let bits = if exponent == 0x0f80_0000 { special } else { bits };
+    f32::from_bits(bits | sign)
+}
+
 /// How K or V of one head is stored in a lean block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -101,5 +124,22 @@ impl HeadFormat {
     #[must_use]
     pub fn plain(dtype: Dtype) -> Self {
         Self { k: LeanFormat::Plain(dtype), v: LeanFormat::Plain(dtype) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+
+    #[test]
+    fn every_half_widens_exactly() {
+        for bits in 0..=u16::MAX {
+            let x = f16::from_bits(bits);
+            let (found, expected) = (widen_f16(x), x.to_f32());
+            let same = found.to_bits() == expected.to_bits();
+            assert!(same || found.is_nan() && expected.is_nan(), "{bits:#x}: {found}");
+        }
     }
 }

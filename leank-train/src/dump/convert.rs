@@ -6,7 +6,7 @@
 use half::{bf16, f16};
 use pulp::{Arch, WithSimd};
 
-use leank_core::Dtype;
+use leank_core::{Dtype, widen_f16};
 
 /// Converts little-endian `bytes` into `out`; true when every value is finite.
 ///
@@ -31,7 +31,7 @@ impl WithSimd for Read<'_> {
         match self.dtype {
             Dtype::F32 => convert(self.bytes, self.out, |b: [u8; 4]| f32::from_le_bytes(b)),
             Dtype::F16 => {
-                convert(self.bytes, self.out, |b: [u8; 2]| f16_to_f32(u16::from_le_bytes(b)))
+                convert(self.bytes, self.out, |b: [u8; 2]| widen_f16(f16::from_le_bytes(b)))
             }
             Dtype::Bf16 => convert(self.bytes, self.out, |b: [u8; 2]| {
                 f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)
@@ -49,23 +49,6 @@ fn convert<const B: usize>(bytes: &[u8], out: &mut [f32], to: impl Fn([u8; B]) -
         largest = largest.max(out.to_bits() & 0x7fff_ffff);
     }
     largest < 0x7f80_0000
-}
-
-/// f16 to f32 without branches and without subnormal arithmetic.
-#[inline(always)]
-fn f16_to_f32(half: u16) -> f32 {
-    let sign = u32::from(half & 0x8000) << 16;
-    let shifted = u32::from(half & 0x7fff) << 13;
-    let exponent = shifted & 0x0f80_0000;
-    let normal = shifted + (112 << 23);
-    // Infinity and NaN: the exponent becomes 255.
-    let special = shifted + (224 << 23);
-    // Subnormal: the mantissa below 2^-14, by an exact subtraction of two normal numbers.
-    let base = 113 << 23;
-    let subnormal = (f32::from_bits(shifted + base) - f32::from_bits(base)).to_bits();
-    let bits = if exponent == 0 { subnormal } else { normal };
-    let bits = if exponent == 0x0f80_0000 { special } else { bits };
-    f32::from_bits(bits | sign)
 }
 
 /// Appends `values` to `out` as little-endian elements; the index of the first one that is not
