@@ -62,12 +62,24 @@ impl Elements<'_> {
     }
 }
 
-impl ElementsMut<'_> {
-    fn len(&self) -> usize {
+/// Elements that a [`View`] can be of.
+pub trait Borrowed {
+    /// The elements, read only.
+    fn elements(&self) -> Elements<'_>;
+}
+
+impl Borrowed for Elements<'_> {
+    fn elements(&self) -> Elements<'_> {
+        *self
+    }
+}
+
+impl Borrowed for ElementsMut<'_> {
+    fn elements(&self) -> Elements<'_> {
         match self {
-            Self::F32(data) => data.len(),
-            Self::F16(data) => data.len(),
-            Self::Bf16(data) => data.len(),
+            Self::F32(data) => Elements::F32(data),
+            Self::F16(data) => Elements::F16(data),
+            Self::Bf16(data) => Elements::Bf16(data),
         }
     }
 }
@@ -127,21 +139,26 @@ impl ViewShape {
     }
 }
 
-/// Activations in host memory, read only.
+/// Activations in host memory: borrowed elements with axes and strides.
 #[derive(Clone, Copy, Debug)]
-pub struct HostView<'a> {
-    data: Elements<'a>,
+pub struct View<D> {
+    data: D,
     shape: ViewShape,
 }
 
-impl<'a> HostView<'a> {
+/// Activations in host memory, read only.
+pub type HostView<'a> = View<Elements<'a>>;
+/// Activations in host memory, written.
+pub type HostViewMut<'a> = View<ElementsMut<'a>>;
+
+impl<D: Borrowed> View<D> {
     /// A view of `data` with this shape.
     ///
     /// # Errors
     /// [`Error::Mismatch`] when `data` is shorter than the shape spans.
-    pub fn new(data: impl Into<Elements<'a>>, shape: ViewShape) -> Result<Self> {
+    pub fn new(data: impl Into<D>, shape: ViewShape) -> Result<Self> {
         let data = data.into();
-        shape.check(data.len())?;
+        shape.check(data.elements().len())?;
         Ok(Self { data, shape })
     }
 
@@ -154,7 +171,7 @@ impl<'a> HostView<'a> {
     /// Element type.
     #[must_use]
     pub fn dtype(&self) -> Dtype {
-        self.data.dtype()
+        self.data.elements().dtype()
     }
 
     /// Copies one row to `out` as f32.
@@ -164,7 +181,7 @@ impl<'a> HostView<'a> {
     pub fn read_row(&self, token: usize, head: usize, out: &mut [f32]) {
         use half::slice::HalfFloatSliceExt as _;
         let row = self.shape.row(token, head);
-        match self.data {
+        match self.data.elements() {
             Elements::F32(data) => out.copy_from_slice(&data[row]),
             Elements::F16(data) => data[row].convert_to_f32_slice(out),
             Elements::Bf16(data) => data[row].convert_to_f32_slice(out),
@@ -172,30 +189,7 @@ impl<'a> HostView<'a> {
     }
 }
 
-/// Activations in host memory, written.
-#[derive(Debug)]
-pub struct HostViewMut<'a> {
-    data: ElementsMut<'a>,
-    shape: ViewShape,
-}
-
-impl<'a> HostViewMut<'a> {
-    /// A view of `data` with this shape.
-    ///
-    /// # Errors
-    /// [`Error::Mismatch`] when `data` is shorter than the shape spans.
-    pub fn new(data: impl Into<ElementsMut<'a>>, shape: ViewShape) -> Result<Self> {
-        let data = data.into();
-        shape.check(data.len())?;
-        Ok(Self { data, shape })
-    }
-
-    /// Axes and strides.
-    #[must_use]
-    pub fn shape(&self) -> ViewShape {
-        self.shape
-    }
-
+impl HostViewMut<'_> {
     /// Writes one row, rounded to the element type.
     ///
     /// # Panics
@@ -208,5 +202,33 @@ impl<'a> HostViewMut<'a> {
             ElementsMut::F16(data) => data[row].convert_from_f32_slice(values),
             ElementsMut::Bf16(data) => data[row].convert_from_f32_slice(values),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_where_the_strides_say() {
+        // [heads, tokens, head_dim] in memory.
+        let mut data: Vec<f16> = (0..12u8).map(f16::from).collect();
+        let shape = ViewShape::head_major(3, 2, 2);
+        let mut row = [0.0; 2];
+        HostView::new(&data[..], shape).unwrap().read_row(1, 1, &mut row);
+        assert_eq!(row, [8.0, 9.0]);
+        let mut view = HostViewMut::new(&mut data[..], shape).unwrap();
+        assert_eq!((view.shape(), view.dtype()), (shape, Dtype::F16));
+        view.write_row(2, 0, &[-1.0, 0.1]);
+        view.read_row(2, 0, &mut row);
+        assert_eq!(row, [-1.0, Dtype::F16.round(0.1)]);
+        assert_eq!(data[4].to_f32(), -1.0);
+
+        assert!(HostView::new(&data[..11], shape).is_err());
+        assert!(HostViewMut::new(&mut data[..11], shape).is_err());
+        let endless = ViewShape { token_stride: usize::MAX, ..shape };
+        assert!(HostView::new(&data[..], endless).is_err());
+        let empty = ViewShape::contiguous(0, 2, 2);
+        assert!(HostView::new(&data[..0], empty).is_ok());
     }
 }
