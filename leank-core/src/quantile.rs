@@ -45,14 +45,12 @@ pub fn quantile_and_round(
     alignment: usize,
 ) -> Result<ModelMask> {
     check(scores, shape, ratio, alignment)?;
-    let counts = counts_at_quantile(scores, shape, ratio);
+    let kept = kept_at_ratio(scores.len(), ratio);
+    let counts = aligned_counts(scores, shape.head_dim, kept, alignment);
     let heads = scores
         .chunks_exact(shape.head_dim)
         .zip(counts)
-        .map(|(head, count)| {
-            let rounded = (count + alignment / 2) / alignment * alignment;
-            top_channels(head, rounded)
-        })
+        .map(|(head, count)| top_channels(head, count))
         .collect::<Result<Vec<_>>>()?;
     let info = MaskInfo {
         alignment: Some(alignment),
@@ -90,26 +88,45 @@ fn check(scores: &[f32], shape: &ModelShape, ratio: f64, alignment: usize) -> Re
     Ok(())
 }
 
-/// How many channels of each head are at or above the quantile.
-fn counts_at_quantile(scores: &[f32], shape: &ModelShape, ratio: f64) -> Vec<usize> {
-    let head_dim = shape.head_dim;
-    let total = scores.len();
-    let pruned = (ratio * (total - 1) as f64).ceil() as usize;
-    let kept = total - pruned.min(total);
-    let mut order: Vec<usize> = (0..total).collect();
+/// How many of `channels` channels are at or above the `ratio`-quantile of their scores, with
+/// linear interpolation and without ties: the first step of [`quantile_and_round`].
+#[must_use]
+pub fn kept_at_ratio(channels: usize, ratio: f64) -> usize {
+    let pruned = (ratio * channels.saturating_sub(1) as f64).ceil() as usize;
+    channels - pruned.min(channels)
+}
+
+/// How many channels each head keeps when the `kept` highest scores of all heads count, rounded to
+/// the nearest multiple of `alignment`, half upwards: the second step of [`quantile_and_round`].
+/// Ties go as there.
+///
+/// `scores` is `[heads, head_dim]` row-major, finite.
+///
+/// # Panics
+/// When `head_dim` or `alignment` is 0, or `scores` is not whole heads.
+#[must_use]
+pub fn aligned_counts(
+    scores: &[f32],
+    head_dim: usize,
+    kept: usize,
+    alignment: usize,
+) -> Vec<usize> {
+    assert!(scores.len().is_multiple_of(head_dim), "{} scores of whole heads", scores.len());
+    let mut order: Vec<usize> = (0..scores.len()).collect();
     let by_rank = |&a: &usize, &b: &usize| {
         descending(scores[a], scores[b])
             .then((a % head_dim).cmp(&(b % head_dim)))
             .then((a / head_dim).cmp(&(b / head_dim)))
     };
-    if kept < total {
+    if kept < scores.len() {
         order.select_nth_unstable_by(kept, by_rank);
+        order.truncate(kept);
     }
-    let mut counts = vec![0; total / head_dim];
-    for &at in &order[..kept] {
+    let mut counts = vec![0; scores.len() / head_dim];
+    for at in order {
         counts[at / head_dim] += 1;
     }
-    counts
+    counts.iter().map(|count| (count + alignment / 2) / alignment * alignment).collect()
 }
 
 /// Keeps the `count` highest scores of a head.

@@ -1,6 +1,6 @@
 //! Baselines: the static norm score, and LeanK's allocation by quantile and rounding.
 
-use leank_core::{KvHead, Layer, ModelShape};
+use leank_core::{KvHead, Layer, ModelShape, aligned_counts, kept_at_ratio};
 
 use crate::{
     Result,
@@ -62,7 +62,8 @@ pub fn order_by_score(scores: &[f32]) -> Vec<u16> {
 }
 
 /// LeanK's allocation: a threshold at the global quantile of all scores, and per head the number
-/// of channels above it, rounded to the nearest multiple of the alignment.
+/// of channels above it, rounded to the nearest multiple of the alignment; the rule is that of
+/// [`leank_core::quantile_and_round`].
 ///
 /// With [`Budget::KRatio`] the quantile is the ratio, as in the paper, and rounding may miss it
 /// either way. With [`Budget::Bytes`] it is the least quantile that stays within the bytes.
@@ -79,40 +80,31 @@ pub fn quantile_counts(
     options.check(shape, 1)?;
     let d = shape.head_dim;
     let is_exempt = |head: usize| options.exempt.contains(&Layer(head / shape.kv_heads));
-    let mut sorted: Vec<f32> = (scores.iter().enumerate())
+    let counted: Vec<f32> = (scores.iter().enumerate())
         .filter(|(head, _)| !is_exempt(*head))
         .flat_map(|(_, own)| own.iter().copied())
         .collect();
-    sorted.sort_by(f32::total_cmp);
-    // Counts when the `cut` least scores are below the threshold.
-    let counts = |cut: usize| -> Vec<usize> {
-        let threshold = cut.checked_sub(1).map(|at| sorted[at]);
-        let count = |(head, own): (usize, &Vec<f32>)| {
-            if is_exempt(head) {
-                return d;
-            }
-            let above = own.iter().filter(|&&s| threshold.is_none_or(|t| s > t)).count();
-            let steps = (above as f64 / options.alignment as f64).round() as usize;
-            (steps * options.alignment).min(d)
-        };
-        scores.iter().enumerate().map(count).collect()
+    let counts = |kept: usize| -> Vec<usize> {
+        let mut counts = aligned_counts(&counted, d, kept, options.alignment).into_iter();
+        let count = |head| if is_exempt(head) { d } else { counts.next().unwrap_or_default() };
+        (0..scores.len()).map(count).collect()
     };
     let limit = options.budget.limit(scores.len(), d)?;
     if let Budget::KRatio(ratio) = options.budget {
-        return Ok(counts((ratio * sorted.len() as f64).round() as usize));
+        return Ok(counts(kept_at_ratio(counted.len(), ratio)));
     }
-    let cost = |cut| counts(cut).iter().map(|&n| options.budget.cost(n, d)).sum::<usize>();
-    let least = cost(sorted.len());
+    let cost = |kept| counts(kept).iter().map(|&n| options.budget.cost(n, d)).sum::<usize>();
+    let least = cost(0);
     if least > limit {
         return Err(over_budget(options, least, limit, scores.len() * d));
     }
-    // The cost falls as the cut rises.
-    let (mut low, mut high) = (0, sorted.len());
-    while low < high {
-        let middle = usize::midpoint(low, high);
-        if cost(middle) <= limit { high = middle } else { low = middle + 1 }
+    // The cost rises with what is kept: the most that fits.
+    let (mut fits, mut beyond) = (0, counted.len() + 1);
+    while beyond - fits > 1 {
+        let middle = usize::midpoint(fits, beyond);
+        if cost(middle) <= limit { fits = middle } else { beyond = middle }
     }
-    Ok(counts(high))
+    Ok(counts(fits))
 }
 
 #[cfg(test)]
@@ -135,7 +127,16 @@ mod tests {
         assert_eq!(counts(Budget::KRatio(5.0 / 12.0), 1), [4, 1, 2]);
         assert_eq!(counts(Budget::KRatio(5.0 / 12.0), 2), [4, 2, 2]);
         assert_eq!(counts(Budget::KRatio(0.0), 2), [4, 4, 4]);
-        assert_eq!(counts(Budget::KRatio(1.0), 2), [0, 0, 0]);
+        // The highest score is at the quantile, not below it.
+        assert_eq!(counts(Budget::KRatio(1.0), 2), [2, 0, 0]);
+        assert_eq!(counts(Budget::KRatio(1.0), 4), [0, 0, 0]);
+        // As core's rule has it.
+        let flat: Vec<f32> = scores.concat();
+        for ratio in [0.0, 0.2, 0.45, 0.5, 0.81, 1.0] {
+            let mask = leank_core::quantile_and_round(&flat, &shape, ratio, 2).unwrap();
+            let expected: Vec<_> = mask.heads().iter().map(|head| head.kept_count()).collect();
+            assert_eq!(counts(Budget::KRatio(ratio), 2), expected);
+        }
         for share in [0.0, 0.3, 0.4, 0.7, 0.99, 1.0] {
             let budget = Budget::Bytes(share);
             let cost: usize = counts(budget, 2).iter().map(|&n| budget.cost(n, 4)).sum();
