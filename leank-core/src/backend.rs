@@ -1,5 +1,7 @@
 //! What a backend is: [`Backend`] makes caches, [`Cache`] holds K and V and attends to them.
 
+use std::io::{Read, Write};
+
 use crate::{CacheConfig, CacheLayout, Layer, LayoutRules, Memory, Result, SequenceId, StepEntry};
 
 /// A place where caches live and attention runs: the CPU, a CUDA device.
@@ -51,16 +53,16 @@ pub trait Cache {
     /// Plans a step and reserves every block that it needs, in all layers.
     ///
     /// # Errors
-    /// [`crate::Error::OutOfMemory`] and the other errors of [`crate::Ledger::plan`]; then nothing
-    /// has changed.
+    /// [`crate::Error::OutOfMemory`] and the other errors of [`crate::Ledger::plan`],
+    /// [`crate::Error::SystemMemory`]; then nothing has changed.
     fn plan(&mut self, entries: &[StepEntry]) -> Result<()>;
 
     /// Stores K (after RoPE) and V of the step's tokens, `[tokens, KV heads, head_dim]`.
     ///
     /// # Errors
-    /// [`crate::Error::Order`] outside a step, [`crate::Error::Mismatch`] for another shape,
-    /// [`crate::Error::Invalid`] for a value that is not finite in the storage format. The step
-    /// stays under way: append again, or cancel it.
+    /// [`crate::Error::Order`] outside a step, [`crate::Error::Mismatch`] for another shape. The step
+    /// stays under way: append again, or cancel it. Values are stored as they are, rounded; what is
+    /// not finite reaches the queries that see it, and no other head or sequence.
     fn append(&mut self, layer: Layer, k: Self::View<'_>, v: Self::View<'_>) -> Result<()>;
 
     /// Attends: q and `out` are `[tokens, query heads, head_dim]`, q after RoPE. Rows of sequences
@@ -80,7 +82,33 @@ pub trait Cache {
     /// Takes the step under way back, as if it had not been planned. Without one it does nothing.
     fn cancel(&mut self);
 
-    /// Forgets a sequence and frees its blocks.
+    /// A new sequence with the same tokens, in the same blocks: it takes no bytes before one of the
+    /// two goes on. See [`crate::blocks`] for what becomes of shared blocks.
+    ///
+    /// # Errors
+    /// [`crate::Error::UnknownSequence`], [`crate::Error::Order`] while a step is under way.
+    fn fork(&mut self, sequence: SequenceId) -> Result<SequenceId>;
+
+    /// Takes the last tokens of a sequence back, so that `tokens` remain; lean blocks that remain
+    /// stay lean.
+    ///
+    /// # Errors
+    /// As [`crate::Ledger::truncate`]; then nothing has changed.
+    fn truncate(&mut self, sequence: SequenceId, tokens: usize) -> Result<()>;
+
+    /// Writes a sequence to `out`, for any backend to [`restore`](Cache::restore).
+    ///
+    /// # Errors
+    /// As [`crate::saved::save`].
+    fn save(&self, sequence: SequenceId, out: &mut dyn Write) -> Result<()>;
+
+    /// A new sequence from what [`save`](Cache::save) wrote. Reads no byte beyond it.
+    ///
+    /// # Errors
+    /// As [`crate::saved::restore`]; then nothing has changed.
+    fn restore(&mut self, input: &mut dyn Read) -> Result<SequenceId>;
+
+    /// Forgets a sequence; blocks that no other holds are free.
     ///
     /// # Errors
     /// [`crate::Error::UnknownSequence`], [`crate::Error::Order`] while a step is under way.

@@ -2,18 +2,20 @@
 
 use std::{
     fmt,
+    io::{Read, Write},
     sync::{Arc, Mutex},
 };
 
 use leank_core::{
     Cache, CacheConfig, CacheLayout, Error, HostView, HostViewMut, Layer, LayoutRules, LeanFormat,
-    Ledger, Memory, Result, SequenceId, StepEntry, ViewShape,
+    Ledger, Memory, Result, SequenceId, StepEntry, ViewShape, saved,
 };
 
 use crate::{
     attend::{LayerView, Scratch},
     executor::Executor,
     kernel::Kernel,
+    rows::{Restoring, read_rows},
     store::Store,
     write::LayerWriter,
 };
@@ -103,6 +105,9 @@ impl CpuCache {
             #[cfg(any(test, debug_assertions))]
             self.store.poison(block);
         }
+        for copy in self.ledger.step().map_or(&[][..], |step| &step.copies) {
+            self.store.copy(copy.from, copy.to);
+        }
         Ok(())
     }
 }
@@ -185,6 +190,27 @@ impl Cache for CpuCache {
 
     fn cancel(&mut self) {
         self.ledger.cancel();
+    }
+
+    fn fork(&mut self, sequence: SequenceId) -> Result<SequenceId> {
+        self.ledger.fork(sequence)
+    }
+
+    fn truncate(&mut self, sequence: SequenceId, tokens: usize) -> Result<()> {
+        self.ledger.truncate(sequence, tokens)
+    }
+
+    fn save(&self, sequence: SequenceId, out: &mut dyn Write) -> Result<()> {
+        let read = |rows: &saved::Rows, bytes: &mut [u8]| {
+            read_rows(&self.store, &self.layout, rows, bytes);
+            Ok(())
+        };
+        saved::save(&self.ledger, &self.config, sequence, read, out)
+    }
+
+    fn restore(&mut self, input: &mut dyn Read) -> Result<SequenceId> {
+        let Self { config, layout, ledger, store, .. } = self;
+        saved::restore(ledger, config, &mut Restoring { store, layout }, input)
     }
 
     fn release(&mut self, sequence: SequenceId) -> Result<()> {

@@ -46,6 +46,12 @@ pub(crate) trait Element: bytemuck::Pod + Send + Sync {
     /// Rounded to the nearest even.
     fn narrow(x: f32) -> Self;
 
+    /// Reads an element that is stored little-endian; `from` has as many bytes.
+    fn from_le(from: &[u8]) -> Self;
+
+    /// Writes an element little-endian; `to` has as many bytes.
+    fn put_le(self, to: &mut [u8]);
+
     /// `target (+)= left · right`
     fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>);
 }
@@ -61,6 +67,14 @@ impl Element for f32 {
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         x
+    }
+
+    fn from_le(from: &[u8]) -> Self {
+        from.try_into().map_or(Self::narrow(0.0), Self::from_le_bytes)
+    }
+
+    fn put_le(self, to: &mut [u8]) {
+        to.copy_from_slice(&self.to_le_bytes());
     }
 
     fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
@@ -81,6 +95,14 @@ impl Element for f16 {
         Self::from_f32(x)
     }
 
+    fn from_le(from: &[u8]) -> Self {
+        from.try_into().map_or(Self::narrow(0.0), Self::from_le_bytes)
+    }
+
+    fn put_le(self, to: &mut [u8]) {
+        to.copy_from_slice(&self.to_le_bytes());
+    }
+
     fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
         kernel.product_f16(target.product(&left.wide, right));
     }
@@ -97,6 +119,14 @@ impl Element for bf16 {
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         Self::from_f32(x)
+    }
+
+    fn from_le(from: &[u8]) -> Self {
+        from.try_into().map_or(Self::narrow(0.0), Self::from_le_bytes)
+    }
+
+    fn put_le(self, to: &mut [u8]) {
+        to.copy_from_slice(&self.to_le_bytes());
     }
 
     fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {

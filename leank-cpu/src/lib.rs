@@ -50,6 +50,7 @@ mod kernel;
 mod panels;
 #[allow(unsafe_code, reason = "lends a closure to threads")]
 mod pool;
+mod rows;
 #[allow(unsafe_code, reason = "gives pages back to the system")]
 mod store;
 mod work;

@@ -51,19 +51,20 @@ pub(crate) fn index<T: Element>(depth: usize, lanes: usize, row: usize, lane: us
 }
 
 impl<T: Element> PanelsMut<'_, T> {
-    /// Writes one column: every row of one lane.
-    pub(crate) fn write_lane(&mut self, lane: usize, column: impl Iterator<Item = f32>) {
-        for (row, x) in column.enumerate() {
-            self.data[index::<T>(self.depth, self.lanes, row, lane)] = T::narrow(x);
+    /// Writes one column: every row of one lane; rows beyond those given become zero.
+    pub(crate) fn write_lane(&mut self, lane: usize, column: impl Iterator<Item = T>) {
+        let zeros = std::iter::repeat(T::narrow(0.0));
+        for (row, x) in column.chain(zeros).take(self.depth).enumerate() {
+            self.data[index::<T>(self.depth, self.lanes, row, lane)] = x;
         }
     }
 
     /// Writes one row. The first row of a group zeroes the rest of it, so that a product over
     /// whole groups never meets what nobody wrote.
-    pub(crate) fn write_row(&mut self, row: usize, values: &[f32]) {
+    pub(crate) fn write_row(&mut self, row: usize, values: impl Iterator<Item = T>) {
         let (depth, lanes) = (self.depth, self.lanes);
-        for (lane, &x) in values.iter().enumerate() {
-            self.data[index::<T>(depth, lanes, row, lane)] = T::narrow(x);
+        for (lane, x) in values.enumerate() {
+            self.data[index::<T>(depth, lanes, row, lane)] = x;
         }
         if row.is_multiple_of(T::STEP) {
             for rest in row + 1..row + T::STEP {

@@ -232,6 +232,18 @@ impl Store {
         }
     }
 
+    /// Copies a full block to another one, in every layer.
+    pub(crate) fn copy(&mut self, from: u32, to: u32) {
+        let mut bytes = Vec::new();
+        for layer in (0..self.full.len()).map(Layer) {
+            for head in (0..self.full_heads.len()).map(KvHead) {
+                bytes.clear();
+                bytes.extend_from_slice(self.head(layer, Block::Full(from), head));
+                self.head_mut(layer, Block::Full(to), head).copy_from_slice(&bytes);
+            }
+        }
+    }
+
     /// A head of a full block to read, and of a lean one to write.
     pub(crate) fn pack_pair(
         &mut self,

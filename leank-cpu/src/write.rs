@@ -57,9 +57,7 @@ impl LayerWriter<'_> {
                 let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
                 with_element!(self.config.dtype, T => {
                     let mut k = panels_mut::<T>(bytes, 0, self.layout.full_channels, block);
-                    let padding = self.layout.full_channels - row.len();
-                    let column = row.iter().copied().chain(std::iter::repeat_n(0.0, padding));
-                    k.write_lane(slot.token, column);
+                    k.write_lane(slot.token, row.iter().map(|&x| T::narrow(x)));
                 });
             }
             Block::Lean(_) => {
@@ -73,9 +71,8 @@ impl LayerWriter<'_> {
                 let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
                 with_element!(dtype, T => {
                     let mut k = panels_mut::<T>(bytes, 0, head.stored, block);
-                    let padding = std::iter::repeat_n(0.0, head.stored - head.kept);
-                    let column = kept.iter().map(|&c| row[usize::from(c)]);
-                    k.write_lane(slot.token, column.chain(padding));
+                    let column = kept.iter().map(|&c| T::narrow(row[usize::from(c)]));
+                    k.write_lane(slot.token, column);
                 });
             }
         }
@@ -97,7 +94,8 @@ impl LayerWriter<'_> {
         let depth = self.layout.stored_tokens;
         let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
         with_element!(dtype, T => {
-            panels_mut::<T>(bytes, offset, depth, row.len()).write_row(slot.token, row);
+            let values = row.iter().map(|&x| T::narrow(x));
+            panels_mut::<T>(bytes, offset, depth, row.len()).write_row(slot.token, values);
         });
     }
 
@@ -172,12 +170,12 @@ fn transfer<S: Element, T: Element>(from: &[S], tokens: usize, to: PanelsMut<'_,
 }
 
 /// `len` elements that start `offset` bytes into a head's part of a block.
-fn elements<T: Element>(bytes: &[u8], offset: usize, len: usize) -> &[T] {
+pub(crate) fn elements<T: Element>(bytes: &[u8], offset: usize, len: usize) -> &[T] {
     bytemuck::cast_slice(&bytes[offset..offset + len * size_of::<T>()])
 }
 
 /// K or V in a head's part of a block, to be written.
-fn panels_mut<T: Element>(
+pub(crate) fn panels_mut<T: Element>(
     bytes: &mut [u8],
     offset: usize,
     depth: usize,
