@@ -224,8 +224,9 @@ impl Causal<'_> {
 
 #[cfg(test)]
 mod tests {
+    use leank_train::rng::Rng;
+
     use super::*;
-    use crate::rng::Rng;
 
     struct Case {
         shape: ModelShape,

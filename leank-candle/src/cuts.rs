@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::rng::Rng;
+use leank_train::rng::Rng;
 
 /// A piece of a text.
 #[derive(Clone, Debug, PartialEq)]

@@ -240,8 +240,9 @@ pub(crate) fn check_queries(shape: &ModelShape, q: &Tensor, k: &Tensor) -> Resul
 
 #[cfg(test)]
 mod tests {
+    use leank_train::rng::Rng;
+
     use super::*;
-    use crate::rng::Rng;
 
     fn random(rng: &mut Rng, dims: (usize, usize, usize)) -> Tensor {
         let values = (0..dims.0 * dims.1 * dims.2).map(|_| rng.normal() as f32).collect();

@@ -7,11 +7,11 @@ use leank_core::{Dtype, Layer};
 use leank_train::dump::{
     DumpWriter, Existing, FORMAT_VERSION, Manifest, Probe, SequenceInfo, SequenceTensors,
 };
+use leank_train::rng::Rng;
 
 use crate::cuts::{Cut, cut, spread_prefixes};
 use crate::model::Model;
 use crate::probe::{ProbeOptions, SequenceProbe, probe};
-use crate::rng::Rng;
 use crate::{Error, Result, retrieval};
 
 /// A text to dump on.
@@ -107,7 +107,7 @@ pub fn dump(
             prefix: plan.prefix,
             probe: options.probe,
             draws: options.draws,
-            seed: Rng::fork(options.seed, 2 * index as u64 + 1).next(),
+            seed: Rng::fork(options.seed, 2 * index as u64 + 1).next_u64(),
         };
         let probed = probe(model, &plan.tokens, &probe_options)?;
         write(&mut writer, index, &probed)?;
@@ -265,7 +265,7 @@ mod tests {
             prefix: plans[3].prefix,
             probe: Probe::Fisher,
             draws: 2,
-            seed: Rng::fork(0, 7).next(),
+            seed: Rng::fork(0, 7).next_u64(),
         };
         let probed = probe(&model, &plans[3].tokens, &probe_options).unwrap();
         let mut data = HeadData::default();

@@ -110,10 +110,10 @@ mod tests {
         Backend as _, CacheConfig, ChannelMask, Dtype, ModelMask, ModelShape, StepEntry, Windows,
     };
     use leank_cpu::Cpu;
+    use leank_train::rng::Rng;
 
     use super::*;
     use crate::DenseAttention;
-    use crate::rng::Rng;
     use crate::testing::TinyModel;
 
     /// The same attention by other means: all keys and values in f64, masked as the oracle says.

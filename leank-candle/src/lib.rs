@@ -44,7 +44,6 @@ mod model;
 mod ops;
 mod probe;
 mod retrieval;
-mod rng;
 mod rope;
 mod rows;
 mod safetensors;

@@ -5,8 +5,8 @@ use std::path::Path;
 use candle_core::Tensor;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
+use leank_train::rng::Rng;
 
-use crate::rng::Rng;
 use crate::testing::{CONTEXT, LAYERS, TinyModel, load, vocab};
 use crate::weights::Part;
 use crate::{Attention, DenseAttention, Error, Model, Precision, Result};
@@ -178,7 +178,7 @@ fn damaged_headers_never_panic() {
         for _ in 0..=round % 3 {
             // The header is some 10 kB long: mostly vocabulary, the numbers at its ends.
             let reach = if round % 2 == 0 { 600 } else { 12_000 };
-            damaged[rng.below(reach)] = [0, 1, 0x7f, 0xff, rng.next() as u8][rng.below(5)];
+            damaged[rng.below(reach)] = [0, 1, 0x7f, 0xff, rng.next_u64() as u8][rng.below(5)];
         }
         std::fs::write(&damaged_path, &damaged).unwrap();
         errors += usize::from(load(&damaged_path, Precision::F32).is_err());

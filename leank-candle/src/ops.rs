@@ -267,10 +267,10 @@ impl CustomOp2 for SwiGlu {
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Var};
+    use leank_train::rng::Rng;
 
     use super::*;
     use crate::config::RopeScaling;
-    use crate::rng::Rng;
 
     fn random(rng: &mut Rng, n: usize) -> Vec<f32> {
         (0..n).map(|_| rng.normal() as f32).collect()

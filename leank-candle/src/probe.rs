@@ -18,12 +18,12 @@ use candle_core::{
 };
 use leank_core::ModelShape;
 use leank_train::dump::Probe;
+use leank_train::rng::Rng;
 use rayon::prelude::*;
 
 use crate::dense::{DenseAttention, LayerKv, check_queries};
 use crate::model::{Attention, Model};
 use crate::ops::{contiguous, with_slice};
-use crate::rng::Rng;
 use crate::rows;
 use crate::{Error, Precision, Result};
 

@@ -3,7 +3,8 @@
 //! Plain text rarely looks far back. A mask learned on it alone would cut the channels that find a
 //! fact in a long context.
 
-use crate::rng::Rng;
+use leank_train::rng::Rng;
+
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 

@@ -7,8 +7,9 @@
 
 use std::fmt;
 
+use leank_train::rng::Rng;
+
 use crate::retrieval::{hide, number};
-use crate::rng::Rng;
 use crate::{Error, Result, Tokenizer};
 
 /// A retrieval task.

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use leank_train::rng::Rng;
 
 use crate::config::Family;
-use crate::rng::Rng;
 use crate::weights::Part;
 use crate::{LoadOptions, Model, Precision};
 

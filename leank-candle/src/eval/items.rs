@@ -1,7 +1,8 @@
 //! What is measured: sequences of text and retrieval tasks, laid out in tokens.
 
+use leank_train::rng::Rng;
+
 use super::EvalOptions;
-use crate::rng::Rng;
 use crate::tasks::{Task, lay_out};
 use crate::{Error, Model, Result};
 
