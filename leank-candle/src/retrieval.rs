@@ -94,11 +94,24 @@ pub(crate) fn number(rng: &mut Rng) -> usize {
     10_000 + rng.below(90_000)
 }
 
+/// The pass key of Mohtashami and Jaggi (2023), in words; what stands around them is the caller's.
+pub(crate) struct PassKey(pub(crate) usize);
+
+impl PassKey {
+    /// The key follows, after a space.
+    pub(crate) const QUESTION: &str = "What is the pass key? The pass key is";
+
+    pub(crate) fn statement(&self) -> String {
+        let key = self.0;
+        format!("The pass key is {key}. Remember it. {key} is the pass key.")
+    }
+}
+
 fn pass_key(rng: &mut Rng) -> Fact {
-    let key = number(rng);
+    let key = PassKey(number(rng));
     Fact {
-        statement: format!("\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"),
-        question: format!("\n\nWhat is the pass key? The pass key is {key}."),
+        statement: format!("\n\n{}\n\n", key.statement()),
+        question: format!("\n\n{} {}.", PassKey::QUESTION, key.0),
     }
 }
 

@@ -5,11 +5,11 @@
 //! answers are short, so that a task is right where the most likely token is right at every
 //! position of the answer, which is what greedy decoding would give.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use leank_train::rng::Rng;
 
-use crate::retrieval::{hide, number};
+use crate::retrieval::{PassKey, hide, number};
 use crate::{Error, Result, Tokenizer};
 
 /// A retrieval task.
@@ -27,11 +27,16 @@ pub enum Task {
 impl Task {
     /// Every task.
     pub const ALL: [Self; 3] = [Self::Passkey, Self::Needle, Self::MultiKey];
+}
 
-    /// The task of this name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|task| task.to_string() == name)
+impl FromStr for Task {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|task| task.to_string() == name).ok_or_else(|| {
+            let names = Self::ALL.map(|task| task.to_string()).join(", ");
+            Error::option("task", format!("{name:?} is none of {names}"))
+        })
     }
 }
 
@@ -70,11 +75,11 @@ struct Riddle {
 
 fn riddle(task: Task, rng: &mut Rng) -> Riddle {
     if task == Task::Passkey {
-        let key = number(rng);
+        let key = PassKey(number(rng));
         return Riddle {
-            hidden: vec![format!("\nThe pass key is {key}. Remember it. {key} is the pass key.\n")],
-            question: "\nWhat is the pass key? The pass key is".into(),
-            answer: format!(" {key}"),
+            hidden: vec![format!("\n{}\n", key.statement())],
+            question: format!("\n{}", PassKey::QUESTION),
+            answer: format!(" {}", key.0),
         };
     }
     let mut things = THINGS;
@@ -158,6 +163,15 @@ mod tests {
                 assert_eq!(facts, expected);
             }
         }
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for task in Task::ALL {
+            assert_eq!(task.to_string().parse::<Task>().unwrap(), task);
+        }
+        let message = "singing".parse::<Task>().unwrap_err().to_string();
+        assert!(message.contains("passkey, needle, multikey"), "{message}");
     }
 
     #[test]

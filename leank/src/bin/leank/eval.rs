@@ -38,7 +38,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 128)]
     positions: usize,
     /// Retrieval tasks: passkey, needle, multikey.
-    #[arg(long, value_delimiter = ',', value_parser = task)]
+    #[arg(long, value_delimiter = ',')]
     tasks: Vec<Task>,
     /// Items per task.
     #[arg(long, default_value_t = 32)]
@@ -54,13 +54,6 @@ pub(crate) struct Args {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-}
-
-fn task(name: &str) -> Result<Task, String> {
-    Task::from_name(name).ok_or_else(|| {
-        let names: Vec<_> = Task::ALL.iter().map(ToString::to_string).collect();
-        format!("`{name}` is none of {}", names.join(", "))
-    })
 }
 
 #[derive(Serialize)]
