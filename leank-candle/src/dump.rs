@@ -5,23 +5,16 @@ use std::path::Path;
 
 use leank_core::{Dtype, Layer};
 use leank_train::dump::{
-    DumpWriter, Existing, FORMAT_VERSION, Manifest, Probe, SequenceInfo, SequenceTensors,
+    DumpWriter, Existing, FORMAT_VERSION, MAX_DRAWS, MAX_POSITIONS, MAX_SEQUENCES, Manifest, Probe,
+    SequenceInfo, SequenceTensors,
 };
 use leank_train::rng::Rng;
 
 use crate::cuts::{Cut, cut, spread_prefixes};
 use crate::model::Model;
 use crate::probe::{ProbeOptions, SequenceProbe, probe};
+use crate::texts::{Text, piece, tokenize};
 use crate::{Error, Result, retrieval};
-
-/// A text to dump on.
-#[derive(Clone, Debug)]
-pub struct Text {
-    /// Its name, e.g. the file's.
-    pub name: String,
-    /// The text.
-    pub text: String,
-}
 
 /// What to dump.
 #[derive(Clone, Debug)]
@@ -76,9 +69,9 @@ pub struct DumpProgress {
 /// Runs `model` over pieces of `texts` and writes the dump to `dir`, which appears when it is whole.
 ///
 /// # Errors
-/// [`Error::Option`] for options that cannot be, [`Error::EmptyText`], [`Error::ShortText`],
-/// [`Error::Context`] before anything runs; then what [`probe`](crate::probe()) and the
-/// [`DumpWriter`] return. Nothing is left at `dir` after an error.
+/// Before anything runs, [`Error::Option`] for options that cannot be, [`Error::Context`],
+/// [`Error::EmptyText`], [`Error::ShortText`] and what [`DumpWriter::check_target`] says of `dir`;
+/// then what [`probe`](crate::probe()) and the [`DumpWriter`] return. Nothing is left at `dir` after an error.
 pub fn dump(
     model: &Model,
     texts: &[Text],
@@ -87,6 +80,7 @@ pub fn dump(
     progress: &mut dyn FnMut(DumpProgress),
 ) -> Result<Manifest> {
     check(model, options)?;
+    DumpWriter::check_target(dir, options.existing)?;
     let plans = plan(model, texts, options)?;
     let sequences = plans.iter().map(|plan| plan.info(options.positions)).collect();
     let manifest = Manifest {
@@ -128,13 +122,16 @@ fn write(writer: &mut DumpWriter, sequence: usize, probed: &SequenceProbe) -> Re
 
 fn check(model: &Model, options: &DumpOptions) -> Result<()> {
     let (shortest, longest) = (*options.prefix.start(), *options.prefix.end());
-    for (option, n) in [
-        ("sequences", options.sequences),
-        ("positions", options.positions),
-        ("draws", options.draws),
+    for (option, n, most) in [
+        ("sequences", options.sequences, MAX_SEQUENCES),
+        ("positions", options.positions, MAX_POSITIONS),
+        ("draws", options.draws, MAX_DRAWS),
     ] {
         if n == 0 {
             return Err(Error::option(option, "0 leaves nothing to dump; take at least 1"));
+        }
+        if n > most {
+            return Err(Error::option(option, format!("{n} are more than a dump holds, {most}")));
         }
     }
     if shortest == 0 || shortest > longest {
@@ -169,7 +166,9 @@ impl Plan {
 
 fn plan(model: &Model, texts: &[Text], options: &DumpOptions) -> Result<Vec<Plan>> {
     let (shortest, longest) = (*options.prefix.start(), *options.prefix.end());
-    let tokens = tokenize(model, texts, longest, options.positions)?;
+    let positions = options.positions;
+    let why = format!("prefix {longest} + positions {positions}");
+    let tokens = tokenize(model, texts, longest + positions, &why)?;
     let mut rng = Rng::fork(options.seed, 0);
     let prefixes = spread_prefixes(options.sequences, (shortest, longest), &mut rng);
     let mut order: Vec<usize> = (0..options.sequences).collect();
@@ -177,14 +176,11 @@ fn plan(model: &Model, texts: &[Text], options: &DumpOptions) -> Result<Vec<Plan
     let tasks = (options.retrieval * options.sequences as f64).round() as usize;
     let mut is_task = vec![false; options.sequences];
     order[..tasks].iter().for_each(|&i| is_task[i] = true);
-    let lengths: Vec<usize> = prefixes.iter().map(|prefix| prefix + options.positions).collect();
+    let lengths: Vec<usize> = prefixes.iter().map(|prefix| prefix + positions).collect();
     let text_lengths: Vec<usize> = tokens.iter().map(Vec::len).collect();
     let cuts = cut(&lengths, &text_lengths, &mut rng);
     let sequence = |(i, Cut { text, tokens: range }): (usize, Cut)| {
-        let mut piece = tokens[text][range.clone()].to_vec();
-        if let Some(bos) = model.tokenizer().text_start() {
-            piece[0] = bos;
-        }
+        let piece = piece(model, &tokens[text][range.clone()]);
         let place = format!("{} tokens {}..{}", texts[text].name, range.start, range.end);
         let prefix = prefixes[i];
         if !is_task[i] {
@@ -195,30 +191,6 @@ fn plan(model: &Model, texts: &[Text], options: &DumpOptions) -> Result<Vec<Plan
         Ok(Plan { tokens: task.tokens, prefix, source: format!("{} in {place}", task.name) })
     };
     cuts.into_iter().enumerate().map(sequence).collect()
-}
-
-fn tokenize(
-    model: &Model,
-    texts: &[Text],
-    prefix: usize,
-    positions: usize,
-) -> Result<Vec<Vec<u32>>> {
-    if texts.is_empty() {
-        return Err(Error::option("texts", "none were given; give at least one"));
-    }
-    let tokens = |text: &Text| {
-        if text.text.trim().is_empty() {
-            return Err(Error::EmptyText(text.name.clone()));
-        }
-        let tokens = model.tokenizer().encode_piece(&text.text)?;
-        let (found, needed) = (tokens.len(), prefix + positions);
-        if found < needed {
-            let name = text.name.clone();
-            return Err(Error::ShortText { name, found, needed, prefix, positions });
-        }
-        Ok(tokens)
-    };
-    texts.iter().map(tokens).collect()
 }
 
 #[cfg(test)]
@@ -290,6 +262,15 @@ mod tests {
     }
 
     #[test]
+    fn a_taken_folder_is_found_before_the_texts_are_read() {
+        let model = TinyModel::llama().load();
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("letter"), "dear").unwrap();
+        let error = dump(&model, &[text(1)], folder.path(), &options(), &mut |_| {}).unwrap_err();
+        assert!(error.to_string().contains("holds no dump"), "{error}");
+    }
+
+    #[test]
     fn bad_input_is_named_and_leaves_nothing() {
         let model = TinyModel::llama().load();
         let folder = tempfile::tempdir().unwrap();
@@ -313,6 +294,8 @@ mod tests {
         assert!(run(&[text(2000)], |o| o.sequences = 0).contains("sequences"));
         assert!(run(&[text(2000)], |o| o.retrieval = 1.5).contains("between 0 and 1"));
         assert!(run(&[text(2000)], |o| o.draws = 0).contains("draws"));
+        assert!(run(&[text(2000)], |o| o.sequences = usize::MAX).contains("sequences"));
+        assert!(run(&[text(2000)], |o| o.draws = 2000).contains("draws: 2000 are more"));
         assert!(run(&[], |_| {}).contains("texts"));
     }
 }

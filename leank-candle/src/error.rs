@@ -104,7 +104,7 @@ pub enum Error {
     },
     /// A text that is too short for what is to be cut from it.
     #[error(
-        "text {name} has {found} tokens, {needed} are needed (prefix {prefix} + positions {positions}); give a longer text, or ask for less context"
+        "text {name} has {found} tokens, {needed} are needed ({why}); give a longer text, or ask for less context"
     )]
     ShortText {
         /// The text.
@@ -113,13 +113,11 @@ pub enum Error {
         found: usize,
         /// Tokens needed.
         needed: usize,
-        /// Longest prefix asked for.
-        prefix: usize,
-        /// Positions asked for.
-        positions: usize,
+        /// What needs them.
+        why: String,
     },
     /// A text without any content.
-    #[error("text {0} is empty: give a text, at least prefix + positions tokens long")]
+    #[error("text {0} is empty: give one with something in it")]
     EmptyText(String),
     /// Two things that must fit each other and do not.
     #[error("{what}: expected {expected}, found {found}")]

@@ -50,16 +50,18 @@ mod safetensors;
 mod tasks;
 #[cfg(test)]
 mod testing;
+mod texts;
 mod tokenizer;
 mod weights;
 
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use dense::DenseAttention;
-pub use dump::{DumpOptions, DumpProgress, Text, dump};
+pub use dump::{DumpOptions, DumpProgress, dump};
 pub use error::{Error, Result};
 pub use lean::{LeanAttention, store_prefix};
 pub use model::{Attention, LoadOptions, Model};
 pub use probe::{LayerProbe, ProbeOptions, SequenceProbe, probe};
 pub use tasks::{Task, TaskItem};
+pub use texts::Text;
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::Precision;

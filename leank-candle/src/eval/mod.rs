@@ -11,8 +11,11 @@ mod score;
 use leank_core::CacheConfig;
 use serde::Serialize;
 
-use crate::{Error, Model, Result, tasks::Task};
+use crate::{Error, Model, Result, Text, tasks::Task};
 pub use score::{TaskScore, TextScore};
+
+/// Most sequences of text, and most items of a task: they are laid out before anything runs.
+const MAX_ITEMS: usize = 1 << 16;
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -90,7 +93,7 @@ pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 pub fn evaluate(
     model: &Model,
     configs: &[CacheConfig],
-    texts: &[(String, String)],
+    texts: &[Text],
     options: &EvalOptions,
     progress: Progress<'_>,
 ) -> Result<Vec<MaskReport>> {
@@ -129,6 +132,11 @@ fn check(model: &Model, options: &EvalOptions) -> Result<()> {
             return Err(Error::option(option, "must be at least 1"));
         }
     }
+    for (option, n) in [("sequences", sequences), ("items", items)] {
+        if n > MAX_ITEMS {
+            return Err(Error::option(option, format!("{n} are more than {MAX_ITEMS}")));
+        }
+    }
     if positions >= context {
         let why =
             format!("{positions} decoded positions leave no prefix in a context of {context}");
@@ -142,4 +150,33 @@ fn check(model: &Model, options: &EvalOptions) -> Result<()> {
         return Err(Error::Context { what: "the evaluation", needed: context, limit });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TinyModel;
+
+    #[test]
+    fn bad_options_are_named() {
+        let model = TinyModel::llama().load();
+        let run = |change: fn(&mut EvalOptions)| {
+            let mut options = EvalOptions { context: 100, positions: 8, ..Default::default() };
+            change(&mut options);
+            check(&model, &options).map_err(|error| error.to_string())
+        };
+        assert_eq!(run(|_| {}), Ok(()));
+        for (change, word) in [
+            ((|o| o.sequences = usize::MAX) as fn(&mut EvalOptions), "sequences: "),
+            (|o| o.items = usize::MAX, "items: "),
+            (|o| o.positions = 0, "positions: "),
+            (|o| o.positions = 100, "no prefix"),
+            (|o| o.batch = 0, "batch: "),
+            (|o| o.sequences = 0, "nothing to measure"),
+            (|o| o.context = 5000, "the model has 512"),
+        ] {
+            let message = run(change).unwrap_err();
+            assert!(message.contains(word), "{message}");
+        }
+    }
 }

@@ -4,8 +4,8 @@ use std::{ops::RangeInclusive, path::PathBuf};
 
 use leank::{
     Dtype,
-    candle::{DumpOptions, Text, dump},
-    train::dump::{Existing, Probe},
+    candle::{DumpOptions, dump},
+    train::dump::{DumpWriter, Existing, Probe},
 };
 
 use crate::{model, output, parse, texts};
@@ -55,8 +55,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let existing = if args.overwrite { Existing::Replace } else { Existing::default() };
+    DumpWriter::check_target(&args.out, existing)?;
     let texts = texts::read(&args.text)?;
-    let texts: Vec<_> = texts.into_iter().map(|(name, text)| Text { name, text }).collect();
     let model = args.model.load()?;
     let options = DumpOptions {
         sequences: args.sequences,
@@ -67,7 +68,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         dtype: args.dtype,
         seed: args.seed,
         retrieval: args.retrieval,
-        existing: if args.overwrite { Existing::Replace } else { Existing::default() },
+        existing,
     };
     let bar = output::bar(args.sequences as u64, "dumping sequences");
     let mut bytes = 0;

@@ -25,7 +25,7 @@ pub(crate) struct Args {
     /// Masks to measure.
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     mask: Vec<PathBuf>,
-    /// Text files, UTF-8, each at least --context tokens long.
+    /// Text files, UTF-8, each longer than --context tokens.
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     text: Vec<PathBuf>,
     /// Tokens of context at the last decoded position.

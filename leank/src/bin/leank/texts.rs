@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use leank::candle::Text;
 
-/// Reads the files as (name, text).
-pub(crate) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<(String, String)>> {
-    paths.iter().map(|path| Ok((name(path), read_one(path)?))).collect()
+/// Reads the files, each under its own name.
+pub(crate) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Text>> {
+    paths.iter().map(|path| Ok(Text { name: name(path), text: read_one(path)? })).collect()
 }
 
 fn name(path: &Path) -> String {
