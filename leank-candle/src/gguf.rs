@@ -13,7 +13,7 @@ use crate::gguf_file::{AlignedBytes, GgufFile, TensorEntry, Value};
 use crate::linear::Matrix;
 use crate::model::Loaded;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Part, Precision, Source, Weights};
+use crate::weights::{self, Part, Precision, Source, Weights};
 use crate::{Error, Result};
 
 /// Loads a GGUF file.
@@ -22,11 +22,32 @@ pub(crate) fn load(path: &Path, precision: Precision) -> Result<Loaded> {
     let mut source = GgufSource { config: None, file, precision };
     let config = source.read_config()?;
     config.validate(path)?;
+    source.refuse_foreign_tensors(&config)?;
     source.config = Some(config.clone());
     let tokenizer = Tokenizer::from_gguf(&source.file, config.vocab)?;
     let weights = Weights::load(&mut source, &config)?;
     Ok(Loaded { config, tokenizer, weights })
 }
+
+/// Factors in the forward pass, with the values that say it has none (or, of the scale, that it is
+/// 1/√head_dim).
+const FACTORS: [(&str, &[f64]); 5] = [
+    ("attention.scale", &[0.0]),
+    ("embedding_scale", &[0.0, 1.0]),
+    ("residual_scale", &[0.0, 1.0]),
+    ("logit_scale", &[0.0, 1.0]),
+    ("rope.scaling.attn_factor", &[1.0]),
+];
+
+/// Details of YaRN, with the values that make it the published one.
+const YARN_DETAILS: [(&str, &[f64]); 5] = [
+    ("rope.scaling.yarn_attn_factor", &[1.0]),
+    ("rope.scaling.yarn_beta_fast", &[32.0]),
+    ("rope.scaling.yarn_beta_slow", &[1.0]),
+    // -1 leaves it to the kind of scaling.
+    ("rope.scaling.yarn_ext_factor", &[1.0, -1.0]),
+    ("rope.scaling.yarn_log_multiplier", &[0.0]),
+];
 
 struct GgufSource {
     file: GgufFile,
@@ -108,7 +129,41 @@ impl GgufSource {
             let found = format!("of {length} channels beside keys of {head_dim}");
             return unsupported("a value head", found, "keys and values of the same width");
         }
+        let window = number("attention.sliding_window")?;
+        if let Some(window) = window.filter(|&n| n > 0) {
+            let found = format!("with a sliding window of {window}");
+            return unsupported("attention", found, "full attention");
+        }
+        self.refuse_unusual(architecture, &FACTORS)
+    }
+
+    /// Refuses a number that is set to anything but one of its usual values.
+    fn refuse_unusual(&self, architecture: &str, numbers: &[(&'static str, &[f64])]) -> Result<()> {
+        for &(name, usual) in numbers {
+            let key = format!("{architecture}.{name}");
+            let value = self.file.optional(&key, "a number", Value::as_f64)?;
+            if let Some(value) = value.filter(|value| !usual.contains(value)) {
+                return Err(Error::Unsupported {
+                    path: self.file.path.clone(),
+                    what: name,
+                    found: value.to_string(),
+                    supported: "models that leave it at its default",
+                });
+            }
+        }
         Ok(())
+    }
+
+    fn refuse_foreign_tensors(&self, config: &ModelConfig) -> Result<()> {
+        match weights::foreign(self.file.tensors.keys(), "blk.", Part::gguf_name, config) {
+            None => Ok(()),
+            Some(name) => Err(Error::Unsupported {
+                path: self.file.path.clone(),
+                what: "tensor",
+                found: name.clone(),
+                supported: weights::SUPPORTED_TENSORS,
+            }),
+        }
     }
 
     fn rope_scaling(&self, architecture: &str, head_dim: usize) -> Result<RopeScaling> {
@@ -127,6 +182,7 @@ impl GgufSource {
             (None | Some("none"), None) | (Some("none"), _) => Ok(RopeScaling::None),
             (None | Some("linear"), Some(factor)) => Ok(RopeScaling::Linear { factor }),
             (Some("yarn"), Some(factor)) => {
+                self.refuse_unusual(architecture, &YARN_DETAILS)?;
                 let original = number("original_context_length")?;
                 let original = original.ok_or_else(|| Error::Config {
                     path: self.file.path.clone(),

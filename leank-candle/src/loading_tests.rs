@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
+use candle_core::{DType, Device, Tensor};
 use leank_train::rng::Rng;
+use serde_json::json;
 
-use crate::testing::{CONTEXT, LAYERS, TinyModel, load, vocab};
+use crate::testing::{CONTEXT, HIDDEN, LAYERS, TinyModel, load, vocab};
 use crate::weights::Part;
 use crate::{Attention, DenseAttention, Error, Model, Precision, Result};
 
@@ -188,7 +189,7 @@ fn damaged_headers_never_panic() {
 
 #[test]
 fn hostile_metadata_are_named() {
-    let cases: [(&str, Value, &str); 8] = [
+    let cases: [(&str, Value, &str); 11] = [
         ("general.alignment", Value::U32(0), "general.alignment"),
         ("general.architecture", Value::String("mamba".into()), "supported: llama, qwen2"),
         ("llama.attention.head_count", Value::U32(0), "query heads is 0"),
@@ -196,6 +197,9 @@ fn hostile_metadata_are_named() {
         ("llama.embedding_length", Value::U32(64), "token_embd.weight has the shape"),
         ("llama.rope.freq_base", Value::F32(f32::NAN), "RoPE base"),
         ("llama.expert_count", Value::U32(8), "8 experts"),
+        ("llama.attention.sliding_window", Value::U32(128), "a sliding window of 128"),
+        ("llama.logit_scale", Value::F32(16.0), "logit_scale 16 is not supported"),
+        ("llama.rope.scaling.attn_factor", Value::F32(0.5), "attn_factor 0.5 is not supported"),
         ("tokenizer.ggml.pre", Value::String("klingon".into()), "klingon"),
     ];
     for (key, value, expected) in cases {
@@ -206,6 +210,98 @@ fn hostile_metadata_are_named() {
         });
         let message = load(&path, Precision::F32).unwrap_err().to_string();
         assert!(message.contains(expected), "{key}: {message}");
+    }
+}
+
+#[test]
+fn yarn_in_gguf_is_the_published_one() {
+    let load_with = |detail: Option<(&str, f32)>| {
+        let tiny = TinyModel::llama();
+        let path = tiny.write_gguf_with(GgmlDType::F32, |metadata| {
+            let mut add = |name: &str, value| {
+                metadata.push((format!("llama.rope.scaling.{name}"), value));
+            };
+            add("type", Value::String("yarn".into()));
+            add("factor", Value::F32(4.0));
+            add("original_context_length", Value::U32(128));
+            if let Some((name, value)) = detail {
+                add(name, Value::F32(value));
+            }
+        });
+        load(&path, Precision::F32).map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(load_with(None), Ok(()));
+    assert_eq!(load_with(Some(("yarn_beta_fast", 32.0))), Ok(()));
+    for detail in ["yarn_beta_fast", "yarn_beta_slow", "yarn_attn_factor", "yarn_log_multiplier"] {
+        let message = load_with(Some((detail, 3.0))).unwrap_err();
+        assert!(message.contains(&format!("{detail} 3 is not supported")), "{message}");
+    }
+}
+
+/// Loads the folder of a tiny model with `change` made to its `config.json`.
+fn load_configured(change: impl FnOnce(&mut serde_json::Value)) -> Result<()> {
+    let tiny = TinyModel::llama();
+    let folder = tiny.write_folder();
+    let path = folder.join("config.json");
+    let mut config = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(&mut config);
+    std::fs::write(&path, config.to_string()).unwrap();
+    load(&folder, Precision::F32).map(drop)
+}
+
+#[test]
+fn other_forward_passes_in_config_json_are_refused() {
+    let yarn = |details: serde_json::Value| {
+        let mut yarn = json!({
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
+        });
+        yarn.as_object_mut().unwrap().extend(details.as_object().unwrap().clone());
+        yarn
+    };
+    for (key, value, expected) in [
+        ("partial_rotary_factor", json!(0.5), "RoPE of 0.5 of the channels"),
+        ("rope_parameters", json!({"partial_rotary_factor": 0.25}), "RoPE of 0.25"),
+        ("layer_types", json!(["full_attention", "sliding_attention"]), "sliding_attention"),
+        ("use_sliding_window", json!(true), "sliding window"),
+        ("rope_scaling", yarn(json!({"attention_factor": 1.0})), "attention_factor 1.0"),
+        ("rope_scaling", yarn(json!({"beta_fast": 16})), "beta_fast 16"),
+        ("rope_scaling", yarn(json!({"beta_slow": 2})), "beta_slow 2"),
+        ("rope_scaling", yarn(json!({"mscale": 0.7, "mscale_all_dim": 0.7})), "mscale 0.7"),
+        ("rope_parameters", yarn(json!({"truncate": false})), "truncate false"),
+    ] {
+        let message = load_configured(|config| config[key] = value).unwrap_err().to_string();
+        assert!(message.contains(expected), "{key}: {message}");
+        assert!(message.contains("config.json") && message.contains("supported: "), "{message}");
+    }
+    // The defaults, spelled out.
+    let usual = json!({
+        "beta_fast": 32, "beta_slow": 1.0, "truncate": true, "mscale": null,
+        "attention_factor": 0.1 * 4.0f64.ln() + 1.0,
+    });
+    for (key, value) in [
+        ("partial_rotary_factor", json!(1.0)),
+        ("layer_types", json!(["full_attention", "full_attention"])),
+        ("rope_scaling", yarn(usual)),
+    ] {
+        assert!(load_configured(|config| config[key] = value.clone()).is_ok(), "{key}: {value}");
+    }
+}
+
+#[test]
+fn tensors_that_would_be_left_out_are_refused() {
+    let norm = || Tensor::ones(HIDDEN, DType::F32, &Device::Cpu).unwrap();
+    // A third layer beside the two of the configuration; a bias that only qwen2 has.
+    for (part, gguf, hf) in [
+        (Part::MlpNorm(LAYERS), "blk.2.ffn_norm", "layers.2.post_attention_layernorm"),
+        (Part::KeyBias(0), "blk.0.attn_k.bias", "layers.0.self_attn.k_proj.bias"),
+    ] {
+        let mut tiny = TinyModel::llama();
+        tiny.weights.push((part, norm()));
+        for (path, name) in [(tiny.write_gguf(GgmlDType::F32), gguf), (tiny.write_folder(), hf)] {
+            let error = load(&path, Precision::F32).unwrap_err();
+            assert!(matches!(error, Error::Unsupported { what: "tensor", .. }), "{error}");
+            assert!(error.to_string().contains(name), "{error}");
+        }
     }
 }
 

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use leank_core::ModelShape;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::config::{FAMILIES, Family, ModelConfig, RopeScaling};
 use crate::linear::Matrix;
 use crate::model::Loaded;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{Part, Source, Weights};
+use crate::weights::{self, Part, Source, Weights};
 use crate::{Error, Result};
 
 /// `config.json`, the fields that matter here.
@@ -41,6 +41,8 @@ struct ConfigFile {
     mlp_bias: bool,
     #[serde(default)]
     use_sliding_window: bool,
+    layer_types: Option<Vec<String>>,
+    partial_rotary_factor: Option<f64>,
     hidden_act: Option<String>,
     eos_token_id: Option<Value>,
     bos_token_id: Option<u32>,
@@ -73,6 +75,7 @@ pub(crate) fn load(folder: &Path) -> Result<Loaded> {
             }
         })?;
     let mut source = FolderSource { folder: folder.to_owned(), tensors: read_tensors(folder)? };
+    source.refuse_foreign_tensors(&config)?;
     let weights = Weights::load(&mut source, &config)?;
     Ok(Loaded { config, tokenizer, weights })
 }
@@ -103,6 +106,16 @@ fn read_config(path: &Path, folder: &Path, file: &ConfigFile) -> Result<ModelCon
     }
     if file.use_sliding_window {
         return Err(unsupported("attention", "with a sliding window".into(), "full attention"));
+    }
+    let types = file.layer_types.iter().flatten();
+    if let Some(other) = types.into_iter().find(|kind| *kind != "full_attention") {
+        return Err(unsupported("layer type", other.clone(), "full_attention"));
+    }
+    let rotated = file.rope_parameters.as_ref().and_then(|p| p.get("partial_rotary_factor"));
+    let rotated = rotated.and_then(Value::as_f64).or(file.partial_rotary_factor);
+    if let Some(share) = rotated.filter(|&share| share != 1.0) {
+        let found = format!("of {share} of the channels");
+        return Err(unsupported("RoPE", found, "RoPE of all channels"));
     }
     if family == Family::Llama && file.attention_bias {
         return Err(unsupported("attention_bias", "true".into(), "llama models without biases"));
@@ -155,10 +168,11 @@ fn rope_scaling(path: &Path, value: Option<&Value>) -> Result<RopeScaling> {
             high: number("high_freq_factor")?,
             original: number("original_max_position_embeddings")?,
         },
-        Some("yarn") => RopeScaling::Yarn {
-            factor: number("factor")?,
-            original: number("original_max_position_embeddings")?,
-        },
+        Some("yarn") => {
+            let factor = number("factor")?;
+            refuse_yarn_variants(path, value, factor)?;
+            RopeScaling::Yarn { factor, original: number("original_max_position_embeddings")? }
+        }
         Some(other) => {
             return Err(Error::Unsupported {
                 path: path.to_owned(),
@@ -168,6 +182,35 @@ fn rope_scaling(path: &Path, value: Option<&Value>) -> Result<RopeScaling> {
             });
         }
     })
+}
+
+/// Refuses details of YaRN that are not its usual ones: the forward pass would be another.
+fn refuse_yarn_variants(path: &Path, value: &Value, factor: f64) -> Result<()> {
+    let usual_attention = if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 };
+    for (key, usual) in [
+        ("attention_factor", json!(usual_attention)),
+        ("beta_fast", json!(32.0)),
+        ("beta_slow", json!(1.0)),
+        // Together they take the place of the attention factor.
+        ("mscale", Value::Null),
+        ("mscale_all_dim", Value::Null),
+        ("truncate", json!(true)),
+    ] {
+        let found = value.get(key).unwrap_or(&Value::Null);
+        let same = match (found.as_f64(), usual.as_f64()) {
+            (Some(found), Some(usual)) => (found - usual).abs() < 1e-6,
+            _ => *found == usual,
+        };
+        if !found.is_null() && !same {
+            return Err(Error::Unsupported {
+                path: path.to_owned(),
+                what: "YaRN with",
+                found: format!("{key} {found}"),
+                supported: "YaRN with its details at their defaults",
+            });
+        }
+    }
+    Ok(())
 }
 
 /// All tensors of the folder: one `model.safetensors`, or the shards that its index names.
@@ -220,6 +263,20 @@ struct FolderSource {
 }
 
 impl FolderSource {
+    fn refuse_foreign_tensors(&self, config: &ModelConfig) -> Result<()> {
+        // Old files hold RoPE's frequencies, which config.json says too.
+        let names = self.tensors.keys().filter(|name| !name.ends_with(".rotary_emb.inv_freq"));
+        match weights::foreign(names, "model.layers.", Part::hf_name, config) {
+            None => Ok(()),
+            Some(name) => Err(Error::Unsupported {
+                path: self.folder.clone(),
+                what: "tensor",
+                found: name.clone(),
+                supported: weights::SUPPORTED_TENSORS,
+            }),
+        }
+    }
+
     /// A tensor of the right shape, widened to f32, and given up by the map.
     fn take(&mut self, part: Part, shape: &[usize]) -> Result<Tensor> {
         let name = part.hf_name();

@@ -1,5 +1,7 @@
 //! The weights of a model, from whichever file format.
 
+use std::collections::HashSet;
+
 use crate::Result;
 use crate::config::ModelConfig;
 use crate::linear::{Linear, Matrix};
@@ -40,6 +42,24 @@ pub(crate) enum Part {
 }
 
 impl Part {
+    /// The parts of layer `l`.
+    fn of_layer(l: usize, qkv_bias: bool) -> impl Iterator<Item = Self> {
+        let biases = [Self::QueryBias(l), Self::KeyBias(l), Self::ValueBias(l)];
+        [
+            Self::AttentionNorm(l),
+            Self::Query(l),
+            Self::Key(l),
+            Self::Value(l),
+            Self::AttentionOutput(l),
+            Self::MlpNorm(l),
+            Self::Gate(l),
+            Self::Up(l),
+            Self::Down(l),
+        ]
+        .into_iter()
+        .chain(biases.into_iter().filter(move |_| qkv_bias))
+    }
+
     /// Name in GGUF files.
     pub(crate) fn gguf_name(self) -> String {
         match self {
@@ -81,6 +101,23 @@ impl Part {
             Self::Down(l) => format!("model.layers.{l}.mlp.down_proj.weight"),
         }
     }
+}
+
+/// What a layer may hold, for messages.
+pub(crate) const SUPPORTED_TENSORS: &str =
+    "per layer the two norms, q, k, v (with biases in qwen2), o, gate, up and down";
+
+/// The first of a file's tensors that belongs to a layer, by its prefix, and is none of the model's
+/// parts: what it would do to the forward pass is unknown here, so the model must not run without it.
+pub(crate) fn foreign<'a>(
+    names: impl Iterator<Item = &'a String>,
+    prefix: &str,
+    name_of: impl Fn(Part) -> String,
+    config: &ModelConfig,
+) -> Option<&'a String> {
+    let parts = |layer| Part::of_layer(layer, config.qkv_bias);
+    let known: HashSet<String> = (0..config.shape.layers).flat_map(parts).map(name_of).collect();
+    names.filter(|name| name.starts_with(prefix) && !known.contains(*name)).min()
 }
 
 /// Where tensors come from; q and k in Hugging Face's order of channels.
