@@ -89,8 +89,8 @@ impl Source<'_> {
         Err(self.bad(format!(
             "{} is {value}, neither 0 nor 1. These look like scaling factors, not a mask: save \
              them as text, numpy.savetxt(\"factors.tsv\", factors.reshape(layers, -1), \
-             delimiter=\"\\t\"), and read the .tsv with a ratio and an alignment, which thresholds \
-             them by LeanK's rule",
+             delimiter=\"\\t\"), and make a mask of the .tsv by LeanK's rule: `leank convert \
+             factors.tsv mask.safetensors --shape LAYERS,KV_HEADS,HEAD_DIM`",
             axes.name(at)
         )))
     }

@@ -14,8 +14,9 @@ const EVAL: &str = "eval --model model --positions 8 --sequences 1";
 fn files_that_are_not_there() {
     let world = World::with_mask();
     let missing = "No such file";
-    world.fails(&DUMP.replace("--model model", "--model no.gguf"), &["no.gguf", missing]);
-    world.fails(&DUMP.replace("text.txt", "no.txt"), &["no.txt", missing]);
+    let dump = DUMP.replace("--out dump", "--out d");
+    world.fails(&dump.replace("--model model", "--model no.gguf"), &["no.gguf", missing]);
+    world.fails(&dump.replace("text.txt", "no.txt"), &["no.txt", missing]);
     world.fails("learn nodump --k-ratio 0.5 --out x.safetensors", &["nodump", "leank dump"]);
     world.fails("inspect no.safetensors", &["no.safetensors", missing]);
     world.fails("plan --mask no.npy", &["no.npy", missing]);
@@ -50,7 +51,20 @@ fn names_whose_extension_is_unknown() {
     world.fails(&format!("{LEARN} --k-ratio 0.5 --out x.tsv"), &["x.tsv", ".safetensors"]);
     world.write("scales.tsv", "0.1\t0.9\n");
     world.fails("convert scales.tsv x.npy", &["scales.tsv", "--shape"]);
-    world.fails("inspect scales.tsv", &["scales.tsv"]);
+    for arguments in [
+        "inspect scales.tsv".to_owned(),
+        "plan --mask scales.tsv".to_owned(),
+        "generate --model model --prompt a --mask scales.tsv".to_owned(),
+        format!("{EVAL} --mask scales.tsv --text text.txt"),
+    ] {
+        let mend =
+            "run `leank convert scales.tsv mask.safetensors --shape LAYERS,KV_HEADS,HEAD_DIM`";
+        world.fails(&arguments, &[mend]);
+    }
+    for option in ["--shape 2,2,16", "--shape 2,2,16 --ratio 0.5", "--shape 2,2,16 --align 4"] {
+        let words = ["mask.safetensors is a mask already", "--shape, --ratio and --align"];
+        world.fails(&format!("convert mask.safetensors x.npy {option}"), &words);
+    }
 }
 
 #[test]
@@ -78,6 +92,18 @@ fn masks_that_are_damaged() {
     // Another format than the name says.
     fs::copy(world.path("whole.npy"), world.path("npy.pth")).unwrap();
     world.fails("inspect npy.pth", &["npy.pth", "NumPy"]);
+}
+
+#[test]
+fn scaling_factors_in_the_place_of_a_mask() {
+    let world = World::new();
+    let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1, 2), }";
+    let mut bytes = b"\x93NUMPY\x01\x00\x76\x00".to_vec();
+    bytes.extend(format!("{header:<117}\n").as_bytes());
+    bytes.extend([0.5f32, 1.0].iter().flat_map(|x| x.to_le_bytes()));
+    world.write("factors.npy", bytes);
+    let mend = "leank convert factors.tsv mask.safetensors --shape LAYERS,KV_HEADS,HEAD_DIM";
+    world.fails("inspect factors.npy", &["factors.npy", "0.5, neither 0 nor 1", mend]);
 }
 
 #[test]
@@ -141,36 +167,53 @@ fn more_context_than_the_model_has() {
     );
     world.fails("generate --model model --prompt-file text.txt", &["3000", &limit]);
     world.fails("generate --model model --prompt abc --tokens 10000", &["10000", &limit]);
+    let most = u64::MAX.to_string();
+    let generate = format!("generate --model model --prompt abc --tokens {most}");
+    world.fails(&generate, &[&most, &limit]);
 }
 
 #[test]
 fn budgets_and_counts_that_cannot_be() {
     let world = World::with_dump();
     let learn = |rest: &str| format!("learn dump --sink 4 --recent 8 --out x.safetensors {rest}");
-    world.fails(&learn("--k-ratio 0.5 --align 5 --step 5"), &["5", "16", "head_dim"]);
-    world.fails(&learn("--k-ratio 0.5 --align 0"), &["align"]);
-    world.fails(&learn("--k-ratio 0.5 --align 4 --step 0"), &["step"]);
+    for align in ["5 --step 5", "12", "100", "0", "0 --method e1", "12 --method static"] {
+        let (divides, will_do) = ("does not divide head_dim 16", "1, 2, 4, 8, 16 would do");
+        world.fails(
+            &learn(&format!("--k-ratio 0.5 --align {align}")),
+            &["--align: ", divides, will_do],
+        );
+    }
+    world.fails(&learn("--k-ratio 0.5 --align 4 --step 0"), &["--step: "]);
     world.fails(&learn("--k-ratio 0.5 --align 4 --step 3"), &["step", "3"]);
     world.fails(&learn("--k-ratio 0.5 --align 4 --step 8"), &["step", "8", "4"]);
     world.fails(&learn("--bytes 0.1 --align 4 --exempt 0"), &["budget", "bytes 0.5 or more"]);
     world.fails(&learn("--k-ratio 0.9 --align 4 --step 4 --exempt 0"), &["k-ratio 0.5 or less"]);
-    world.fails(&learn("--k-ratio 0.5 --align 4 --exempt 7"), &["7", "2"]);
+    world.fails(&learn("--k-ratio 0.5 --align 4 --exempt 7"), &["--exempt: ", "7", "2"]);
     let dump = DUMP.replace("--out dump", "--out d");
-    world.fails(&format!("{dump} --probes 0"), &["draws", "1"]);
-    world.fails(&dump.replace("--sequences 4", "--sequences 0"), &["sequences"]);
-    world.fails(&dump.replace("--positions 8", "--positions 0"), &["positions"]);
+    world.fails(&format!("{dump} --probes 0"), &["--probes: ", "1"]);
+    world.fails(&format!("{dump} --probes 5000"), &["--probes: ", "1024"]);
+    for count in ["0", "99999999999999"] {
+        let sequences = dump.replace("--sequences 4", &format!("--sequences {count}"));
+        world.fails(&sequences, &["--sequences: "]);
+    }
+    world.fails(&dump.replace("--positions 8", "--positions 0"), &["--positions: "]);
 }
 
 #[test]
 fn caches_that_cannot_be() {
     let world = World::with_mask();
-    world.fails("plan --mask mask.safetensors --block 0", &["block", "0"]);
-    world.fails("plan --mask mask.safetensors --block 100000000000", &["block"]);
-    let eval = format!("{EVAL} --mask mask.safetensors --text text.txt");
-    world.fails(&format!("{eval} --context 100 --block 0"), &["block"]);
-    world.fails(&format!("{eval} --context 8"), &["positions", "8"]);
-    world.fails(&format!("{eval} --context 100 --batch 0"), &["batch"]);
-    world.fails(&eval.replace("--sequences 1", "--sequences 0 --context 100"), &["sequences"]);
+    world.fails("plan --mask mask.safetensors --block 0", &["--block: 0"]);
+    world.fails("plan --mask mask.safetensors --block 100000000000", &["--block: "]);
+    let eval = format!("{EVAL} --mask mask.safetensors --text text.txt --context 100");
+    // Before the text is even found too short.
+    world.write("short.txt", "only a few words");
+    world.fails(&format!("{eval} --block 0").replace("text.txt", "short.txt"), &["--block: 0"]);
+    world.fails(&eval.replace("100", "8"), &["--positions: ", "8"]);
+    world.fails(&format!("{eval} --batch 0"), &["--batch: "]);
+    world.fails(&eval.replace("--sequences 1", "--sequences 0"), &["--sequences: "]);
+    let most = usize::MAX;
+    world.fails(&eval.replace("--sequences 1", &format!("--sequences {most}")), &["--sequences: "]);
+    world.fails(&format!("{eval} --tasks needle --items {most}"), &["--items: "]);
 }
 
 #[test]
@@ -224,6 +267,8 @@ fn places_that_are_taken() {
     let world = World::with_dump();
     world.fails(&DUMP.replace("--out dump", "--out text.txt"), &["text.txt", "is a file"]);
     world.fails(&DUMP.replace("--out dump", "--out model"), &["model", "holds no dump"]);
+    // Before a model is loaded.
+    world.fails(&DUMP.replace("--model model", "--model no.gguf"), &["dump", "--overwrite"]);
     fs::create_dir(world.path("folder.npy")).unwrap();
     world.fails(&format!("{LEARN} --k-ratio 0.5 --out folder.npy"), &["folder.npy", "is a folder"]);
 }

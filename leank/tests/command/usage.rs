@@ -48,7 +48,7 @@ fn wrong_arguments_exit_with_2() {
         ("learn dump --out m.npy --k-ratio 1.5", "1.5 is not in 0..=1"),
         ("learn dump --out m.npy --k-ratio half", "`half` is not a number"),
         ("learn dump --out m.npy --k-ratio NaN", "NaN"),
-        ("learn dump --k-ratio 0.5 --out m.npy --method e3", "e2, e1, static, leank"),
+        ("learn dump --k-ratio 0.5 --out m.npy --method e3", "e2, e1, static and leank"),
         ("dump --model model --text text.txt", "--out"),
         ("dump --model model --out d", "--text"),
         ("dump --model model --text text.txt --out d --prefix 9..3", "ends before it starts"),
@@ -60,7 +60,13 @@ fn wrong_arguments_exit_with_2() {
         ("plan --mask m.npy --memory 16parsec", "KiB, MiB, GiB"),
         ("convert a.npy b.pth --shape 3,x,8", "x"),
         ("convert a.npy b.pth --shape 0,2,8", "0"),
+        ("convert a.tsv b.pth --ratio 0.5", "--shape"),
+        ("convert a.tsv b.pth --align 4", "--shape"),
+        ("plan --mask m.npy --context 5000000000", "'--context"),
+        ("plan --mask m.npy --context 100,18446744073709551615", "at most 4294967296 tokens"),
         ("generate --model model", "--prompt"),
+        ("generate --model model --prompt a --sink 4", "--mask"),
+        ("generate --model model --prompt a --recent 4", "--mask"),
         ("inspect m.npy --threads 0", "--threads"),
     ] {
         let outcome = world.run(arguments);

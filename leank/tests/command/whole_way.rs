@@ -116,6 +116,20 @@ fn windows_longer_than_the_context_prune_nothing() {
 }
 
 #[test]
+fn positions_without_a_middle_are_told() {
+    let world = World::with_dump();
+    // The shortest prefix has 60 tokens, the longest 90.
+    let outcome = world.run(
+        "learn dump --align 4 --step 4 --sink 4 --recent 70 --k-ratio 0.5 --out mask.safetensors",
+    );
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let warning = "of 32 positions nothing lies between --sink and --recent";
+    assert!(outcome.stderr.contains(warning), "{outcome:?}");
+    let outcome = world.run(&format!("{LEARN} --k-ratio 0.5 --out mask.safetensors"));
+    assert!(!outcome.stderr.contains("warning"), "{outcome:?}");
+}
+
+#[test]
 fn generation_follows_the_mask_and_the_windows() {
     let world = World::with_mask();
     let prompt = String::from_utf8(world.read("text.txt")).unwrap();

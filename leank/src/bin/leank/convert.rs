@@ -7,41 +7,33 @@ use leank::{
     files::{Format, ReadOptions, ScalingFactors, read_mask, write_mask},
 };
 
-use crate::{output, parse};
+use crate::{masks, output, parse};
 
 /// Convert a mask between .safetensors, .pth, .npy, and from .tsv.
 ///
 /// Only .safetensors keeps what a mask knows about its model; the others are bare numbers. A .tsv
 /// of scaling factors becomes a mask by LeanK's rule (one quantile over the model, counts rounded
-/// per head), for which --shape, --ratio and --align are needed.
+/// per head), for which --shape is needed.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The mask to read.
     from: PathBuf,
     /// The mask to write; the extension tells the format.
     to: PathBuf,
-    /// Shape of the model, for a .tsv.
+    /// Shape of the model, for a .tsv and nothing else.
     #[arg(long, value_name = "LAYERS,KV_HEADS,HEAD_DIM", value_parser = parse::mask_shape)]
     shape: Option<ModelShape>,
-    /// Share of K to prune, for a .tsv.
-    #[arg(long, default_value_t = 0.7, value_parser = parse::share)]
-    ratio: f64,
-    /// Kept counts are multiples of this, for a .tsv.
-    #[arg(long, default_value_t = 32)]
-    align: usize,
+    /// Share of K to prune, for a .tsv; 0.7 by default.
+    #[arg(long, requires = "shape", value_parser = parse::share)]
+    ratio: Option<f64>,
+    /// Kept counts are multiples of this, for a .tsv; 32 by default.
+    #[arg(long, requires = "shape")]
+    align: Option<usize>,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    output::check_mask_path(&args.to)?;
-    let scaling =
-        args.shape.map(|shape| ScalingFactors { shape, ratio: args.ratio, alignment: args.align });
-    if scaling.is_none() && Format::from_path(&args.from)? == Format::Tsv {
-        anyhow::bail!(
-            "{} holds scaling factors: give the model's --shape LAYERS,KV_HEADS,HEAD_DIM",
-            args.from.display()
-        );
-    }
-    let mask = read_mask(&args.from, &ReadOptions { scaling })?;
+    masks::check_target(&args.to)?;
+    let mask = read_mask(&args.from, &ReadOptions { scaling: scaling(args)? })?;
     write_mask(&args.to, &mask)?;
     let summary = mask.summary();
     output::line(format!(
@@ -55,4 +47,24 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         eprintln!("note: {} cannot say which model the mask is for", args.to.display());
     }
     Ok(())
+}
+
+/// LeanK's own ratio and alignment where none is given.
+fn scaling(args: &Args) -> anyhow::Result<Option<ScalingFactors>> {
+    let is_tsv = Format::from_path(&args.from)? == Format::Tsv;
+    match args.shape {
+        None if is_tsv => anyhow::bail!(
+            "{} holds scaling factors: give the model's --shape LAYERS,KV_HEADS,HEAD_DIM",
+            args.from.display()
+        ),
+        Some(_) if !is_tsv => anyhow::bail!(
+            "{} is a mask already: --shape, --ratio and --align are for the scaling factors of a .tsv",
+            args.from.display()
+        ),
+        shape => Ok(shape.map(|shape| ScalingFactors {
+            shape,
+            ratio: args.ratio.unwrap_or(0.7),
+            alignment: args.align.unwrap_or(32),
+        })),
+    }
 }

@@ -1,6 +1,6 @@
 //! `leank eval`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use leank::{
     CacheConfig, MaskSummary, ModelMask,
@@ -11,7 +11,7 @@ use leank::{
 };
 use serde::Serialize;
 
-use crate::{model, output, plan::CacheArgs, texts};
+use crate::{masks, model, output, plan::CacheArgs, texts};
 
 /// Measure what a mask costs and saves, by decoding through the lean cache.
 ///
@@ -71,7 +71,7 @@ struct Entry {
 }
 
 impl Entry {
-    fn new(path: &std::path::Path, mask: &ModelMask, report: MaskReport) -> Self {
+    fn new(path: &Path, mask: &ModelMask, report: MaskReport) -> Self {
         let MaskSummary { kept_k, kept_v, dead_heads, heads, .. } = mask.summary();
         Self {
             mask: path.display().to_string(),
@@ -89,8 +89,10 @@ impl Entry {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let texts = texts::read(&args.text)?;
+    let masks = args.mask.iter().map(|path| masks::read(path));
+    let masks = masks.collect::<anyhow::Result<Vec<_>>>()?;
     let model = args.model.load()?;
-    let configs = args.mask.iter().map(|path| config(args, &model, path));
+    let configs = args.mask.iter().zip(masks).map(|(path, mask)| config(args, &model, path, mask));
     let configs = configs.collect::<anyhow::Result<Vec<_>>>()?;
     let options = EvalOptions {
         context: args.context,
@@ -117,15 +119,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.json { output::json(&entries) } else { print(args, &entries) }
 }
 
-fn config(args: &Args, model: &Model, path: &std::path::Path) -> anyhow::Result<CacheConfig> {
-    let mut config = model::lean_config(model, path)?;
+fn config(args: &Args, model: &Model, path: &Path, mask: ModelMask) -> anyhow::Result<CacheConfig> {
+    let mut config = model::lean_config(model, path, mask)?;
     args.cache.apply(&mut config);
+    config.validate()?;
     Ok(config)
 }
 
 /// A row per mask; what all rows share stands below.
 fn print(args: &Args, entries: &[Entry]) -> anyhow::Result<()> {
-    let rows: Vec<_> = entries.iter().map(row).collect();
+    let rows: Vec<_> = entries.iter().zip(names(&args.mask)).map(row).collect();
     let Some(first) = rows.first() else { return Ok(()) };
     let mut table = output::table(first.iter().map(|(column, _)| column.as_str()));
     if let Some(masks) = table.column_mut(0) {
@@ -147,11 +150,21 @@ fn print(args: &Args, entries: &[Entry]) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn row(entry: &Entry) -> Vec<(String, String)> {
+/// Names that tell the masks apart: file stems, and whole paths where a stem comes twice.
+fn names(masks: &[PathBuf]) -> Vec<String> {
+    let stem = |path: &PathBuf| path.file_stem().map(ToOwned::to_owned);
+    let name = |path: &PathBuf| {
+        let alike = masks.iter().filter(|other| stem(other) == stem(path)).count();
+        let name = stem(path).filter(|_| alike == 1).unwrap_or_else(|| path.into());
+        name.to_string_lossy().into_owned()
+    };
+    masks.iter().map(name).collect()
+}
+
+fn row((entry, name): (&Entry, String)) -> Vec<(String, String)> {
     let mut row: Vec<(String, String)> = Vec::new();
     let mut cell = |column: &str, cell: String| row.push((column.to_owned(), cell));
-    let name = std::path::Path::new(&entry.mask).file_stem().unwrap_or_default();
-    cell("mask", name.to_string_lossy().into_owned());
+    cell("mask", name);
     cell("kept K", output::percent(entry.kept_k));
     cell("kept V", output::percent(entry.kept_v));
     cell("dead heads", format!("{}/{}", entry.dead_heads, entry.heads));
@@ -171,4 +184,16 @@ fn row(entry: &Entry) -> Vec<(String, String)> {
         cell("whole-KV ratio", format!("{ratio:.3}"));
     }
     row
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_masks_apart() {
+        let names = |masks: &[&str]| names(&masks.iter().map(PathBuf::from).collect::<Vec<_>>());
+        assert_eq!(names(&["a/e1.safetensors", "e2.npy"]), ["e1", "e2"]);
+        assert_eq!(names(&["a/m.pth", "x.npy", "b/m.pth"]), ["a/m.pth", "x", "b/m.pth"]);
+    }
 }

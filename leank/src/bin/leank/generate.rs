@@ -1,10 +1,6 @@
 //! `leank generate`
 
-use std::{
-    io::Write as _,
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{io::Write as _, path::PathBuf, time::Instant};
 
 use anyhow::Context as _;
 use leank::{
@@ -13,13 +9,14 @@ use leank::{
     cpu::{Cpu, CpuCache},
 };
 
-use crate::{model, output, plan::CacheArgs};
+use crate::{masks, model, output, plan::CacheArgs};
 
 /// Continue a prompt, token by token, and report speed and cache bytes.
 ///
 /// With --mask the cache is lean; without, the same cache keeps everything. The most likely token
 /// is taken each time, so the result is the same every time.
 #[derive(clap::Args)]
+#[command(mut_arg("sink", |arg| arg.requires("mask")), mut_arg("recent", |arg| arg.requires("mask")))]
 pub(crate) struct Args {
     #[command(flatten)]
     model: model::Args,
@@ -45,34 +42,29 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let precision = if args.as_stored { Precision::AsStored } else { Precision::F32 };
-    let model = args.model.load_as(precision)?;
+    let mask = args.mask.as_deref().map(|path| Ok::<_, anyhow::Error>((path, masks::read(path)?)));
+    let mask = mask.transpose()?;
     let prompt = match (&args.prompt, &args.prompt_file) {
         (Some(prompt), _) => prompt.clone(),
         (None, Some(path)) => crate::texts::read_one(path)?,
         (None, None) => unreachable!("clap requires one of them"),
     };
+    let model = args.model.load_as(precision)?;
     let tokens = model.tokenizer().encode(&prompt)?;
     anyhow::ensure!(!tokens.is_empty(), "the prompt is empty: there is nothing to continue");
     let limit = model.config().context_length;
     anyhow::ensure!(
-        tokens.len() + args.tokens <= limit,
+        tokens.len().saturating_add(args.tokens) <= limit,
         "the prompt has {} tokens and {} are to follow; the model's context is {limit}",
         tokens.len(),
         args.tokens
     );
-    let mut config = config(&model, args.mask.as_deref())?;
-    let windows = config.windows;
+    let mut config = match mask {
+        Some((path, mask)) => model::lean_config(&model, path, mask)?,
+        None => CacheConfig::dense(model.config().shape())?,
+    };
     args.cache.apply(&mut config);
-    if args.mask.is_none() {
-        config.windows = windows;
-    }
     Generation::new(&model, config, &tokens)?.run(args.tokens)
-}
-
-fn config(model: &Model, mask: Option<&Path>) -> anyhow::Result<CacheConfig> {
-    let shape = model.config().shape();
-    let Some(path) = mask else { return Ok(CacheConfig::dense(shape)?) };
-    model::lean_config(model, path)
 }
 
 struct Generation<'a> {

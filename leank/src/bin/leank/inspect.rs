@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use leank::{Layer, MaskInfo, MaskSummary, ModelMask, files::read_mask};
+use leank::{Layer, MaskInfo, MaskSummary, ModelMask};
 use serde::Serialize;
 
-use crate::output;
+use crate::{masks, output};
 
 /// Show what a mask keeps: per layer, by kept count, and where in the RoPE spectrum.
 ///
@@ -84,7 +84,7 @@ fn spectrum(mask: &ModelMask) -> Vec<f64> {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let mask = read_mask(&args.mask, &Default::default())?;
+    let mask = masks::read(&args.mask)?;
     let report = Report::new(&mask);
     if args.json { output::json(&report) } else { print(&mask, &report) }
 }

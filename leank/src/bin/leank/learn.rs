@@ -14,12 +14,13 @@ use leank::{
 };
 use serde::Serialize;
 
-use crate::{output, parse};
+use crate::{masks, output, parse};
 
 /// Learn from a dump which channels of K matter, and spend a budget on them.
 ///
 /// Measuring is what takes time: its results are kept in the dump, so that a killed run goes on
-/// where it was, and another budget or alignment takes a moment.
+/// where it was. Another budget takes a moment then, but for the method leank; so does another
+/// --align that 8 divides, with e2 and static.
 #[derive(clap::Args)]
 #[command(group(clap::ArgGroup::new("budget").required(true).args(["k_ratio", "bytes"])))]
 pub(crate) struct Args {
@@ -79,7 +80,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         (None, Some(share)) => Budget::Bytes(share),
         (None, None) => unreachable!("clap requires one of them"),
     };
-    output::check_mask_path(&args.out)?;
+    masks::check_target(&args.out)?;
     anyhow::ensure!(
         args.dump.is_dir(),
         "{}: no such folder; a dump is the folder that `leank dump --out` writes",
@@ -97,13 +98,20 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let exempt = args.exempt.iter().copied().map(Layer).collect();
     let spending = AllocateOptions { budget, alignment: args.align, exempt };
     let bar = output::bar(0, "learning");
-    let Learned { mask, .. } =
+    let Learned { mask, without_middle, .. } =
         learn_mask(&dump, &options, &spending, &|progress: Progress<'_>| {
             bar.set_message(progress.phase.to_owned());
             bar.set_length(progress.total as u64);
             bar.set_position(progress.done as u64);
         })?;
     bar.finish_and_clear();
+    if without_middle > 0 {
+        let positions = dump.manifest().valid_positions();
+        eprintln!(
+            "warning: at {without_middle} of {positions} positions nothing lies between --sink and \
+             --recent: they lose nothing, so the predicted KL is too low; dump longer prefixes"
+        );
+    }
     write_mask(&args.out, &mask)?;
     let summary = mask.summary();
     let report = Report {

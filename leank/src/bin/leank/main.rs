@@ -4,9 +4,11 @@
 mod convert;
 mod dump;
 mod eval;
+mod flags;
 mod generate;
 mod inspect;
 mod learn;
+mod masks;
 mod model;
 mod output;
 mod parse;
@@ -15,6 +17,7 @@ mod texts;
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 
 /// Learn which channels of a model's K cache matter, and decode from a cache without the others.
@@ -65,7 +68,10 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<()> {
     if let Some(threads) = cli.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads.get()).build_global()?;
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.get())
+            .build_global()
+            .with_context(|| format!("--threads {threads}: not so many can be started"))?;
     }
     match cli.command {
         Command::Dump(args) => dump::run(&args),

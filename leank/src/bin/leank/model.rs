@@ -3,9 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use leank::{
-    CacheConfig,
+    CacheConfig, ModelMask,
     candle::{LoadOptions, Model, Precision},
-    files::read_mask,
 };
 
 use crate::output;
@@ -33,10 +32,13 @@ impl Args {
     }
 }
 
-/// A lean cache for the model, with a mask that must be for it.
-pub(crate) fn lean_config(model: &Model, mask: &Path) -> anyhow::Result<CacheConfig> {
-    let read = read_mask(mask, &Default::default())?;
-    read.check_model(model.fingerprint())
-        .and_then(|()| CacheConfig::new(model.config().shape(), read))
-        .map_err(|error| output::about(mask, error))
+/// A lean cache for the model, with a mask that must be for it; `path` is the mask's file.
+pub(crate) fn lean_config(
+    model: &Model,
+    path: &Path,
+    mask: ModelMask,
+) -> anyhow::Result<CacheConfig> {
+    mask.check_model(model.fingerprint())
+        .and_then(|()| CacheConfig::new(model.config().shape(), mask))
+        .map_err(|error| output::about(path, error))
 }

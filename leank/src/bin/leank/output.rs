@@ -9,8 +9,9 @@ use std::{
 use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use leank::files::Format;
 use serde::Serialize;
+
+use crate::flags;
 
 /// What failed when standard output cannot be written.
 pub(crate) const STDOUT: &str = "writing to standard output";
@@ -39,23 +40,6 @@ pub(crate) fn bar(len: u64, what: &str) -> ProgressBar {
 /// Prints a line; a reader that went away is not an error worth a message.
 pub(crate) fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
     writeln!(io::stdout().lock(), "{text}").context(STDOUT)
-}
-
-/// Refuses a path that no mask can be written to, before work is done for it.
-pub(crate) fn check_mask_path(path: &Path) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        Format::from_path(path)? != Format::Tsv,
-        "{}: scaling factors are only read; write the mask as .safetensors, .pth or .npy",
-        path.display()
-    );
-    anyhow::ensure!(!path.is_dir(), "{}: is a folder; give the name of a file", path.display());
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    anyhow::ensure!(
-        folder.is_none_or(Path::is_dir),
-        "{}: there is no such folder to write it to; make it first",
-        path.display()
-    );
-    Ok(())
 }
 
 /// Names a file in an error that does not name it itself.
@@ -104,8 +88,9 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// An error and its causes in one line. Causes that a message quotes already are not repeated.
 pub(crate) fn message(error: &anyhow::Error) -> String {
-    let mut message = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
+    let mut causes = error.chain().map(flags::message);
+    let mut message = causes.next().unwrap_or_default();
+    for cause in causes {
         if !message.contains(&cause) {
             message = format!("{message}: {cause}");
         }

@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use leank::ModelShape;
+use leank::{ModelShape, blocks::MAX_TOKENS};
 
 /// A share in 0..=1.
 pub(crate) fn share(text: &str) -> Result<f64, String> {
@@ -26,6 +26,15 @@ pub(crate) fn lengths(text: &str) -> Result<RangeInclusive<usize>, String> {
         return Err(format!("{from}..{to} ends before it starts"));
     }
     Ok(from..=to)
+}
+
+/// A context length that a cache may have.
+pub(crate) fn context(text: &str) -> Result<usize, String> {
+    let tokens: usize = text.parse().map_err(|_| format!("`{text}` is not a length"))?;
+    if tokens > MAX_TOKENS {
+        return Err(format!("a sequence holds at most {MAX_TOKENS} tokens"));
+    }
+    Ok(tokens)
 }
 
 /// Bytes: `4096`, `512MiB`, `16GiB`, `2GB`.
@@ -74,6 +83,8 @@ mod tests {
         assert!(lengths("9..3").is_err() && lengths("x").is_err());
         assert_eq!(bytes("1.5GiB"), Ok(3 << 29));
         assert_eq!(bytes("10"), Ok(10));
+        assert_eq!(context("131072"), Ok(131_072));
+        assert!(context("4294967297").is_err() && context("-1").is_err());
         assert!(bytes("1 parsec").is_err() && bytes("-1").is_err());
         assert!(mask_shape("32,8,128").is_ok() && mask_shape("32,8").is_err());
     }

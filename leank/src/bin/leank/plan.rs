@@ -5,11 +5,10 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use leank::{
     Backend as _, CacheConfig, DEFAULT_BLOCK, Dtype, ModelShape, Planner, Windows, cpu::Cpu,
-    files::read_mask,
 };
 use serde::Serialize;
 
-use crate::{output, parse};
+use crate::{masks, output, parse};
 
 /// What a cache with this mask will take, before anything runs.
 ///
@@ -22,7 +21,7 @@ pub(crate) struct Args {
     mask: PathBuf,
     /// Context lengths to plan for.
     #[arg(long, value_name = "TOKENS", num_args = 1.., value_delimiter = ',',
-        default_values_t = [2_048, 8_192, 32_768, 131_072])]
+        value_parser = parse::context, default_values_t = [2_048, 8_192, 32_768, 131_072])]
     context: Vec<usize>,
     /// How many tokens of context fit into this, e.g. 16GiB.
     #[arg(long, value_name = "BYTES", value_parser = parse::bytes)]
@@ -91,7 +90,7 @@ struct Fit {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let mask = read_mask(&args.mask, &Default::default())?;
+    let mask = masks::read(&args.mask)?;
     // Query heads do not matter to bytes.
     let shape = ModelShape::new(mask.layers(), mask.kv_heads(), mask.kv_heads(), mask.head_dim())?;
     let mut config = CacheConfig::new(shape, mask)?;
