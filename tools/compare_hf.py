@@ -21,12 +21,16 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, AddedToken, Regex
 from transformers import AutoModelForCausalLM
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "target" / "release" / "examples" / "logits"
+TARGET_DIR = pathlib.Path(__file__).resolve().parent / "target_dir.sh"
+
+
+def built_example():
+    target = subprocess.run([TARGET_DIR], check=True, capture_output=True, text=True).stdout.strip()
+    return pathlib.Path(target) / "release" / "examples" / "logits"
 
 
 def run_ours(args, out):
-    command = [args.example, args.model, args.text, out, str(args.tokens), str(args.last)]
+    command = [args.example or built_example(), args.model, args.text, out, str(args.tokens), str(args.last)]
     if args.as_stored:
         command.append("as-stored")
     subprocess.run([str(word) for word in command], check=True)
@@ -89,7 +93,7 @@ def main():
     parser.add_argument("--last", type=int, default=64)
     parser.add_argument("--tolerance", type=float, default=2e-2)
     parser.add_argument("--as-stored", action="store_true", help="our side on quantized weights")
-    parser.add_argument("--example", type=pathlib.Path, default=EXAMPLE)
+    parser.add_argument("--example", type=pathlib.Path, help="our side, already built; by default where cargo puts it")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 

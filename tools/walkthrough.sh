@@ -57,9 +57,7 @@ python3 tools/fetch_texts.py "$dir/texts" >/dev/null
 if [ -z "$leank" ]; then
     say "building the command"
     cargo build --release --quiet --package leank --features cli
-    target=$(cargo metadata --format-version 1 --no-deps |
-        python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])')
-    leank=$target/release/leank
+    leank=$(tools/target_dir.sh)/release/leank
 fi
 
 if [ $full = 1 ]; then
