@@ -65,3 +65,8 @@ pub use tasks::{Task, TaskItem};
 pub use texts::Text;
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::Precision;
+
+/// Compiles the README's examples with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -14,3 +14,8 @@
 mod probe;
 
 pub use probe::{Device, probe};
+
+/// Compiles the README's examples with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

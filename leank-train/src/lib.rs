@@ -45,3 +45,8 @@ pub mod synthetic;
 
 pub use error::{ElementPosition, Error, Result};
 pub use records::{OnProgress, Progress};
+
+/// Compiles the README's examples with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

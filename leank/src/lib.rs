@@ -50,3 +50,9 @@ pub use leank_cpu as cpu;
 pub use leank_cuda as cuda;
 #[cfg(feature = "train")]
 pub use leank_train as train;
+
+/// Compiles the READMEs' examples with the documentation's.
+#[cfg(all(doctest, feature = "cpu"))]
+#[doc = include_str!("../README.md")]
+#[doc = include_str!("../../README.md")]
+struct Readme;
