@@ -212,7 +212,8 @@ impl Shared {
                 self.sleeping.fetch_add(1, Ordering::SeqCst);
                 // A run that opened before `sleeping` rose did not wake us: look once more.
                 let round = self.round.load(Ordering::SeqCst);
-                if !(round != seen && round % 2 == 1) && !self.stop.load(Ordering::SeqCst) {
+                let work = round != seen && round % 2 == 1;
+                if !work && !self.stop.load(Ordering::SeqCst) {
                     thread::park();
                 }
                 self.sleeping.fetch_sub(1, Ordering::SeqCst);

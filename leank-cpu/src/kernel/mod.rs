@@ -68,8 +68,7 @@ impl Isa {
     /// The fastest one that this CPU can run.
     #[must_use]
     pub fn best() -> Self {
-        let available = Self::ALL.into_iter().filter(|isa| isa.is_available());
-        available.last().unwrap_or(Self::Portable)
+        Self::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Self::Portable)
     }
 }
 

@@ -298,6 +298,7 @@ unsafe fn pass_vectors<S: Simd, L: Lanes<S>, const R: usize>(
 /// For every row `r < R` and step `s`, `left` is readable at `r · left_stride + s · STEP` for `STEP`
 /// elements, `right` at `s · right_stride` for `V · LANES · STEP`, and `out` is writable at
 /// `r · out_stride` for `V · LANES`.
+#[expect(clippy::needless_range_loop, reason = "rows and vectors index more than the sums")]
 #[inline(always)]
 unsafe fn pass<S: Simd, L: Lanes<S>, const R: usize, const V: usize>(
     simd: S,
@@ -307,12 +308,16 @@ unsafe fn pass<S: Simd, L: Lanes<S>, const R: usize, const V: usize>(
     for step in 0..args.steps {
         // SAFETY: the caller's promise, for this step and each vector.
         let wide: [L::Wide; V] = std::array::from_fn(|v| unsafe {
-            L::load(simd, args.right.add(step * args.right_stride + v * S::LANES * L::STEP))
+            L::load(
+                simd,
+                args.right.wrapping_add(step * args.right_stride + v * S::LANES * L::STEP),
+            )
         });
         for r in 0..R {
             // SAFETY: the caller's promise, for this row and step.
-            let factor =
-                unsafe { L::factor(simd, args.left.add(r * args.left_stride + step * L::STEP)) };
+            let factor = unsafe {
+                L::factor(simd, args.left.wrapping_add(r * args.left_stride + step * L::STEP))
+            };
             for v in 0..V {
                 sums[r][v] = L::mul_add(simd, factor, wide[v], sums[r][v]);
             }
@@ -320,11 +325,10 @@ unsafe fn pass<S: Simd, L: Lanes<S>, const R: usize, const V: usize>(
     }
     for r in 0..R {
         for v in 0..V {
-            // SAFETY: the caller's promise, for this row and vector.
-            let out = unsafe { args.out.add(r * args.out_stride + v * S::LANES) };
+            let out = args.out.wrapping_add(r * args.out_stride + v * S::LANES);
             let mut sum = sums[r][v];
             if args.accumulate {
-                // SAFETY: as above.
+                // SAFETY: the caller's promise, for this row and vector.
                 sum = simd.add(sum, unsafe { simd.load(out) });
             }
             // SAFETY: as above.

@@ -12,6 +12,15 @@ use super::simd::Simd;
 /// How far a logit may exceed the base, in powers of two.
 const SLACK: f32 = 8.0;
 
+/// `2^r` on ±½, highest power first: the polynomial of degree 5 with the least relative error, 9e-8,
+/// among those that are exact at 0.
+#[expect(
+    clippy::approx_constant,
+    reason = "what minimises the error is near ln 2, not equal to it"
+)]
+const POLYNOMIAL: [f32; 6] =
+    [1.326_472_7e-3, 9.671_513e-3, 5.550_733_6e-2, 0.240_222_42, 0.693_147, 1.0];
+
 /// Largest number of lanes of any instruction set.
 pub(crate) const MAX_LANES: usize = 16;
 
@@ -111,7 +120,7 @@ pub(crate) fn softmax<S: Simd, N: Narrow<S>>(simd: S, args: Softmax<'_>, mut nar
         let vectors = stride / S::LANES;
         let at = row.as_mut_ptr();
         // SAFETY: `v` is below the number of vectors in the row.
-        let load = |v: usize| unsafe { simd.load(at.add(v * S::LANES)) };
+        let load = |v: usize| unsafe { simd.load(at.wrapping_add(v * S::LANES)) };
 
         let mut largest = simd.splat(f32::NEG_INFINITY);
         for v in 0..vectors {
@@ -131,7 +140,7 @@ pub(crate) fn softmax<S: Simd, N: Narrow<S>>(simd: S, args: Softmax<'_>, mut nar
             let x = exp2(simd, simd.mul_add(load(v), scale, base));
             weight = simd.add(weight, x);
             // SAFETY: `v` is below the number of vectors in the row.
-            unsafe { simd.store(at.add(v * S::LANES), x) };
+            unsafe { simd.store(at.wrapping_add(v * S::LANES), x) };
             narrow.put(simd, r * stride + v * S::LANES, x);
         }
         // SAFETY: every row state holds `MAX_LANES` weights.
@@ -142,16 +151,15 @@ pub(crate) fn softmax<S: Simd, N: Narrow<S>>(simd: S, args: Softmax<'_>, mut nar
 /// `2^x` for `x ≤ SLACK`, to about one unit in the last place; 0 somewhere below `2^−126`, NaN of
 /// NaN.
 ///
-/// `2^n · 2^r` with `n = round(x)` and a polynomial of degree 5, which minimises the relative error
-/// on ±½ (9e-8) among those that are exact at 0.
+/// `2^n · 2^r` with `n = round(x)`.
 #[inline(always)]
 fn exp2<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     let x = simd.max(simd.splat(S::ZERO_EXPONENT), x);
     let n = simd.round(x);
     let r = simd.sub(x, n);
-    let mut p = simd.splat(1.326_472_7e-3);
-    for c in [9.671_513e-3, 5.550_733_6e-2, 0.240_222_42, 0.693_147, 1.0] {
-        p = simd.mul_add(p, r, simd.splat(c));
+    let mut p = simd.splat(POLYNOMIAL[0]);
+    for c in &POLYNOMIAL[1..] {
+        p = simd.mul_add(p, r, simd.splat(*c));
     }
     simd.times_power_of_two(p, n)
 }

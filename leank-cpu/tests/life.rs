@@ -1,0 +1,189 @@
+//! Fork, rollback and sequences on disk, on real K and V: small scenes; the state machine itself is
+//! tested in `leank-core`.
+
+use std::sync::Arc;
+
+use leank_core::{
+    Backend as _, Cache as _, CacheConfig, ChannelMask, Dtype, Error, HeadFormat, HostView,
+    HostViewMut, Layer, LeanFormat, ModelMask, ModelShape, SequenceId, StepEntry, ViewShape,
+    Windows,
+};
+use leank_cpu::{Cpu, CpuCache, Isa, Serial};
+
+const LAYERS: usize = 2;
+const SHAPE: (usize, usize, usize) = (6, 3, 20);
+
+/// A head that keeps an odd number of channels, a dead one and a whole one.
+fn config(dtype: Dtype, lean: Dtype) -> CacheConfig {
+    let (query_heads, kv_heads, head_dim) = SHAPE;
+    let shape = ModelShape::new(LAYERS, query_heads, kv_heads, head_dim).unwrap();
+    let heads = [vec![1, 4, 7, 8, 19], vec![], (0..20).collect()];
+    let masks = (0..LAYERS).flat_map(|_| heads.clone());
+    let masks = masks.map(|kept| ChannelMask::new(head_dim, kept).unwrap()).collect();
+    let mask = ModelMask::new(LAYERS, kv_heads, head_dim, masks).unwrap();
+    let format = HeadFormat { k: LeanFormat::Plain(lean), v: LeanFormat::Plain(lean) };
+    CacheConfig {
+        windows: Windows { sink: 5, recent: 20 },
+        block: 8,
+        dtype,
+        formats: Some(vec![format; LAYERS * kv_heads]),
+        ..CacheConfig::new(shape, mask).unwrap()
+    }
+}
+
+/// Numbers in ±1 that depend on who they belong to.
+fn rows(
+    kind: u64,
+    story: u64,
+    layer: usize,
+    start: usize,
+    tokens: usize,
+    heads: usize,
+) -> Vec<f32> {
+    let width = heads * SHAPE.2;
+    let number = |i: usize| {
+        let place = (start * width + i) as u64;
+        let mut x = (kind << 56) ^ (story << 40) ^ ((layer as u64) << 32) ^ place;
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((x >> 40) as f32) / (1u64 << 23) as f32 - 1.0
+    };
+    (0..tokens * width).map(number).collect()
+}
+
+/// Appends `tokens` tokens of a story to a sequence; what attention gives, layer after layer.
+fn step(cache: &mut CpuCache, id: SequenceId, story: u64, tokens: usize) -> Vec<f32> {
+    let (query_heads, kv_heads, head_dim) = SHAPE;
+    let start = cache.sequence_len(id).unwrap();
+    cache.plan(&[StepEntry::decode(id, tokens)]).unwrap();
+    let mut outputs = Vec::new();
+    for layer in 0..LAYERS {
+        let own = |kind, heads| rows(kind, story, layer, start, tokens, heads);
+        let (k, v, q) = (own(1, kv_heads), own(2, kv_heads), own(3, query_heads));
+        let mut out = vec![f32::NAN; q.len()];
+        let kv_shape = ViewShape::contiguous(tokens, kv_heads, head_dim);
+        let q_shape = ViewShape::contiguous(tokens, query_heads, head_dim);
+        let view = |data, shape| HostView::new(data, shape).unwrap();
+        cache.append(Layer(layer), view(&k[..], kv_shape), view(&v[..], kv_shape)).unwrap();
+        let out_view = HostViewMut::new(&mut out[..], q_shape).unwrap();
+        cache.attend(Layer(layer), view(&q[..], q_shape), out_view).unwrap();
+        outputs.extend(out);
+    }
+    cache.commit().unwrap();
+    assert!(outputs.iter().all(|x| x.is_finite()));
+    outputs
+}
+
+/// Every kernel and every pair of types.
+fn everywhere(scene: impl Fn(&Cpu, &CacheConfig)) {
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let cpu = Cpu::with_executor(Arc::new(Serial)).with_isa(isa).unwrap();
+        for dtype in Dtype::ALL {
+            for lean in Dtype::ALL {
+                scene(&cpu, &config(dtype, lean));
+            }
+        }
+    }
+}
+
+#[test]
+fn forks_go_their_own_ways() {
+    everywhere(|cpu, config| {
+        let mut cache = cpu.create(config.clone()).unwrap();
+        let mut alone = cpu.create(config.clone()).unwrap();
+        let (trunk, twin) = (cache.add_sequence(), alone.add_sequence());
+        step(&mut cache, trunk, 1, 43);
+        step(&mut alone, twin, 1, 43);
+        let before = cache.memory();
+        let branch = cache.fork(trunk).unwrap();
+        assert_eq!(cache.memory().used_bytes(), before.used_bytes(), "a fork takes nothing");
+        for _ in 0..30 {
+            // The branch tells another story, in turn with the trunk.
+            step(&mut cache, branch, 2, 1);
+            assert_eq!(step(&mut cache, trunk, 1, 1), step(&mut alone, twin, 1, 1));
+        }
+        cache.release(trunk).unwrap();
+
+        let mut other = cpu.create(config.clone()).unwrap();
+        let own = other.add_sequence();
+        step(&mut other, own, 1, 43);
+        (0..30).for_each(|_| drop(step(&mut other, own, 2, 1)));
+        assert_eq!(step(&mut cache, branch, 2, 3), step(&mut other, own, 2, 3));
+        assert_eq!(cache.memory().used_bytes(), other.memory().used_bytes());
+    });
+}
+
+#[test]
+fn a_rollback_leaves_no_trace() {
+    everywhere(|cpu, config| {
+        let mut cache = cpu.create(config.clone()).unwrap();
+        let mut never = cpu.create(config.clone()).unwrap();
+        let (id, twin) = (cache.add_sequence(), never.add_sequence());
+        step(&mut cache, id, 1, 44);
+        step(&mut never, twin, 1, 44);
+        for draft in 1..=6 {
+            // A draft of another story; no block leaves the recent window meanwhile.
+            step(&mut cache, id, 2, draft);
+            cache.truncate(id, 44).unwrap();
+            assert_eq!(cache.memory().used_bytes(), never.memory().used_bytes());
+        }
+        for tokens in [1, 2, 5] {
+            assert_eq!(step(&mut cache, id, 1, tokens), step(&mut never, twin, 1, tokens));
+        }
+        // Into the lean blocks: only to where one ends.
+        let error = cache.truncate(id, 11).unwrap_err();
+        assert!(error.to_string().contains("8 and 16"), "{error}");
+        cache.truncate(id, 16).unwrap();
+        step(&mut cache, id, 3, 9);
+        assert_eq!(cache.sequence_len(id).unwrap(), 25);
+    });
+}
+
+#[test]
+fn a_saved_sequence_goes_on_elsewhere() {
+    everywhere(|cpu, config| {
+        let mut cache = cpu.create(config.clone()).unwrap();
+        let id = cache.add_sequence();
+        step(&mut cache, id, 1, 53);
+        let mut saved = Vec::new();
+        cache.save(id, &mut saved).unwrap();
+
+        // Into a cache whose blocks others used before, on whatever kernel is best.
+        let mut elsewhere = cpu.create(config.clone()).unwrap();
+        let guest = elsewhere.add_sequence();
+        step(&mut elsewhere, guest, 2, 70);
+        elsewhere.release(guest).unwrap();
+        let back = elsewhere.restore(&mut &saved[..]).unwrap();
+        for tokens in [1, 4, 20, 1] {
+            assert_eq!(step(&mut cache, id, 1, tokens), step(&mut elsewhere, back, 1, tokens));
+        }
+
+        let before = elsewhere.memory();
+        for cut in [0, 7, 40, saved.len() / 2, saved.len() - 1] {
+            let error = elsewhere.restore(&mut &saved[..cut]).unwrap_err();
+            assert!(matches!(error, Error::Format { .. }), "{cut}: {error}");
+            assert_eq!(elsewhere.memory().used_bytes(), before.used_bytes());
+        }
+        let dtype = if config.dtype == Dtype::F32 { Dtype::F16 } else { Dtype::F32 };
+        let mut foreign = cpu.create(CacheConfig { dtype, ..config.clone() }).unwrap();
+        let error = foreign.restore(&mut &saved[..]).unwrap_err();
+        assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    });
+}
+
+#[test]
+fn sequences_that_are_not_there_are_named() {
+    let mut cache = Cpu::new().create(config(Dtype::F16, Dtype::F16)).unwrap();
+    let id = cache.add_sequence();
+    cache.release(id).unwrap();
+    let mut out = Vec::new();
+    for error in [
+        cache.fork(id).unwrap_err(),
+        cache.truncate(id, 0).unwrap_err(),
+        cache.save(id, &mut out).unwrap_err(),
+        cache.plan(&[StepEntry::decode(id, 1)]).unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::UnknownSequence(_)), "{error}");
+    }
+    assert!(out.is_empty());
+}
