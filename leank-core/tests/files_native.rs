@@ -162,7 +162,8 @@ fn extension_and_content_must_agree() {
         ("b.pth", b"\x80\x02\x8a\x0al\xfc\x9cF".as_slice(), "before PyTorch 1.6"),
         ("b.pth", b"\x80\x02}q.", "first bytes"),
         ("b.safetensors", b"", "empty"),
-        ("b.npy", b"0.5\t0.5\n", "looks like a scaling factor file"),
+        ("b.npy", b"0.5\t0.5\n", "a table of scaling factors, name it .tsv"),
+        ("b.pth", b"404: not found\n", "it is a text file"),
     ] {
         fs::write(dir.path().join(name), content).unwrap();
         let message = message(read(name));

@@ -261,7 +261,7 @@ fn values_other_than_0_and_1_are_explained() {
     for value in [0.5, -1.0, 2.0, f32::NAN, f32::INFINITY, 1.0 + f32::EPSILON] {
         let message = message(read(&torch(&pickle, &f32_bytes([1.0, value, 0.0]))));
         assert!(message.contains("channel 1") && message.contains("scaling factors"), "{message}");
-        assert!(message.contains("savetxt") && message.contains("ratio"), "{message}");
+        assert!(message.contains("savetxt") && message.contains("leank convert"), "{message}");
     }
 }
 

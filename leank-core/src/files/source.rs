@@ -47,6 +47,11 @@ impl Source<'_> {
         }
         match Format::from_content(bytes) {
             Some(found) if found == self.format => Ok(()),
+            // Any text looks like this, a licence or an error page as well as a table.
+            Some(Format::Tsv) => Err(self.bad(
+                "it is a text file; if it is a table of scaling factors, name it .tsv, otherwise \
+                 give the mask",
+            )),
             Some(found) => Err(self.bad(format!(
                 "its content looks like a {found} file; correct the file's extension, or save it \
                  in the format that the extension names"
