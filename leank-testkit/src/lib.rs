@@ -34,11 +34,16 @@
 
 mod case;
 mod data;
+mod life;
 mod properties;
 mod world;
 
 pub use case::{Case, HeadKind, Load};
 pub use data::{Kind, Rows};
+pub use life::{
+    forks_go_on_as_twins, saved_sequences_come_back, sequences_change_between_steps_only,
+    sequences_live_by_the_oracle, tokens_taken_back_leave_no_trace,
+};
 pub use properties::{
     calls_out_of_order_are_refused, cancelled_steps_leave_no_trace, chunks_do_not_matter,
     neighbours_do_not_matter, non_finite_values_stay_where_they_are, oracle_agrees,
@@ -116,6 +121,11 @@ macro_rules! conformance {
             wrong_shapes_are_refused
             non_finite_values_stay_where_they_are
             calls_out_of_order_are_refused
+            sequences_live_by_the_oracle
+            forks_go_on_as_twins
+            tokens_taken_back_leave_no_trace
+            saved_sequences_come_back
+            sequences_change_between_steps_only
         );
     };
     ($subject:expr) => {

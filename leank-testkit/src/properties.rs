@@ -20,7 +20,7 @@ fn for_cases<S: Subject>(subject: &S, property: impl Fn(&Case)) {
 }
 
 /// Runs `property` on random cases together with something else that is random.
-fn for_cases_and<S: Subject, T: std::fmt::Debug>(
+pub(crate) fn for_cases_and<S: Subject, T: std::fmt::Debug>(
     subject: &S,
     more: impl Strategy<Value = T>,
     property: impl Fn(&Case, T),
@@ -347,7 +347,8 @@ pub fn calls_out_of_order_are_refused<S: Subject>(subject: &S) {
     });
 }
 
-fn same(a: &Outputs, b: &Outputs) {
+/// Checks that outputs are equal, bit for bit.
+pub(crate) fn same(a: &Outputs, b: &Outputs) {
     let key = |output: &(Layer, usize, usize, Vec<f32>)| (output.0, output.1, output.2);
     let sorted = |outputs: &Outputs| {
         let mut outputs = outputs.clone();

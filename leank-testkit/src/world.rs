@@ -1,5 +1,7 @@
 //! A cache under test together with what is known about it.
 
+use std::collections::HashMap;
+
 use leank_core::{
     Backend, Cache, CacheConfig, Dtype, KvHead, Layer, LeanFormat, Result, SequenceId, StepEntry,
     blocks::is_lean, oracle::Attention,
@@ -14,7 +16,21 @@ pub(crate) struct World<'s, S: Subject> {
     pub(crate) config: CacheConfig,
     pub(crate) cache: CacheOf<S>,
     pub(crate) sequences: Vec<(SequenceId, usize)>,
+    /// Of names that did not begin with an empty sequence.
+    pub(crate) histories: HashMap<usize, History>,
     seed: u64,
+}
+
+/// What a name takes over from an earlier one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct History {
+    /// The earlier name.
+    pub(crate) from: usize,
+    /// Its first tokens, which are those of the new one.
+    pub(crate) tokens: usize,
+    /// Blocks before this index, those of the sink excepted, were lean when a truncation ended
+    /// before them, and stay so.
+    pub(crate) packed: usize,
 }
 
 /// Output rows of the attending tokens of one step: layer, sequence name, position, row
@@ -28,7 +44,8 @@ impl<'s, S: Subject> World<'s, S> {
 
     pub(crate) fn with_config(subject: &'s S, case: &Case, config: CacheConfig) -> Self {
         let cache = subject.backend().create(config.clone()).expect("the case is valid");
-        let mut world = Self { subject, config, cache, sequences: Vec::new(), seed: case.seed };
+        let (sequences, histories) = (Vec::new(), HashMap::new());
+        let mut world = Self { subject, config, cache, sequences, histories, seed: case.seed };
         for name in 0..case.sequences {
             world.add(name);
         }
@@ -61,12 +78,25 @@ impl<'s, S: Subject> World<'s, S> {
             let start = self.len(load.sequence);
             for position in start..start + load.tokens {
                 let name = self.sequences[load.sequence].1;
-                let element = |e| activation(self.seed, kind, [name, layer.0, position, e]);
+                let element = |e| self.value(kind, name, [layer.0, position, e]);
                 data.extend((0..heads * shape.head_dim).map(element));
             }
         }
         let tokens = loads.iter().map(|load| load.tokens).sum();
         Rows { data, tokens, heads, head_dim: shape.head_dim }
+    }
+
+    /// One activation of a sequence, at a layer, a position and an index into its row.
+    fn value(&self, kind: Kind, mut name: usize, [layer, position, element]: [usize; 3]) -> f32 {
+        while let Some(history) = self.histories.get(&name).filter(|it| position < it.tokens) {
+            name = history.from;
+        }
+        activation(self.seed, kind, [name, layer, position, element])
+    }
+
+    /// The index before which blocks are lean whatever the windows say.
+    pub(crate) fn packed(&self, name: usize) -> usize {
+        self.histories.get(&name).map_or(0, |history| history.packed)
     }
 
     /// Plans the step and appends to and attends from every layer, without committing.
@@ -159,22 +189,27 @@ impl<'s, S: Subject> World<'s, S> {
     ) -> Expected {
         let shape = self.config.shape;
         let width = shape.kv_heads * shape.head_dim;
+        let (block, windows, packed) = (self.config.block, self.config.windows, self.packed(name));
+        let is_lean = |position: usize| {
+            let stays = (windows.sink.div_ceil(block)..packed).contains(&(position / block));
+            stays || is_lean(position / block, block, windows, positions.start)
+        };
         let tokens = |kind: Kind| -> Vec<f64> {
             let value = |i: usize| {
                 let (position, element) = (i / width, i % width);
-                let x = activation(self.seed, kind, [name, layer.0, position, element]);
+                let x = self.value(kind, name, [layer.0, position, element]);
                 if !stored {
                     return f64::from(x);
                 }
                 let head = KvHead(element / shape.head_dim);
-                f64::from(self.store(kind, layer, head, (position, positions.start), x))
+                f64::from(self.store(kind, layer, head, is_lean(position), x))
             };
             (0..positions.end * width).map(value).collect()
         };
         let q_width = shape.query_heads * shape.head_dim;
         let query = |i: usize| {
             let position = positions.start + i / q_width;
-            f64::from(activation(self.seed, Kind::Query, [name, layer.0, position, i % q_width]))
+            f64::from(self.value(Kind::Query, name, [layer.0, position, i % q_width]))
         };
         let queries: Vec<f64> = (0..positions.len() * q_width).map(query).collect();
         let (keys, values) = (tokens(Kind::Key), tokens(Kind::Value));
@@ -191,21 +226,13 @@ impl<'s, S: Subject> World<'s, S> {
             queries: &queries,
         };
         let largest = values.iter().fold(0.0f64, |most, v| most.max(v.abs()));
-        Expected { output: attention.output(), largest }
+        Expected { output: attention.output_packed(packed), largest }
     }
 
-    /// `x` as the cache holds it in a step that begins at `start`.
-    fn store(
-        &self,
-        kind: Kind,
-        layer: Layer,
-        head: KvHead,
-        (position, start): (usize, usize),
-        x: f32,
-    ) -> f32 {
+    /// `x` as the cache holds it, in a full block or a lean one.
+    fn store(&self, kind: Kind, layer: Layer, head: KvHead, lean: bool, x: f32) -> f32 {
         let x = self.config.dtype.round(x);
-        let block = self.config.block;
-        if !is_lean(position / block, block, self.config.windows, start) {
+        if !lean {
             return x;
         }
         let format = self.config.format(layer, head);
