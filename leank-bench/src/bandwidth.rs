@@ -1,7 +1,8 @@
-//! The read bandwidth of the machine, as portable code reaches it.
+//! The read bandwidth of the machine: what reading a buffer in huge pages from end to end reaches.
 
 use std::hint::black_box;
 
+use memmap2::MmapMut;
 use rayon::prelude::*;
 
 use crate::{Error, Result, setting::Random};
@@ -13,7 +14,9 @@ const CLAIM: usize = 1 << 20;
 /// A buffer to read through.
 #[derive(Debug)]
 pub struct ReadProbe {
-    words: Vec<u64>,
+    /// Nothing for a buffer of no words: there are no empty mappings.
+    map: Option<MmapMut>,
+    words: usize,
 }
 
 impl ReadProbe {
@@ -23,23 +26,38 @@ impl ReadProbe {
     /// # Errors
     /// [`Error::Memory`] when the system refuses so much.
     pub fn new(bytes: usize) -> Result<Self> {
-        let len = bytes / size_of::<u64>();
-        let mut words = Vec::new();
-        words.try_reserve_exact(len).map_err(|source| Error::Memory { bytes, source })?;
-        let mut random = Random::new(0);
-        words.extend((0..len).map(|_| random.bits()));
-        Ok(Self { words })
+        let words = bytes / size_of::<u64>();
+        let size = words * size_of::<u64>();
+        let mut map = match size {
+            0 => None,
+            _ => Some(MmapMut::map_anon(size).map_err(|source| Error::Memory { bytes, source })?),
+        };
+        if let Some(map) = &mut map {
+            // Where the system has no huge pages to give, small ones do.
+            #[cfg(target_os = "linux")]
+            let _ = map.advise(memmap2::Advice::HugePage);
+            let mut random = Random::new(0);
+            for word in map.chunks_exact_mut(size_of::<u64>()) {
+                word.copy_from_slice(&random.bits().to_ne_bytes());
+            }
+        }
+        Ok(Self { map, words })
+    }
+
+    fn words(&self) -> &[u64] {
+        // Mappings start at a page, so nothing is left over.
+        self.map.as_ref().map_or(&[], |map| bytemuck::cast_slice(&map[..]))
     }
 
     /// Bytes that one pass reads.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.words.len() * size_of::<u64>()
+        self.words * size_of::<u64>()
     }
 
     /// Reads the buffer once on the threads of the current rayon pool; the sum of its words.
     pub fn pass(&self) -> u64 {
-        let parts = self.words.par_chunks(CLAIM / size_of::<u64>()).with_max_len(1);
+        let parts = self.words().par_chunks(CLAIM / size_of::<u64>()).with_max_len(1);
         black_box(parts.map(sum).reduce(|| 0, u64::wrapping_add))
     }
 }
@@ -64,7 +82,7 @@ mod tests {
     fn a_pass_reads_every_word() {
         for bytes in [0, 8, 1000, CLAIM, 3 * CLAIM + 40] {
             let probe = ReadProbe::new(bytes).unwrap();
-            let want = probe.words.iter().fold(0u64, |a, &b| a.wrapping_add(b));
+            let want = probe.words().iter().fold(0u64, |a, &b| a.wrapping_add(b));
             assert_eq!(probe.pass(), want, "{bytes} bytes");
             assert_eq!(probe.bytes(), bytes / 8 * 8);
         }

@@ -25,7 +25,7 @@ pub enum Error {
         /// Bytes asked for.
         bytes: usize,
         /// The system's reason.
-        source: std::collections::TryReserveError,
+        source: std::io::Error,
     },
     /// The system started no pool of so many threads.
     #[error("a pool of {threads} threads could not be started; measure with fewer")]

@@ -85,7 +85,7 @@ impl WorkloadOptions {
 
     fn bytes(&self, layers: usize, backend: &impl Backend) -> Result<u64> {
         let planner = Planner::new(&self.config(layers)?, backend.layout_rules())?;
-        Ok(planner.footprint(self.context - 1).bytes.max(1))
+        Ok(planner.footprint(self.context - 1)?.bytes.max(1))
     }
 
     /// Whole periods of the mask where one is no larger than [`MOST_BYTES`], some of its layers
