@@ -232,8 +232,8 @@ impl World {
         }
         if self.step.is_none() {
             let tokens: usize = self.sequences.iter().map(|sequence| sequence.tokens).sum();
-            let planned: u64 =
-                self.sequences.iter().map(|s| self.planner.footprint(s.tokens).bytes).sum();
+            let planned = |tokens| self.planner.footprint(tokens).expect("not that long").bytes;
+            let planned: u64 = self.sequences.iter().map(|s| planned(s.tokens)).sum();
             assert_eq!((memory.tokens, memory.used_bytes()), (tokens as u64, planned));
         }
     }

@@ -20,7 +20,7 @@
 //! let config = CacheConfig::new(shape, ModelMask::new(1, 2, 64, heads)?)?;
 //!
 //! let rules = LayoutRules { k_channel_multiple: 1, v_token_multiple: 1, section_align: 64 };
-//! let footprint = Planner::new(&config, rules)?.footprint(32_768);
+//! let footprint = Planner::new(&config, rules)?.footprint(32_768)?;
 //! assert!(footprint.whole_kv_ratio().unwrap() < 0.32);
 //! # Ok::<(), leank_core::Error>(())
 //! ```

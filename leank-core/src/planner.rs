@@ -1,7 +1,7 @@
 //! Answers before anything runs: what a cache will take at some length, and what fits.
 
 use crate::{
-    BlockCount, CacheConfig, CacheLayout, LayoutRules, Result, Windows, blocks::MAX_TOKENS,
+    BlockCount, CacheConfig, CacheLayout, Error, LayoutRules, Result, Windows, blocks::MAX_TOKENS,
 };
 
 /// Predicts the bytes of a sequence, to the byte as [`crate::Ledger::memory`] will count them.
@@ -39,9 +39,20 @@ impl Planner {
     /// A planner for caches of this configuration on a backend with these rules.
     ///
     /// # Errors
-    /// As [`CacheConfig::validate`].
+    /// As [`CacheConfig::validate`]; [`Error::Invalid`] for a model so large that the bytes of
+    /// [`MAX_TOKENS`] tokens cannot be counted.
     pub fn new(config: &CacheConfig, rules: LayoutRules) -> Result<Self> {
-        Ok(Self { layout: CacheLayout::new(config, rules)?, windows: config.windows })
+        let layout = CacheLayout::new(config, rules)?;
+        // In a step both forms of a block may be held. What fits here fits everywhere below.
+        let blocks = (MAX_TOKENS / layout.block + 2) as u64;
+        let both_forms = layout.full_bytes_all_layers().checked_add(layout.lean_bytes_all_layers());
+        let most = both_forms.and_then(|bytes| bytes.checked_mul(blocks));
+        let dense = (layout.dense_token_bytes as u64).checked_mul(MAX_TOKENS as u64);
+        if most.is_none() || dense.is_none() {
+            let why = format!("{} takes more bytes than any memory has", config.shape);
+            return Err(Error::invalid("model shape", why));
+        }
+        Ok(Self { layout, windows: config.windows })
     }
 
     /// The layout that the answers rest on.
@@ -51,63 +62,62 @@ impl Planner {
     }
 
     /// What a sequence of `tokens` tokens takes.
-    #[must_use]
-    pub fn footprint(&self, tokens: usize) -> Footprint {
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for more than [`MAX_TOKENS`] tokens.
+    pub fn footprint(&self, tokens: usize) -> Result<Footprint> {
+        if tokens > MAX_TOKENS {
+            let why = format!("{tokens} tokens, more than the {MAX_TOKENS} a sequence can have");
+            return Err(Error::invalid("context length", why));
+        }
         let blocks = self.count(tokens);
-        let full_until = tokens.div_ceil(self.layout.block);
-        let peaks = (0..full_until).map(|index| self.peak_at_block(index, tokens));
-        let bytes = blocks.bytes(&self.layout);
-        Footprint {
+        Ok(Footprint {
             tokens,
             blocks,
-            bytes,
-            peak_bytes: peaks.max().unwrap_or(0).max(bytes),
+            bytes: blocks.bytes(&self.layout),
+            peak_bytes: self.peak_bytes(tokens),
             dense_bytes: tokens as u64 * self.layout.dense_token_bytes as u64,
-        }
+        })
     }
 
     /// Most tokens of one sequence, decoded token by token, that never take more than `bytes`.
-    /// `None`: more than any model can use (2^32), e.g. where lean blocks take nothing.
+    /// `None`: as many as a sequence can have ([`MAX_TOKENS`]), e.g. where lean blocks take
+    /// nothing.
     #[must_use]
     pub fn tokens_within(&self, bytes: u64) -> Option<usize> {
-        let block = self.layout.block;
-        let fits_block = |index: usize| self.peak_at_block(index, (index + 1) * block) <= bytes;
-        // The peak never falls from one block to the next: find the first that does not fit.
-        let end = MAX_TOKENS / block;
-        if fits_block(end) {
+        let fits = |tokens| self.peak_bytes(tokens) <= bytes;
+        if fits(MAX_TOKENS) {
             return None;
         }
-        let (mut fitting, mut beyond) = (0, end);
-        while fitting < beyond {
-            let middle = fitting + (beyond - fitting) / 2;
-            if fits_block(middle) {
-                fitting = middle + 1;
-            } else {
-                beyond = middle;
-            }
+        let (mut fitting, mut beyond) = (0, MAX_TOKENS);
+        while beyond - fitting > 1 {
+            let middle = usize::midpoint(fitting, beyond);
+            if fits(middle) { fitting = middle } else { beyond = middle }
         }
-        let start = beyond * block;
-        let fits = |tokens: &usize| self.peak_at_block(beyond, *tokens) <= bytes;
-        Some((start + 1..start + block).take_while(fits).last().unwrap_or(start))
+        Some(fitting)
     }
 
     fn count(&self, tokens: usize) -> BlockCount {
         BlockCount::at(tokens, self.layout.block, self.windows)
     }
 
-    /// Most bytes over the steps that bring a sequence from `index·block` to `min(end, tokens)`
-    /// tokens. Within a block the counts change at most twice: at its first token, which takes a
-    /// full block, and where an older block becomes lean.
-    fn peak_at_block(&self, index: usize, tokens: usize) -> u64 {
-        let start = index * self.layout.block;
-        let end = (start + self.layout.block).min(tokens);
-        let recent = self.windows.recent.max(1) % self.layout.block;
-        // Packing happens in the step that ends at a length ≡ recent − 1 (mod block).
-        let packing = (start..=end).find(|len| (len + 1) % self.layout.block == recent);
-        [Some(start + 1), packing, Some(end)]
+    /// Most bytes over the steps that bring a sequence, token by token, to `tokens`.
+    ///
+    /// A block further on, a step holds one block more, and at most one full block less: it never
+    /// takes less than the same step a block before. So the last block's worth of steps decides.
+    /// Among them the bytes rise at two only: at the first token of a block, which takes a full
+    /// block, and where an older block becomes lean.
+    fn peak_bytes(&self, tokens: usize) -> u64 {
+        let block = self.layout.block;
+        let first = tokens.saturating_sub(block) + 1;
+        // The last length up to `tokens` that leaves this remainder.
+        let last = |remainder: usize| tokens.checked_sub((tokens + block - remainder) % block);
+        // A block becomes lean in the step that ends at a length ≡ recent − 1 (mod block).
+        let packing = last((self.windows.recent.max(1) - 1) % block);
+        [Some(first), last(1 % block), packing]
             .into_iter()
             .flatten()
-            .filter(|&len| len > start && len <= end)
+            .filter(|len| (first..=tokens).contains(len))
             .map(|len| self.step_bytes(len))
             .max()
             .unwrap_or(0)
@@ -118,5 +128,72 @@ impl Planner {
         let (before, after) = (self.count(len - 1), self.count(len));
         let fresh = len.div_ceil(self.layout.block) - (len - 1).div_ceil(self.layout.block);
         BlockCount { full: before.full + fresh, lean: after.lean }.bytes(&self.layout)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{ChannelMask, ModelMask, ModelShape};
+
+    const RULES: LayoutRules =
+        LayoutRules { k_channel_multiple: 4, v_token_multiple: 1, section_align: 32 };
+
+    fn planner(block: usize, windows: Windows, kept: u16) -> Planner {
+        let shape = ModelShape::new(1, 1, 1, 16).unwrap();
+        let head = ChannelMask::new(16, (0..kept).collect()).unwrap();
+        let mask = ModelMask::new(1, 1, 16, vec![head]).unwrap();
+        let config = CacheConfig { windows, block, ..CacheConfig::new(shape, mask).unwrap() };
+        Planner::new(&config, RULES).unwrap()
+    }
+
+    proptest! {
+        /// The last block's worth of steps has the most that any step took.
+        #[test]
+        fn the_peak_is_that_of_all_steps(
+            block in 1usize..12,
+            sink in 0usize..30,
+            recent in prop_oneof![0usize..40, Just(usize::MAX)],
+            kept in 0u16..=16,
+            tokens in 0usize..300,
+        ) {
+            let planner = planner(block, Windows { sink, recent }, kept);
+            let steps = (1..=tokens).map(|len| planner.step_bytes(len));
+            let footprint = planner.footprint(tokens).unwrap();
+            prop_assert_eq!(footprint.peak_bytes, steps.max().unwrap_or(0));
+            prop_assert!(footprint.bytes <= footprint.peak_bytes);
+        }
+    }
+
+    #[test]
+    fn any_context_is_answered_at_once() {
+        for windows in [Windows { sink: 32, recent: 128 }, Windows::EVERYTHING] {
+            let planner = planner(1, windows, 4);
+            let longest = planner.footprint(MAX_TOKENS).unwrap();
+            assert_eq!(longest.blocks.full + longest.blocks.lean, MAX_TOKENS);
+            assert!(longest.peak_bytes >= longest.bytes);
+            assert_eq!(planner.tokens_within(longest.peak_bytes), None);
+            assert!(planner.tokens_within(longest.peak_bytes - 1).unwrap() < MAX_TOKENS);
+            for tokens in [MAX_TOKENS + 1, usize::MAX] {
+                let message = planner.footprint(tokens).unwrap_err().to_string();
+                assert!(message.contains("context length"), "{message}");
+            }
+        }
+    }
+
+    #[test]
+    fn models_whose_bytes_cannot_be_counted_are_refused() {
+        let shape = ModelShape::new(1 << 10, 1 << 10, 1 << 10, 1 << 12).unwrap();
+        let mask = ModelMask::new(
+            shape.layers,
+            shape.kv_heads,
+            shape.head_dim,
+            vec![ChannelMask::none(shape.head_dim); shape.layers * shape.kv_heads],
+        );
+        let config = CacheConfig::new(shape, mask.unwrap()).unwrap();
+        let error = Planner::new(&config, RULES).unwrap_err().to_string();
+        assert!(error.contains("1024 layers"), "{error}");
     }
 }

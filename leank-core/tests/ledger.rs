@@ -8,7 +8,8 @@ use leank_core::{
 };
 use proptest::prelude::*;
 
-const RULES: LayoutRules = LayoutRules { k_channel_multiple: 4, v_token_multiple: 2, section_align: 32 };
+const RULES: LayoutRules =
+    LayoutRules { k_channel_multiple: 4, v_token_multiple: 2, section_align: 32 };
 
 fn config(block: usize, windows: Windows, kept: [u16; 4]) -> CacheConfig {
     let shape = ModelShape::new(2, 4, 2, 16).unwrap();
@@ -54,7 +55,7 @@ fn check(ledger: &Ledger, config: &CacheConfig, lens: &BTreeMap<SequenceId, usiz
             let lean = is_lean(index, config.block, config.windows, len);
             assert_eq!(matches!(block, Block::Lean(_)), lean, "block {index} at length {len}");
         }
-        bytes += planner.footprint(len).bytes;
+        bytes += planner.footprint(len).unwrap().bytes;
         tokens += len as u64;
     }
     let memory = ledger.memory();
@@ -175,7 +176,8 @@ proptest! {
     ) {
         let config = config(block, windows, kept);
         let layout = CacheLayout::new(&config, RULES).unwrap();
-        let Footprint { peak_bytes, .. } = Planner::new(&config, RULES).unwrap().footprint(tokens);
+        let planner = Planner::new(&config, RULES).unwrap();
+        let Footprint { peak_bytes, .. } = planner.footprint(tokens).unwrap();
         let reaches = |limit: u64| {
             let mut ledger = Ledger::new(&layout, windows, Some(limit));
             let sequence = ledger.add_sequence();

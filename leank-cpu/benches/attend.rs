@@ -58,7 +58,7 @@ impl Setting {
     /// whole blocks, what attention of the next token reads.
     fn planned_bytes(self, layers: usize) -> u64 {
         let planner = Planner::new(&self.config(layers), Cpu::new().layout_rules()).unwrap();
-        planner.footprint(self.context - 1).bytes
+        planner.footprint(self.context - 1).unwrap().bytes
     }
 
     /// Layers beyond the footprint, a multiple of the 4 after which any mask repeats.

@@ -84,7 +84,7 @@ struct Report {
 #[derive(Serialize)]
 struct Fit {
     bytes: u64,
-    /// `None`: more than 2^32.
+    /// `None`: 2^32 or more.
     tokens: Option<usize>,
     dense_tokens: u64,
 }
@@ -98,21 +98,21 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let planner = Planner::new(&config, Cpu::new().layout_rules()).context("this cache")?;
     let token_bytes = planner.layout().dense_token_bytes as u64;
     let contexts = args.context.iter().map(|&context| {
-        let footprint = planner.footprint(context);
-        Row {
+        let footprint = planner.footprint(context)?;
+        Ok(Row {
             context,
             bytes: footprint.bytes,
             peak_bytes: footprint.peak_bytes,
             dense_bytes: footprint.dense_bytes,
             whole_kv_ratio: footprint.whole_kv_ratio(),
-        }
+        })
     });
     let report = Report {
         sink: config.windows.sink,
         recent: config.windows.recent,
         block: config.block,
         dtype: config.dtype.to_string(),
-        contexts: contexts.collect(),
+        contexts: contexts.collect::<leank::Result<_>>()?,
         memory: args.memory.map(|bytes| Fit {
             bytes,
             tokens: planner.tokens_within(bytes),
@@ -138,7 +138,7 @@ fn print(report: &Report) -> anyhow::Result<()> {
     }
     output::line(table)?;
     if let Some(fit) = &report.memory {
-        let tokens = fit.tokens.map_or("more than 2^32".to_owned(), |tokens| tokens.to_string());
+        let tokens = fit.tokens.map_or("2^32 or more".to_owned(), |tokens| tokens.to_string());
         output::line(format!(
             "{} hold {tokens} tokens of one sequence, decoded one by one ({} in a dense cache)",
             output::bytes(fit.bytes),
