@@ -225,7 +225,10 @@ impl Kernel {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(_) => dtype == Dtype::Bf16,
-            _ => false,
+            _ => {
+                let _ = dtype;
+                false
+            }
         }
     }
 
