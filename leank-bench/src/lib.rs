@@ -29,7 +29,7 @@
 //! - [`worker`]: a cache that answers a line protocol, to be timed beside other libraries.
 //! - [`cpu`]: the measurement that `leank-bench cpu` runs; [`table`] prints it.
 //!
-//! Criterion benches of single operations are in `leank-cpu/benches`.
+//! Criterion benches of single operations are in `benches/`.
 #![forbid(unsafe_code)]
 
 pub mod bandwidth;
