@@ -85,7 +85,7 @@ pub trait Subject {
         2e-5
     }
 
-    /// Random cases per property.
+    /// Random cases per property; fewer where proptest's `PROPTEST_CASES` says so.
     fn cases(&self) -> u32 {
         192
     }
