@@ -25,7 +25,11 @@ pub(crate) fn for_cases_and<S: Subject, T: std::fmt::Debug>(
     more: impl Strategy<Value = T>,
     property: impl Fn(&Case, T),
 ) {
-    let config = Config { cases: subject.cases().min(Config::default().cases), failure_persistence: None, ..Config::default() };
+    let config = Config {
+        cases: subject.cases().min(Config::default().cases),
+        failure_persistence: None,
+        ..Config::default()
+    };
     let strategy = (cases(subject.dtypes()), more);
     let result = TestRunner::new(config).run(&strategy, |(case, more)| {
         property(&case, more);
