@@ -30,6 +30,18 @@ enum Operation {
     Release {
         sequence: u8,
     },
+    Fork {
+        sequence: u8,
+    },
+    /// Takes tokens back; 255: asks for more than there are.
+    Truncate {
+        sequence: u8,
+        back: u8,
+    },
+    /// Saves a sequence and restores it beside itself.
+    Copy {
+        sequence: u8,
+    },
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -109,6 +121,11 @@ fn run(world: &mut World, operation: Operation) {
         Operation::Release { sequence } => {
             world.release(usize::from(sequence) % world.sequences());
         }
+        Operation::Fork { sequence } => world.fork(usize::from(sequence) % world.sequences()),
+        Operation::Truncate { sequence, back } => {
+            world.truncate(usize::from(sequence) % world.sequences(), back);
+        }
+        Operation::Copy { sequence } => world.copy(usize::from(sequence) % world.sequences()),
     }
 }
 

@@ -7,7 +7,7 @@ use leank_core::{
     Backend, Cache, CacheConfig, Error, HostView, HostViewMut, Layer, Planner, Result, SequenceId,
     StepEntry, ViewShape, oracle::Attention,
 };
-use leank_cpu::{Cpu, CpuCache, Serial};
+use leank_cpu::{Cpu, CpuCache, Isa, Serial};
 
 /// Most tokens of all sequences together: the oracle is slow.
 const MAX_TOKENS: usize = 200;
@@ -20,36 +20,52 @@ enum Kind {
     Query,
 }
 
-/// A sequence of the model. Its activations are a function of its id.
-struct Sequence {
-    id: SequenceId,
-    tokens: usize,
-    released: bool,
+/// A sequence of the model. Its activations are a function of its name.
+#[derive(Clone)]
+pub(crate) struct Sequence {
+    pub(crate) id: SequenceId,
+    /// Index in [`World::names`].
+    pub(crate) name: usize,
+    pub(crate) tokens: usize,
+    /// Blocks before this index, those of the sink excepted, stay lean.
+    pub(crate) packed: usize,
+    /// Position of the first token that is not finite.
+    pub(crate) stain: Option<usize>,
+    pub(crate) released: bool,
 }
 
 /// A step under way.
-struct Step {
+pub(crate) struct Step {
     /// Index of the sequence, new tokens, whether they attend.
     loads: Vec<(usize, usize, bool)>,
     /// Per layer.
     appended: Vec<bool>,
+    /// Per layer: sequence and position of a token that is not finite.
+    stains: Vec<Option<(usize, usize)>>,
 }
 
 /// Cache and model.
 pub(crate) struct World {
-    config: CacheConfig,
+    pub(crate) config: CacheConfig,
     planner: Planner,
-    cache: CpuCache,
-    sequences: Vec<Sequence>,
-    step: Option<Step>,
+    pub(crate) cache: CpuCache,
+    pub(crate) sequences: Vec<Sequence>,
+    /// For each name: another one, and how many of its first tokens this one has.
+    pub(crate) names: Vec<Option<(usize, usize)>>,
+    /// No sequence was forked or cut: the planner knows every byte.
+    pub(crate) planned: bool,
+    pub(crate) step: Option<Step>,
 }
 
 impl World {
     pub(crate) fn new(config: CacheConfig) -> Self {
-        let backend = Cpu::with_executor(std::sync::Arc::new(Serial));
+        // One that every machine has: an input does the same on all of them.
+        let cpu = Cpu::with_executor(std::sync::Arc::new(Serial)).with_isa(Isa::Portable);
+        let backend = cpu.expect("it runs everywhere");
         let planner = Planner::new(&config, backend.layout_rules()).expect("a valid configuration");
         let cache = backend.create(config.clone()).expect("a valid configuration");
-        Self { config, planner, cache, sequences: Vec::new(), step: None }
+        let (sequences, names) = (Vec::new(), Vec::new());
+        Self { config, planner, cache, sequences, names, planned: true, step: None }
     }
 
     pub(crate) fn layers(&self) -> usize {
@@ -63,16 +79,33 @@ impl World {
     /// Adding is legal at any time.
     pub(crate) fn add(&mut self) {
         let id = self.cache.add_sequence();
+        let name = self.name(None);
+        self.insert(Sequence { id, name, tokens: 0, packed: 0, stain: None, released: false });
+    }
+
+    pub(crate) fn insert(&mut self, new: Sequence) {
+        let id = new.id;
         assert!(self.sequences.iter().all(|sequence| sequence.id != id), "{id:?} is used again");
-        self.sequences.push(Sequence { id, tokens: 0, released: false });
+        self.sequences.push(new);
+    }
+
+    /// A new name, which takes the first tokens of another one over.
+    pub(crate) fn name(&mut self, from: Option<(usize, usize)>) -> usize {
+        self.names.push(from);
+        self.names.len() - 1
+    }
+
+    /// Whether so many more tokens keep the oracle fast.
+    pub(crate) fn has_room_for(&self, new: usize) -> bool {
+        let held: usize = self.sequences.iter().map(|sequence| sequence.tokens).sum();
+        held.saturating_add(new) <= MAX_TOKENS
     }
 
     /// Plans; succeeds exactly when the entries are legal and fit under the limit.
     pub(crate) fn plan(&mut self, loads: Vec<(usize, usize, bool)>) {
-        let held: usize = self.sequences.iter().map(|sequence| sequence.tokens).sum();
         let new = loads.iter().fold(0_usize, |sum, load| sum.saturating_add(load.1));
         // Beyond it only absurd sizes are tried, which must be refused.
-        if held.saturating_add(new) > MAX_TOKENS && new < usize::MAX / 8 {
+        if !self.has_room_for(new) && new < usize::MAX / 8 {
             return;
         }
         let entries: Vec<StepEntry> = loads
@@ -86,8 +119,8 @@ impl World {
         match self.cache.plan(&entries) {
             Ok(()) => {
                 self.legal(&loads).expect("this should have been refused");
-                let appended = vec![false; self.layers()];
-                self.step = Some(Step { loads, appended });
+                let (appended, stains) = (vec![false; self.layers()], vec![None; self.layers()]);
+                self.step = Some(Step { loads, appended, stains });
             }
             Err(Error::OutOfMemory { needed, available, missing, limit }) => {
                 self.legal(&loads).expect("this should have been refused for another reason");
@@ -120,7 +153,8 @@ impl World {
         Ok(())
     }
 
-    /// Appends the step's own K and V, or with `spoil` some that must be refused.
+    /// Appends the step's own K and V; with `spoil` some that are not finite, or that must be
+    /// refused.
     pub(crate) fn append(&mut self, layer: usize, spoil: Spoil) {
         let shape = self.config.shape;
         let rows = self.step_rows();
@@ -128,15 +162,14 @@ impl World {
         let mut values = self.rows(Kind::Value, layer, &rows);
         let tokens = keys.len() / (shape.kv_heads * shape.head_dim);
         let mut heads = shape.kv_heads;
+        let mut stain = None;
         match spoil {
             Spoil::Nothing => {}
             Spoil::NotFinite(at) => {
                 let list = if at % 2 == 0 { &mut keys } else { &mut values };
-                if list.is_empty() {
-                    return;
-                }
                 let at = usize::from(at / 2) % list.len();
-                list[at] = [f32::NAN, f32::INFINITY][at % 2];
+                list[at] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][at % 3];
+                stain = Some(rows[at / (heads * shape.head_dim)]);
             }
             Spoil::Shape => {
                 heads += 1;
@@ -154,11 +187,12 @@ impl World {
             return;
         };
         match (result, spoil) {
-            (Ok(()), Spoil::Nothing) if layer < layers => step.appended[layer] = true,
+            (Ok(()), Spoil::Nothing | Spoil::NotFinite(_)) if layer < layers => {
+                step.appended[layer] = true;
+                step.stains[layer] = stain;
+            }
             (Err(Error::Mismatch { .. }), Spoil::Shape) => {}
             (Err(Error::Mismatch { .. }), _) if layer >= layers => {}
-            // The layer is half written now and counts as not appended to.
-            (Err(Error::Invalid { .. }), Spoil::NotFinite(_)) => step.appended[layer] = false,
             (result, _) => panic!("append of layer {layer} of {layers}, {spoil:?}: {result:?}"),
         }
     }
@@ -191,8 +225,13 @@ impl World {
             return;
         }
         result.expect("every layer was appended to");
-        for (sequence, tokens, _) in self.step.take().expect("it is ready").loads {
+        let step = self.step.take().expect("it is ready");
+        for (sequence, tokens, _) in step.loads {
             self.sequences[sequence].tokens += tokens;
+        }
+        for (sequence, position) in step.stains.into_iter().flatten() {
+            let stain = &mut self.sequences[sequence].stain;
+            *stain = Some(stain.map_or(position, |first| first.min(position)));
         }
     }
 
@@ -232,9 +271,10 @@ impl World {
         }
         if self.step.is_none() {
             let tokens: usize = self.sequences.iter().map(|sequence| sequence.tokens).sum();
+            assert_eq!(memory.tokens, tokens as u64);
             let planned = |tokens| self.planner.footprint(tokens).expect("not that long").bytes;
             let planned: u64 = self.sequences.iter().map(|s| planned(s.tokens)).sum();
-            assert_eq!((memory.tokens, memory.used_bytes()), (tokens as u64, planned));
+            assert!(!self.planned || memory.used_bytes() == planned, "{planned}, {memory:?}");
         }
     }
 
@@ -256,22 +296,36 @@ impl World {
             Kind::Key | Kind::Value => shape.kv_heads,
         };
         let element = |&(sequence, position): &(usize, usize)| {
-            (0..heads * shape.head_dim)
-                .map(move |at| activation(kind, [sequence, layer, position, at]))
+            let name = self.owner(self.sequences[sequence].name, position);
+            (0..heads * shape.head_dim).map(move |at| activation(kind, [name, layer, position, at]))
         };
         rows.iter().flat_map(element).collect()
+    }
+
+    /// The name whose token stands at a position of a name.
+    fn owner(&self, mut name: usize, position: usize) -> usize {
+        while let Some((from, _)) = self.names[name].filter(|&(_, tokens)| position < tokens) {
+            name = from;
+        }
+        name
     }
 
     fn compare(&self, layer: usize, output: &[f32]) {
         let shape = self.config.shape;
         let width = shape.query_heads * shape.head_dim;
         let mut rows = output.chunks_exact(width);
-        for &(sequence, tokens, attend) in &self.step.as_ref().expect("attended").loads {
+        let step = self.step.as_ref().expect("attended");
+        for &(sequence, tokens, attend) in &step.loads {
             let start = self.sequences[sequence].tokens;
             let expected = self.oracle(layer, sequence, start..start + tokens);
             for (row, expected) in rows.by_ref().take(tokens).zip(expected.chunks_exact(width)) {
                 if !attend {
                     assert!(row.iter().all(|x| x.is_nan()), "a storing row was written");
+                    continue;
+                }
+                // What is not finite stays in its sequence.
+                let new = step.stains[layer].is_some_and(|stain| stain.0 == sequence);
+                if new || self.sequences[sequence].stain.is_some() {
                     continue;
                 }
                 for (got, want) in row.iter().zip(expected) {
@@ -300,7 +354,7 @@ impl World {
             values: &wide(Kind::Value, 0..positions.end),
             queries: &wide(Kind::Query, positions),
         }
-        .output()
+        .output_packed(self.sequences[sequence].packed)
     }
 }
 

@@ -4,8 +4,10 @@
 //! Each function panics when something does not hold. Readers must refuse or read, never panic;
 //! what they read must survive being written and read again.
 
+mod cache_life;
 mod cache_ops;
 mod cache_world;
+mod saved_sequence;
 
 use std::{
     io::{Cursor, Write},
@@ -20,18 +22,20 @@ use leank_train::dump::Manifest;
 use zip::{ZipWriter, write::SimpleFileOptions};
 
 pub use cache_ops::cache_ops;
+pub use saved_sequence::saved_sequence;
 
 /// A target takes any bytes.
 pub type Target = fn(&[u8]);
 
 /// The targets by name: the names of `fuzz_targets/` and `seeds/`.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("mask_native", mask_native),
     ("mask_pth", mask_pth),
     ("mask_npy", mask_npy),
     ("mask_tsv", mask_tsv),
     ("manifest", manifest),
     ("cache_ops", cache_ops),
+    ("saved_sequence", saved_sequence),
 ];
 
 fn name() -> &'static Path {
