@@ -17,7 +17,8 @@ fn main() -> Result<(), Failure> {
     pickles()?;
     tables()?;
     manifests()?;
-    operations()
+    operations()?;
+    saved()
 }
 
 fn write(target: &str, name: &str, bytes: &[u8]) -> Result<(), Failure> {
@@ -134,4 +135,15 @@ fn operations() -> Result<(), Failure> {
         write("cache_ops", name, &(0..length).map(byte).collect::<Vec<u8>>())?;
     }
     Ok(())
+}
+
+/// Edits of a sound stream: place (two bytes) and value. What the places are, the format's
+/// documentation tells.
+fn saved() -> Result<(), Failure> {
+    write("saved_sequence", "sound", b"")?;
+    write("saved_sequence", "fewer_tokens", &[52, 0, 20])?;
+    write("saved_sequence", "more_tokens", &[56, 0, 1])?;
+    write("saved_sequence", "more_lean", &[60, 0, 5])?;
+    write("saved_sequence", "infinite", &[200, 0, 0x7c, 201, 0, 0x7c, 202, 0, 0x7c])?;
+    write("saved_sequence", "not_one", b"LEANKSEQ\x01\0\0\0\xff\xff\xff\xff")
 }
