@@ -9,6 +9,9 @@
 //! gives the same results on the same backend. It shares no blocks with others, even where the
 //! saved one did.
 //!
+//! A stream goes to a file through `files::write_atomic` (feature `files`), which puts it there as
+//! a whole or not at all.
+//!
 //! # Format, version 1
 //! All numbers are little-endian. Every part ends with a `u32`: the CRC-32 (zlib's) of all bytes
 //! before it since the start of the stream, earlier checksums left out.
