@@ -120,10 +120,10 @@ mod tests {
     #[test]
     fn a_conversation() {
         for (variant, dtype, error) in [
-            (Variant::Dense, "f16", 1e-3),
+            (Variant::Dense, "f16", 1e-5),
             (Variant::Dense, "bf16", 1e-2),
             (Variant::Llama, "f32", 1e-5),
-            (Variant::Qwen, "f16", 1e-3),
+            (Variant::Qwen, "f16", 1e-5),
         ] {
             let commands = format!("setup {dtype} 8 4 64 1024 -\nrun 1\nerr\nquit\nrun 1\n");
             let answers = talk(variant, &commands);

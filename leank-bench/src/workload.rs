@@ -160,20 +160,22 @@ where
         Ok(Self { cache, context: options.context, bytes, q, out })
     }
 
-    /// Relative L2 and largest absolute error of the first layer's output against the f64 oracle,
-    /// on the activations as they were given, before any rounding.
+    /// Relative L2 and largest absolute error of the first layer's output against the f64 oracle on
+    /// K and V as they are stored: the accuracy of the arithmetic.
     ///
     /// # Errors
     /// Those of the cache.
     pub fn error(&mut self) -> Result<(f64, f64)> {
         let shape = self.cache.config().shape;
         self.attend(Layer(0))?;
+        let dtype = self.cache.config().dtype;
+        let stored = |x| f64::from(dtype.round(x));
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         let mut random = Random::new(SEED);
         for tokens in chunks(self.context - 1).chain([1]) {
             let (k, v) = rows_of(tokens * shape.kv_heads * shape.head_dim, &mut random);
-            keys.extend(k.into_iter().map(f64::from));
-            values.extend(v.into_iter().map(f64::from));
+            keys.extend(k.into_iter().map(stored));
+            values.extend(v.into_iter().map(stored));
         }
         let queries: Vec<f64> = self.q.iter().copied().map(f64::from).collect();
         let config = self.cache.config();
