@@ -18,7 +18,7 @@ use leank_bench::{
     workload::Variant,
 };
 use leank_core::{DEFAULT_BLOCK, Dtype};
-use leank_cpu::{Cpu, Isa, Pool};
+use leank_cpu::{Cpu, DEFAULT_SPIN, Isa, Pool};
 
 /// Measure what a lean cache is worth on this machine.
 ///
@@ -48,7 +48,7 @@ struct WorkerArgs {
     /// masks (llama, qwen; sink 128, recent 768).
     #[arg(long, value_enum, default_value_t = Variant::Dense)]
     variant: Variant,
-    /// Threads; the environment's NT, or 1, by default.
+    /// Threads, pinned to the first cores; the environment's NT, or 1, by default.
     #[arg(long, value_name = "N", env = "NT", default_value = "1")]
     threads: NonZeroUsize,
     /// Least MiB of the cache; the environment's FOOT_MIB, or 512, by default.
@@ -63,7 +63,17 @@ struct WorkerArgs {
 
 impl WorkerArgs {
     fn run(&self) -> Result<(), Box<dyn std::error::Error>> {
-        let mut cpu = Cpu::with_executor(Arc::new(Pool::new(self.threads)?));
+        // One thread per core, so that two never wait for each other on one. Threads inherit what
+        // the first is pinned to, so it asks for the cores before and is pinned after.
+        let cores = core_affinity::get_core_ids().unwrap_or_default();
+        let pin = move |thread: usize| {
+            if let Some(core) = cores.get(thread) {
+                core_affinity::set_for_current(*core);
+            }
+        };
+        let pool = Pool::with_start(self.threads, DEFAULT_SPIN, pin.clone())?;
+        pin(0);
+        let mut cpu = Cpu::with_executor(Arc::new(pool));
         if let Some(isa) = self.isa {
             cpu = cpu.with_isa(isa)?;
         }

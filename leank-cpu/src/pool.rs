@@ -87,6 +87,20 @@ impl Pool {
     /// # Errors
     /// As [`Pool::new`].
     pub fn with_spin(threads: NonZeroUsize, spin: Duration) -> Result<Self> {
+        Self::with_start(threads, spin, |_| ())
+    }
+
+    /// The same; each thread but the calling one, numbered from 1, calls `start` first: to pin
+    /// itself to a core, to set its priority.
+    ///
+    /// # Errors
+    /// As [`Pool::new`].
+    pub fn with_start(
+        threads: NonZeroUsize,
+        spin: Duration,
+        start: impl Fn(usize) + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let start = Arc::new(start);
         let shared = Arc::new(Shared {
             round: AtomicUsize::new(0),
             inside: AtomicUsize::new(0),
@@ -99,10 +113,13 @@ impl Pool {
         });
         let mut pool = Self { shared, helpers: Vec::new(), running: Mutex::new(()) };
         for i in 1..threads.get() {
-            let shared = Arc::clone(&pool.shared);
+            let (shared, start) = (Arc::clone(&pool.shared), Arc::clone(&start));
             let helper = thread::Builder::new()
                 .name(format!("leank-cpu-{i}"))
-                .spawn(move || shared.serve())
+                .spawn(move || {
+                    start(i);
+                    shared.serve();
+                })
                 .map_err(|error| Error::Unavailable {
                     what: "a thread for the pool",
                     why: format!("{error}; ask for fewer than {threads}"),
@@ -254,6 +271,16 @@ mod tests {
                 assert!(runs.iter().all(|runs| runs.load(Ordering::Relaxed) == 1), "{count}");
             }
         }
+    }
+
+    #[test]
+    fn threads_start_with_what_they_are_told() {
+        let started = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&started);
+        let start = move |i| log.lock().unwrap().push(i);
+        drop(Pool::with_start(NonZeroUsize::new(4).unwrap(), DEFAULT_SPIN, start).unwrap());
+        started.lock().unwrap().sort_unstable();
+        assert_eq!(*started.lock().unwrap(), [1, 2, 3]);
     }
 
     #[test]
