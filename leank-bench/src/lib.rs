@@ -42,3 +42,8 @@ pub mod worker;
 pub mod workload;
 
 pub use error::{Error, Result};
+
+/// Compiles the README's examples with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -141,3 +141,8 @@ impl Backend for Cpu {
         CpuCache::new(config, self.layout_rules(), self.kernel, executor)
     }
 }
+
+/// Compiles the README's examples with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
