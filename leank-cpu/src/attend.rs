@@ -3,14 +3,14 @@
 use std::sync::{Mutex, PoisonError};
 
 use leank_core::{
-    Block, CacheConfig, CacheLayout, Dtype, HostView, HostViewMut, KvHead, Layer, Ledger, Result,
+    Block, CacheConfig, CacheLayout, HostView, HostViewMut, KvHead, Layer, Ledger, Result,
 };
 
 use crate::{
     element::{Element, Left, Target, plain, with_element},
     executor::Executor,
     kernel::{Kernel, MAX_LANES, RowState, Softmax},
-    panels::{DEPTH_MULTIPLE, Panels},
+    panels::{DEPTH_MULTIPLE, HeadPlace},
     store::Store,
     work::{Job, Piece, Work},
 };
@@ -46,13 +46,19 @@ pub(crate) struct Scratch {
 /// K and V of one head in one block.
 #[derive(Clone, Copy)]
 struct Sections<'a> {
-    k: &'a [u8],
-    v: &'a [u8],
-    k_type: Dtype,
-    v_type: Dtype,
-    /// Stored channels of K.
-    channels: usize,
-    lean: bool,
+    place: HeadPlace,
+    /// Of the head in the block.
+    bytes: &'a [u8],
+}
+
+impl<'a> Sections<'a> {
+    fn k(&self) -> &'a [u8] {
+        self.place.k.bytes(self.bytes)
+    }
+
+    fn v(&self) -> &'a [u8] {
+        self.place.v.bytes(self.bytes)
+    }
 }
 
 impl<'a> LayerView<'a> {
@@ -116,17 +122,14 @@ impl<'a> LayerView<'a> {
             let Some(sections) = std::mem::replace(&mut next, coming(index + 1)) else { continue };
             let start = index * block;
             let tokens = (end - start).min(block);
-            let queries = if sections.lean { &*lean } else { &*full };
-            with_element!(sections.k_type, T => {
-                let right: Panels<'_, T> = Panels {
-                    data: bytemuck::cast_slice(sections.k),
-                    depth: sections.channels,
-                    lanes: block,
-                };
+            let HeadPlace { k, v, lean: is_lean } = sections.place;
+            let queries = if is_lean { &*lean } else { &*full };
+            with_element!(k.dtype, T => {
+                let right = k.panels::<T>(sections.bytes);
                 let target = Target {
                     rows,
-                    left_stride: sections.channels,
-                    depth: sections.channels,
+                    left_stride: k.depth,
+                    depth: k.depth,
                     lanes: tokens,
                     out: &mut weights.wide,
                     out_stride: stride,
@@ -146,21 +149,17 @@ impl<'a> LayerView<'a> {
                 states,
                 sums: sum,
                 head_dim,
-                next: &sections.v[..AHEAD.min(sections.v.len())],
+                next: first(sections.v()),
             };
-            self.kernel.softmax(softmax, sections.v_type, &mut weights.narrow);
+            self.kernel.softmax(softmax, v.dtype, &mut weights.narrow);
             if let Some(next) = &next
-                && next.k.as_ptr() != sections.v.as_ptr_range().end
+                && next.k().as_ptr() != sections.v().as_ptr_range().end
             {
-                self.kernel.prefetch(&next.k[..AHEAD.min(next.k.len())]);
+                self.kernel.prefetch(first(next.k()));
             }
 
-            with_element!(sections.v_type, T => {
-                let right: Panels<'_, T> = Panels {
-                    data: bytemuck::cast_slice(sections.v),
-                    depth: self.layout.stored_tokens,
-                    lanes: head_dim,
-                };
+            with_element!(v.dtype, T => {
+                let right = v.panels::<T>(sections.bytes);
                 let target = Target {
                     rows,
                     left_stride: stride,
@@ -215,38 +214,8 @@ impl<'a> LayerView<'a> {
 
     /// K and V of a head in a block; `None` where none are stored.
     fn sections(&self, head: KvHead, id: Block) -> Option<Sections<'a>> {
-        let (block, head_dim) = (self.layout.block, self.config.shape.head_dim);
-        let bytes = self.store.head(self.layer, id, head);
-        let section = |offset: usize, elements: usize, dtype: Dtype| {
-            &bytes[offset..offset + elements * dtype.bytes()]
-        };
-        let v_elements = self.layout.stored_tokens * head_dim;
-        match id {
-            Block::Full(_) => {
-                let (dtype, channels) = (self.config.dtype, self.layout.full_channels);
-                let v_offset = self.layout.full_v_offset(head) - self.layout.full_k_offset(head);
-                Some(Sections {
-                    k: section(0, block * channels, dtype),
-                    v: section(v_offset, v_elements, dtype),
-                    k_type: dtype,
-                    v_type: dtype,
-                    channels,
-                    lean: false,
-                })
-            }
-            Block::Lean(_) => {
-                let lean = self.layout.layer(self.layer).lean[head.0];
-                let (k_type, v_type) = (plain(lean.format.k), plain(lean.format.v));
-                (lean.kept > 0).then(|| Sections {
-                    k: section(0, block * lean.stored, k_type),
-                    v: section(lean.v_offset - lean.k_offset, v_elements, v_type),
-                    k_type,
-                    v_type,
-                    channels: lean.stored,
-                    lean: true,
-                })
-            }
-        }
+        let place = HeadPlace::of(self.config, self.layout, (self.layer, head), id)?;
+        Some(Sections { place, bytes: self.store.head(self.layer, id, head) })
     }
 
     /// Applies the soft-cap, if there is one; returns the factor that is left for the softmax.
@@ -260,6 +229,11 @@ impl<'a> LayerView<'a> {
         }
         1.0
     }
+}
+
+/// What is asked for of a section before its turn.
+fn first(section: &[u8]) -> &[u8] {
+    &section[..AHEAD.min(section.len())]
 }
 
 impl Left {

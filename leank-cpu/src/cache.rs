@@ -202,7 +202,7 @@ impl Cache for CpuCache {
 
     fn save(&self, sequence: SequenceId, out: &mut dyn Write) -> Result<()> {
         let read = |rows: &saved::Rows, bytes: &mut [u8]| {
-            read_rows(&self.store, &self.layout, rows, bytes);
+            read_rows(&self.store, &self.config, &self.layout, rows, bytes);
             Ok(())
         };
         saved::save(&self.ledger, &self.config, sequence, read, out)
@@ -210,7 +210,7 @@ impl Cache for CpuCache {
 
     fn restore(&mut self, input: &mut dyn Read) -> Result<SequenceId> {
         let Self { config, layout, ledger, store, .. } = self;
-        saved::restore(ledger, config, &mut Restoring { store, layout }, input)
+        saved::restore(ledger, config, &mut Restoring { store, config, layout }, input)
     }
 
     fn release(&mut self, sequence: SequenceId) -> Result<()> {

@@ -47,10 +47,23 @@ pub(crate) trait Element: bytemuck::Pod + Send + Sync {
     fn narrow(x: f32) -> Self;
 
     /// Reads an element that is stored little-endian; `from` has as many bytes.
-    fn from_le(from: &[u8]) -> Self;
+    fn from_le(from: &[u8]) -> Self {
+        let mut own = Self::zeroed();
+        let bytes = bytemuck::bytes_of_mut(&mut own);
+        bytes.copy_from_slice(from);
+        if cfg!(target_endian = "big") {
+            bytes.reverse();
+        }
+        own
+    }
 
     /// Writes an element little-endian; `to` has as many bytes.
-    fn put_le(self, to: &mut [u8]);
+    fn put_le(self, to: &mut [u8]) {
+        to.copy_from_slice(bytemuck::bytes_of(&self));
+        if cfg!(target_endian = "big") {
+            to.reverse();
+        }
+    }
 
     /// `target (+)= left · right`
     fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>);
@@ -67,14 +80,6 @@ impl Element for f32 {
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         x
-    }
-
-    fn from_le(from: &[u8]) -> Self {
-        from.try_into().map_or(Self::narrow(0.0), Self::from_le_bytes)
-    }
-
-    fn put_le(self, to: &mut [u8]) {
-        to.copy_from_slice(&self.to_le_bytes());
     }
 
     fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
@@ -95,14 +100,6 @@ impl Element for f16 {
         Self::from_f32(x)
     }
 
-    fn from_le(from: &[u8]) -> Self {
-        from.try_into().map_or(Self::narrow(0.0), Self::from_le_bytes)
-    }
-
-    fn put_le(self, to: &mut [u8]) {
-        to.copy_from_slice(&self.to_le_bytes());
-    }
-
     fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
         kernel.product_f16(target.product(&left.wide, right));
     }
@@ -119,14 +116,6 @@ impl Element for bf16 {
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         Self::from_f32(x)
-    }
-
-    fn from_le(from: &[u8]) -> Self {
-        from.try_into().map_or(Self::narrow(0.0), Self::from_le_bytes)
-    }
-
-    fn put_le(self, to: &mut [u8]) {
-        to.copy_from_slice(&self.to_le_bytes());
     }
 
     fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {

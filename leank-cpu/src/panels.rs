@@ -6,7 +6,9 @@
 //! kernel reads memory in order. In bf16 the rows go in pairs, with the two elements of a lane side
 //! by side: that is what `vdpbf16ps` and `bfdot` multiply, and widening it takes one shift or mask.
 
-use crate::element::Element;
+use leank_core::{Block, CacheConfig, CacheLayout, Dtype, KvHead, Layer};
+
+use crate::element::{Element, plain};
 
 /// Lanes of a panel: two vectors of AVX-512, so that the accumulators of eight query rows fit into
 /// registers. Half as many FMAs per broadcast cost less than a pass that leaves gaps in what it
@@ -15,6 +17,81 @@ pub(crate) const PANEL: usize = 32;
 
 /// Rows go in groups of this many in some type: the depth of everything is a multiple.
 pub(crate) const DEPTH_MULTIPLE: usize = 2;
+
+/// Where K or V lies in a head's part of a block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Section {
+    /// Bytes before it.
+    offset: usize,
+    /// Rows.
+    pub(crate) depth: usize,
+    /// Elements of a row.
+    lanes: usize,
+    /// Type of the elements.
+    pub(crate) dtype: Dtype,
+}
+
+impl Section {
+    fn range(self) -> std::ops::Range<usize> {
+        self.offset..self.offset + self.depth * self.lanes * self.dtype.bytes()
+    }
+
+    /// Its bytes among those of the head.
+    pub(crate) fn bytes(self, head: &[u8]) -> &[u8] {
+        &head[self.range()]
+    }
+
+    /// Its elements; `T` is what `dtype` names.
+    pub(crate) fn panels<T: Element>(self, head: &[u8]) -> Panels<'_, T> {
+        let data = bytemuck::cast_slice(self.bytes(head));
+        Panels { data, depth: self.depth, lanes: self.lanes }
+    }
+
+    /// Its elements, to be written; `T` is what `dtype` names.
+    pub(crate) fn panels_mut<T: Element>(self, head: &mut [u8]) -> PanelsMut<'_, T> {
+        let data = bytemuck::cast_slice_mut(&mut head[self.range()]);
+        PanelsMut { data, depth: self.depth, lanes: self.lanes }
+    }
+}
+
+/// Where K and V of one head lie in its part of a block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HeadPlace {
+    pub(crate) k: Section,
+    pub(crate) v: Section,
+    /// Whether K has the kept channels only.
+    pub(crate) lean: bool,
+}
+
+impl HeadPlace {
+    /// `None` where none are stored: a dead head in a lean block.
+    pub(crate) fn of(
+        config: &CacheConfig,
+        layout: &CacheLayout,
+        (layer, head): (Layer, KvHead),
+        block: Block,
+    ) -> Option<Self> {
+        let lean = matches!(block, Block::Lean(_));
+        let packed = layout.layer(layer).lean[head.0];
+        if lean && packed.kept == 0 {
+            return None;
+        }
+        let (k_type, v_type, channels, v_offset) = if lean {
+            let format = packed.format;
+            let v_offset = packed.v_offset - packed.k_offset;
+            (plain(format.k), plain(format.v), packed.stored, v_offset)
+        } else {
+            let v_offset = layout.full_v_offset(head) - layout.full_k_offset(head);
+            (config.dtype, config.dtype, layout.full_channels, v_offset)
+        };
+        let (depth, lanes) = (layout.stored_tokens, config.shape.head_dim);
+        Some(Self {
+            k: Section { offset: 0, depth: channels, lanes: layout.block, dtype: k_type },
+            v: Section { offset: v_offset, depth, lanes, dtype: v_type },
+            lean,
+        })
+    }
+}
 
 /// K or V of one head in one block.
 #[derive(Clone, Copy, Debug)]

@@ -1,60 +1,44 @@
 //! Plain rows of a block, for sequences on disk.
 
 use leank_core::{
-    Block, CacheLayout, Dtype, Result,
+    Block, CacheConfig, CacheLayout, Result,
     saved::{BlockStore, Rows, Tensor},
 };
 
 use crate::{
-    element::{Element as _, plain, with_element},
-    panels::index,
+    element::{Element as _, with_element},
+    panels::{HeadPlace, Section, index},
     store::Store,
-    write::{elements, panels_mut},
 };
 
 /// Where the elements of some rows lie in their head's part of a block.
-struct Place {
-    offset: usize,
-    depth: usize,
-    lanes: usize,
-    dtype: Dtype,
-}
-
-impl Place {
-    fn of(layout: &CacheLayout, rows: &Rows) -> Self {
-        let lean = layout.layer(rows.layer).lean[rows.head.0];
-        let is_lean = matches!(rows.block, Block::Lean(_));
-        let dtype = plain(rows.format);
-        match rows.tensor {
-            Tensor::K => {
-                let depth = if is_lean { lean.stored } else { layout.full_channels };
-                Self { offset: 0, depth, lanes: layout.block, dtype }
-            }
-            Tensor::V => {
-                let offset = if is_lean {
-                    lean.v_offset - lean.k_offset
-                } else {
-                    layout.full_v_offset(rows.head) - layout.full_k_offset(rows.head)
-                };
-                Self { offset, depth: layout.stored_tokens, lanes: rows.channels, dtype }
-            }
-        }
-    }
+fn section(config: &CacheConfig, layout: &CacheLayout, rows: &Rows) -> Option<Section> {
+    let place = HeadPlace::of(config, layout, (rows.layer, rows.head), rows.block)?;
+    Some(match rows.tensor {
+        Tensor::K => place.k,
+        Tensor::V => place.v,
+    })
 }
 
 /// Copies rows of a block that has storage to `bytes`.
-pub(crate) fn read_rows(store: &Store, layout: &CacheLayout, rows: &Rows, bytes: &mut [u8]) {
-    let place = Place::of(layout, rows);
+pub(crate) fn read_rows(
+    store: &Store,
+    config: &CacheConfig,
+    layout: &CacheLayout,
+    rows: &Rows,
+    bytes: &mut [u8],
+) {
+    let Some(section) = section(config, layout, rows) else { return };
     let from = store.head(rows.layer, rows.block, rows.head);
-    with_element!(place.dtype, T => {
-        let from = elements::<T>(from, place.offset, place.depth * place.lanes);
+    with_element!(section.dtype, T => {
+        let from = section.panels::<T>(from);
         for (i, to) in bytes.chunks_exact_mut(size_of::<T>()).enumerate() {
             let (token, channel) = (i / rows.channels, i % rows.channels);
             let (row, lane) = match rows.tensor {
                 Tensor::K => (channel, token),
                 Tensor::V => (token, channel),
             };
-            let x = from[index::<T>(place.depth, place.lanes, row, lane)];
+            let x = from.data[index::<T>(from.depth, from.lanes, row, lane)];
             x.put_le(to);
         }
     });
@@ -63,6 +47,7 @@ pub(crate) fn read_rows(store: &Store, layout: &CacheLayout, rows: &Rows, bytes:
 /// The blocks of a cache, to be filled from a saved sequence.
 pub(crate) struct Restoring<'a> {
     pub(crate) store: &'a mut Store,
+    pub(crate) config: &'a CacheConfig,
     pub(crate) layout: &'a CacheLayout,
 }
 
@@ -76,10 +61,10 @@ impl BlockStore for Restoring<'_> {
     }
 
     fn write_rows(&mut self, rows: &Rows, bytes: &[u8]) -> Result<()> {
-        let place = Place::of(self.layout, rows);
+        let Some(section) = section(self.config, self.layout, rows) else { return Ok(()) };
         let to = self.store.head_mut(rows.layer, rows.block, rows.head);
-        with_element!(place.dtype, T => {
-            let mut to = panels_mut::<T>(to, place.offset, place.depth, place.lanes);
+        with_element!(section.dtype, T => {
+            let mut to = section.panels_mut::<T>(to);
             let size = size_of::<T>();
             for (token, row) in bytes.chunks_exact(rows.channels * size).enumerate() {
                 let values = row.chunks_exact(size).map(T::from_le);

@@ -3,8 +3,8 @@
 use leank_core::{Block, CacheConfig, CacheLayout, Dtype, HostView, KvHead, Layer, StepSequence};
 
 use crate::{
-    element::{Element, plain, with_element},
-    panels::{PanelsMut, index},
+    element::{Element, with_element},
+    panels::{HeadPlace, PanelsMut, index},
     store::Store,
 };
 
@@ -50,58 +50,33 @@ impl LayerWriter<'_> {
         }
     }
 
-    fn write_key(&mut self, slot: Slot, row: &mut [f32]) {
-        let block = self.layout.block;
-        match slot.block {
-            Block::Full(_) => {
-                let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
-                with_element!(self.config.dtype, T => {
-                    let mut k = panels_mut::<T>(bytes, 0, self.layout.full_channels, block);
-                    k.write_lane(slot.token, row.iter().map(|&x| T::narrow(x)));
-                });
-            }
-            Block::Lean(_) => {
-                let head = self.layout.layer(self.layer).lean[slot.head.0];
-                if head.kept == 0 {
-                    return;
-                }
-                let dtype = plain(head.format.k);
-                self.round(dtype, row);
-                let kept = self.config.mask.head(self.layer, slot.head).kept();
-                let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
-                with_element!(dtype, T => {
-                    let mut k = panels_mut::<T>(bytes, 0, head.stored, block);
-                    let column = kept.iter().map(|&c| T::narrow(row[usize::from(c)]));
-                    k.write_lane(slot.token, column);
-                });
-            }
-        }
+    fn place(&self, head: KvHead, block: Block) -> Option<HeadPlace> {
+        HeadPlace::of(self.config, self.layout, (self.layer, head), block)
     }
 
-    fn write_value(&mut self, slot: Slot, row: &mut [f32]) {
-        let (dtype, offset) = match slot.block {
-            Block::Full(_) => (self.config.dtype, self.full_v_offset(slot.head)),
-            Block::Lean(_) => {
-                let head = self.layout.layer(self.layer).lean[slot.head.0];
-                if head.kept == 0 {
-                    return;
-                }
-                let dtype = plain(head.format.v);
-                self.round(dtype, row);
-                (dtype, head.v_offset - head.k_offset)
-            }
-        };
-        let depth = self.layout.stored_tokens;
+    fn write_key(&mut self, slot: Slot, row: &mut [f32]) {
+        let Some(place) = self.place(slot.head, slot.block) else { return };
+        self.round(place.k.dtype, row);
+        let kept = self.config.mask.head(self.layer, slot.head).kept();
         let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
-        with_element!(dtype, T => {
-            let values = row.iter().map(|&x| T::narrow(x));
-            panels_mut::<T>(bytes, offset, depth, row.len()).write_row(slot.token, values);
+        with_element!(place.k.dtype, T => {
+            let mut k = place.k.panels_mut::<T>(bytes);
+            if place.lean {
+                k.write_lane(slot.token, kept.iter().map(|&c| T::narrow(row[usize::from(c)])));
+            } else {
+                k.write_lane(slot.token, row.iter().map(|&x| T::narrow(x)));
+            }
         });
     }
 
-    /// Where V of a head in a full block begins, after its K.
-    fn full_v_offset(&self, head: KvHead) -> usize {
-        self.layout.full_v_offset(head) - self.layout.full_k_offset(head)
+    fn write_value(&mut self, slot: Slot, row: &mut [f32]) {
+        let Some(place) = self.place(slot.head, slot.block) else { return };
+        self.round(place.v.dtype, row);
+        let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
+        with_element!(place.v.dtype, T => {
+            let values = row.iter().map(|&x| T::narrow(x));
+            place.v.panels_mut::<T>(bytes).write_row(slot.token, values);
+        });
     }
 
     /// Rounds to the type of full blocks what will be rounded to `dtype`.
@@ -114,26 +89,20 @@ impl LayerWriter<'_> {
 
     /// Packs a full block into a lean one.
     pub(crate) fn pack(&mut self, full: u32, lean: u32) {
-        let (block, head_dim) = (self.layout.block, self.config.shape.head_dim);
-        let (channels, tokens) = (self.layout.full_channels, self.layout.stored_tokens);
+        let block = self.layout.block;
         for head in self.config.shape.kv_head_indices() {
+            let places = (self.place(head, Block::Full(full)), self.place(head, Block::Lean(lean)));
+            let (Some(whole), Some(packed)) = places else { continue };
             let kept = self.config.mask.head(self.layer, head).kept();
-            if kept.is_empty() {
-                continue;
-            }
-            let packed = self.layout.layer(self.layer).lean[head.0];
-            let v_offset = self.full_v_offset(head);
             let (from, to) = self.store.pack_pair(self.layer, (full, lean), head);
             with_element!(self.config.dtype, S => {
-                let k = elements::<S>(from, 0, block * channels);
-                let v = elements::<S>(from, v_offset, tokens * head_dim);
-                with_element!(plain(packed.format.k), T => {
-                    let out = panels_mut::<T>(to, 0, packed.stored, block);
-                    gather(k, channels, kept, out);
+                with_element!(packed.k.dtype, T => {
+                    let (from, to) = (whole.k.panels::<S>(from), packed.k.panels_mut::<T>(to));
+                    gather(from.data, from.depth, kept, to);
                 });
-                with_element!(plain(packed.format.v), T => {
-                    let out = panels_mut::<T>(to, packed.v_offset - packed.k_offset, tokens, head_dim);
-                    transfer(v, block, out);
+                with_element!(packed.v.dtype, T => {
+                    let (from, to) = (whole.v.panels::<S>(from), packed.v.panels_mut::<T>(to));
+                    transfer(from.data, block, to);
                 });
             });
         }
@@ -167,20 +136,4 @@ fn transfer<S: Element, T: Element>(from: &[S], tokens: usize, to: PanelsMut<'_,
             data[index::<T>(depth, lanes, row, lane)] = T::narrow(x);
         }
     }
-}
-
-/// `len` elements that start `offset` bytes into a head's part of a block.
-pub(crate) fn elements<T: Element>(bytes: &[u8], offset: usize, len: usize) -> &[T] {
-    bytemuck::cast_slice(&bytes[offset..offset + len * size_of::<T>()])
-}
-
-/// K or V in a head's part of a block, to be written.
-pub(crate) fn panels_mut<T: Element>(
-    bytes: &mut [u8],
-    offset: usize,
-    depth: usize,
-    lanes: usize,
-) -> PanelsMut<'_, T> {
-    let end = offset + depth * lanes * size_of::<T>();
-    PanelsMut { data: bytemuck::cast_slice_mut(&mut bytes[offset..end]), depth, lanes }
 }

@@ -119,9 +119,4 @@ impl Lanes<Avx512> for Bf16Dot {
         // SAFETY: `Bf16Dot` is used by `product_dot` only, which has the instruction.
         unsafe { _mm512_dpbf16_ps(sum, factor, wide) }
     }
-
-    #[inline(always)]
-    fn widen(stored: bf16) -> f32 {
-        stored.to_f32()
-    }
 }

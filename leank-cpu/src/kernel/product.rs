@@ -7,10 +7,12 @@
 //! the group.
 
 use half::{bf16, f16};
-use leank_core::widen_f16;
 
 use super::simd::Simd;
-use crate::panels::{PANEL, Panels};
+use crate::{
+    element::Element,
+    panels::{PANEL, Panels},
+};
 
 /// Most rows that one pass over a panel takes.
 const MAX_ROWS: usize = 8;
@@ -18,7 +20,7 @@ const MAX_ROWS: usize = 8;
 /// How vectors of one stored type are multiplied.
 pub(crate) trait Lanes<S: Simd>: Copy {
     /// Element in storage.
-    type Stored: Copy;
+    type Stored: Element;
     /// Element of the left side.
     type Left: Copy + Into<f32>;
     /// A loaded vector of stored elements.
@@ -44,9 +46,6 @@ pub(crate) trait Lanes<S: Simd>: Copy {
 
     /// `sum + factor · wide`, summed over the step.
     fn mul_add(simd: S, factor: Self::Factor, wide: Self::Wide, sum: S::F32) -> S::F32;
-
-    /// One element.
-    fn widen(stored: Self::Stored) -> f32;
 }
 
 /// Single precision.
@@ -61,67 +60,38 @@ pub(crate) struct F16s;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bf16Pairs;
 
-impl<S: Simd> Lanes<S> for F32s {
-    type Stored = f32;
-    type Left = f32;
-    type Wide = S::F32;
-    type Factor = S::F32;
-    const STEP: usize = 1;
-    const VECTORS: usize = 1;
+/// Elements that stand alone in their lane.
+macro_rules! plain_lanes {
+    ($lanes:ty, $stored:ty, $load:ident) => {
+        impl<S: Simd> Lanes<S> for $lanes {
+            type Stored = $stored;
+            type Left = f32;
+            type Wide = S::F32;
+            type Factor = S::F32;
+            const STEP: usize = 1;
+            const VECTORS: usize = 1;
 
-    #[inline(always)]
-    unsafe fn load(simd: S, from: *const f32) -> S::F32 {
-        // SAFETY: the caller's promise.
-        unsafe { simd.load(from) }
-    }
+            #[inline(always)]
+            unsafe fn load(simd: S, from: *const $stored) -> S::F32 {
+                // SAFETY: the caller's promise.
+                unsafe { simd.$load(from) }
+            }
 
-    #[inline(always)]
-    unsafe fn factor(simd: S, from: *const f32) -> S::F32 {
-        // SAFETY: the caller's promise.
-        simd.splat(unsafe { *from })
-    }
+            #[inline(always)]
+            unsafe fn factor(simd: S, from: *const f32) -> S::F32 {
+                // SAFETY: the caller's promise.
+                simd.splat(unsafe { *from })
+            }
 
-    #[inline(always)]
-    fn mul_add(simd: S, factor: S::F32, wide: S::F32, sum: S::F32) -> S::F32 {
-        simd.mul_add(factor, wide, sum)
-    }
-
-    #[inline(always)]
-    fn widen(stored: f32) -> f32 {
-        stored
-    }
+            #[inline(always)]
+            fn mul_add(simd: S, factor: S::F32, wide: S::F32, sum: S::F32) -> S::F32 {
+                simd.mul_add(factor, wide, sum)
+            }
+        }
+    };
 }
-
-impl<S: Simd> Lanes<S> for F16s {
-    type Stored = f16;
-    type Left = f32;
-    type Wide = S::F32;
-    type Factor = S::F32;
-    const STEP: usize = 1;
-    const VECTORS: usize = 1;
-
-    #[inline(always)]
-    unsafe fn load(simd: S, from: *const f16) -> S::F32 {
-        // SAFETY: the caller's promise.
-        unsafe { simd.load_f16(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn factor(simd: S, from: *const f32) -> S::F32 {
-        // SAFETY: the caller's promise.
-        simd.splat(unsafe { *from })
-    }
-
-    #[inline(always)]
-    fn mul_add(simd: S, factor: S::F32, wide: S::F32, sum: S::F32) -> S::F32 {
-        simd.mul_add(factor, wide, sum)
-    }
-
-    #[inline(always)]
-    fn widen(stored: f16) -> f32 {
-        widen_f16(stored)
-    }
-}
+plain_lanes!(F32s, f32, load);
+plain_lanes!(F16s, f16, load_f16);
 
 impl<S: Simd> Lanes<S> for Bf16Pairs {
     type Stored = bf16;
@@ -147,11 +117,6 @@ impl<S: Simd> Lanes<S> for Bf16Pairs {
     #[inline(always)]
     fn mul_add(simd: S, factor: [S::F32; 2], wide: [S::F32; 2], sum: S::F32) -> S::F32 {
         simd.mul_add(factor[1], wide[1], simd.mul_add(factor[0], wide[0], sum))
-    }
-
-    #[inline(always)]
-    fn widen(stored: bf16) -> f32 {
-        f32::from_bits(u32::from(stored.to_bits()) << 16)
     }
 }
 
@@ -232,7 +197,7 @@ pub(crate) fn product<S: Simd, L: Lanes<S>>(simd: S, args: Product<'_, L::Left, 
                 for r in row..row + some {
                     let left = &left[r * left_stride..][..depth];
                     let element = |d: usize| {
-                        L::widen(panel[(d / L::STEP * width + lane) * L::STEP + d % L::STEP])
+                        panel[(d / L::STEP * width + lane) * L::STEP + d % L::STEP].widen()
                     };
                     let dot: f32 =
                         left.iter().enumerate().map(|(d, &x)| x.into() * element(d)).sum();
