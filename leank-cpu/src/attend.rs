@@ -1,17 +1,21 @@
 //! Attention of one layer over a planned step.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    f32::consts::LOG2_E,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use leank_core::{
     Block, CacheConfig, CacheLayout, HostView, HostViewMut, KvHead, Layer, Ledger, Result,
 };
 
 use crate::{
-    element::{Element, Left, Target, plain, with_element},
+    element::plain,
     executor::Executor,
-    kernel::{Kernel, MAX_LANES, RowState, Softmax},
+    kernel::{Kernel, MAX_LANES},
     panels::{DEPTH_MULTIPLE, HeadPlace},
-    store::Store,
+    running::{Arena, Extent, Merging, Queries, Running},
+    store::{HeadStore, Store},
     work::{Job, Piece, Work},
 };
 
@@ -29,35 +33,43 @@ pub(crate) struct LayerView<'a> {
     pub(crate) layer: Layer,
 }
 
-/// What a piece works in, kept between steps.
+/// What the pieces of a step work in, kept between steps.
 #[derive(Debug, Default)]
-pub(crate) struct Scratch {
-    /// Queries for full blocks, `[rows, full_channels]`.
-    full: Left,
-    /// Queries for lean blocks, `[rows, stored]`.
-    lean: Left,
-    /// Logits, then weights of one block, `[rows, block]` padded to [`MAX_LANES`].
-    weights: Left,
-    /// Weighted sums of V, `[rows, head_dim]`.
-    sum: Vec<f32>,
-    rows: Vec<RowState>,
+pub(crate) struct Workspace {
+    /// As many as pieces ran at the same time; the last used is the next one: it is still in the
+    /// core's cache.
+    idle: Mutex<Vec<Scratch>>,
+    jobs: Vec<Mutex<Merging>>,
 }
 
-/// K and V of one head in one block.
+/// What a piece works in.
+#[derive(Debug, Default)]
+struct Scratch {
+    /// Job whose queries lie in the arena.
+    job: Option<usize>,
+    arena: Arena,
+    /// Queries in single precision.
+    wide: Vec<f32>,
+}
+
+/// The blocks of one head.
 #[derive(Clone, Copy)]
-struct Sections<'a> {
-    place: HeadPlace,
-    /// Of the head in the block.
-    bytes: &'a [u8],
+struct Blocks<'a> {
+    full: Option<HeadPlace>,
+    /// `None` for a dead head.
+    lean: Option<HeadPlace>,
+    store: HeadStore<'a>,
 }
 
-impl<'a> Sections<'a> {
-    fn k(&self) -> &'a [u8] {
-        self.place.k.bytes(self.bytes)
-    }
-
-    fn v(&self) -> &'a [u8] {
-        self.place.v.bytes(self.bytes)
+impl<'a> Blocks<'a> {
+    /// K and V in a block, and how they lie there; `None` where none are stored.
+    #[inline(always)]
+    fn get(&self, block: Block) -> Option<(&HeadPlace, &'a [u8])> {
+        let place = match block {
+            Block::Full(_) => self.full.as_ref(),
+            Block::Lean(_) => self.lean.as_ref(),
+        };
+        Some((place?, self.store.get(block)))
     }
 }
 
@@ -66,20 +78,21 @@ impl<'a> LayerView<'a> {
         self,
         ledger: &Ledger,
         executor: &dyn Executor,
-        scratch: &mut Vec<Mutex<Scratch>>,
+        workspace: &mut Workspace,
         q: HostView<'_>,
         mut out: HostViewMut<'_>,
     ) -> Result<()> {
         let shape = self.config.shape;
         let (heads, group) = (shape.kv_heads, shape.group());
         let work = Work::cut(ledger, self.layout, self.layer, heads, group)?;
-        if scratch.len() < work.pieces.len() {
-            scratch.resize_with(work.pieces.len(), Mutex::default);
-        }
+        workspace.prepare(work.jobs.len());
+        let Workspace { idle, jobs } = workspace;
         let run = |i: usize| {
             let piece = &work.pieces[i];
-            let mut scratch = scratch[i].lock().unwrap_or_else(PoisonError::into_inner);
-            self.run(&work.jobs[piece.job], piece, q, &mut scratch);
+            let mut scratch = lock(idle).pop().unwrap_or_default();
+            let running = self.run(&work.jobs[piece.job], piece, q, &mut scratch);
+            lock(&jobs[piece.job]).take(piece.number, &running);
+            lock(idle).push(scratch);
         };
         if work.is_parallel() {
             executor.run(work.pieces.len(), &run);
@@ -87,188 +100,167 @@ impl<'a> LayerView<'a> {
             (0..work.pieces.len()).for_each(run);
         }
 
-        let mut done = scratch.iter_mut().map(|scratch| {
-            let scratch = scratch.get_mut().unwrap_or_else(PoisonError::into_inner);
-            &mut *scratch
-        });
-        for pieces in work.pieces.chunk_by(|a, b| a.job == b.job) {
-            let Some(total) = done.next() else { break };
-            for part in done.by_ref().take(pieces.len() - 1) {
-                total.merge(part, shape.head_dim);
-            }
-            let job = &work.jobs[pieces[0].job];
-            for (row, values) in total.finish(shape.head_dim).enumerate() {
+        for (job, merging) in work.jobs.iter().zip(jobs) {
+            let merging = merging.get_mut().unwrap_or_else(PoisonError::into_inner);
+            for (row, values) in merging.finish().enumerate() {
                 out.write_row(job.row + row / group, job.head.0 * group + row % group, values);
             }
         }
         Ok(())
     }
 
-    fn run(&self, job: &Job<'_>, piece: &Piece, q: HostView<'_>, scratch: &mut Scratch) {
-        let shape = self.config.shape;
-        let (group, head_dim, block) = (shape.group(), shape.head_dim, self.layout.block);
-        let rows = job.tokens * group;
-        self.prepare(job, q, scratch);
-        let Scratch { full, lean, weights, sum, rows: states } = scratch;
-
-        let stride = block.next_multiple_of(MAX_LANES);
-        let end = job.position + job.tokens;
-        let coming = |index: usize| {
-            let id = *job.table[..piece.blocks.end].get(index)?;
-            self.sections(job.head, id)
+    fn run<'b>(
+        &self,
+        job: &Job<'_>,
+        piece: &Piece,
+        q: HostView<'_>,
+        scratch: &'b mut Scratch,
+    ) -> Running<'b> {
+        let block = self.layout.block;
+        let (mut queries, mut running) = scratch.arena.split(self.extent(job));
+        if scratch.job != Some(piece.job) {
+            scratch.job = Some(piece.job);
+            self.put_queries(job, q, &mut scratch.wide, &mut queries);
+        }
+        running.reset();
+        let [full, lean] = queries;
+        let scale = self.config.scale() * LOG2_E;
+        // Blocks that are whole for the first query token, and so for all.
+        let whole = match self.config.soft_cap {
+            None if block.is_multiple_of(MAX_LANES) => (job.position + 1) / block,
+            _ => 0,
         };
-        let mut next = coming(piece.blocks.start);
+
+        let blocks = self.blocks(job.head);
+        let mut next = None;
         for index in piece.blocks.clone() {
-            let Some(sections) = std::mem::replace(&mut next, coming(index + 1)) else { continue };
+            let current = next.take().or_else(|| blocks.get(job.table[index]));
+            if index + 1 < piece.blocks.end {
+                next = blocks.get(job.table[index + 1]);
+            }
+            let Some((place, bytes)) = current else { continue };
+            let (k, v) = (place.k.of(bytes), place.v.of(bytes));
+            let queries = if place.lean { &*lean } else { &*full };
             let start = index * block;
-            let tokens = (end - start).min(block);
-            let HeadPlace { k, v, lean: is_lean } = sections.place;
-            let queries = if is_lean { &*lean } else { &*full };
-            with_element!(k.dtype, T => {
-                let right = k.panels::<T>(sections.bytes);
-                let target = Target {
-                    rows,
-                    left_stride: k.depth,
-                    depth: k.depth,
-                    lanes: tokens,
-                    out: &mut weights.wide,
-                    out_stride: stride,
-                    accumulate: false,
-                };
-                T::product(self.kernel, queries, right, target);
-            });
-
-            let scale = self.cap(&mut weights.wide, stride, tokens) * std::f32::consts::LOG2_E;
-            let softmax = Softmax {
-                logits: &mut weights.wide,
-                stride,
-                seen: (job.position + 1) as isize - start as isize,
-                group,
-                most: tokens,
-                scale,
-                states,
-                sums: sum,
-                head_dim,
-                next: first(sections.v()),
-            };
-            self.kernel.softmax(softmax, v.dtype, &mut weights.narrow);
-            if let Some(next) = &next
-                && next.k().as_ptr() != sections.v().as_ptr_range().end
+            let tokens = (job.position + job.tokens - start).min(block);
+            if index < whole {
+                self.kernel.weigh(&mut running, (queries, k), scale, v.dtype());
+            } else {
+                self.kernel.logits(&mut running, queries, k, tokens);
+                let scale = self.cap(running.logits) * LOG2_E;
+                self.hide(job, start, &mut running);
+                self.kernel.soften(&mut running, scale, v.dtype());
+            }
+            if let Some((_, next)) = next
+                && next.as_ptr() != bytes.as_ptr_range().end
             {
-                self.kernel.prefetch(first(next.k()));
+                self.kernel.prefetch(&next[..AHEAD.min(next.len())]);
             }
-
-            with_element!(v.dtype, T => {
-                let right = v.panels::<T>(sections.bytes);
-                let target = Target {
-                    rows,
-                    left_stride: stride,
-                    depth: tokens,
-                    lanes: head_dim,
-                    out: sum,
-                    out_stride: head_dim,
-                    accumulate: true,
-                };
-                T::product(self.kernel, weights, right, target);
-            });
+            self.kernel.sum(&mut running, v, tokens);
         }
+        running
     }
 
-    /// Lays out the scratch of a piece, with its queries in it.
-    fn prepare(&self, job: &Job<'_>, q: HostView<'_>, scratch: &mut Scratch) {
+    /// What a job takes.
+    fn extent(&self, job: &Job<'_>) -> Extent {
         let shape = self.config.shape;
-        let (group, head_dim) = (shape.group(), shape.head_dim);
-        let rows = job.tokens * group;
-        let stride = self.layout.block.next_multiple_of(MAX_LANES);
-        scratch.rows.clear();
-        scratch.rows.resize(rows, RowState::EMPTY);
-        scratch.sum.clear();
-        scratch.sum.resize(rows * head_dim, 0.0);
-        scratch.weights.reset(rows * stride);
-
-        let channels = self.layout.full_channels;
-        scratch.full.reset(rows * channels);
-        for (row, values) in scratch.full.wide.chunks_exact_mut(channels).enumerate() {
-            let head = job.head.0 * group + row % group;
-            q.read_row(job.row + row / group, head, &mut values[..head_dim]);
-        }
-        let kept = self.config.mask.head(self.layer, job.head).kept();
         let lean = self.layout.layer(self.layer).lean[job.head.0];
-        scratch.lean.reset(rows * lean.stored);
-        if lean.stored > 0 {
-            let whole = scratch.full.wide.chunks_exact(channels);
-            for (whole, values) in whole.zip(scratch.lean.wide.chunks_exact_mut(lean.stored)) {
-                for (value, &channel) in values.iter_mut().zip(kept) {
-                    *value = whole[usize::from(channel)];
-                }
-            }
-        }
-        for (left, dtype) in
-            [(&mut scratch.full, self.config.dtype), (&mut scratch.lean, plain(lean.format.k))]
-        {
-            if self.kernel.narrows(dtype) {
-                self.kernel.narrow(&left.wide, &mut left.narrow);
-            }
+        let bytes = |dtype| self.kernel.left_bytes(dtype);
+        Extent {
+            rows: job.tokens * shape.group(),
+            head_dim: shape.head_dim,
+            block: self.layout.block,
+            weight_bytes: bytes(self.config.dtype).max(bytes(plain(lean.format.v))),
+            query_bytes: [
+                self.layout.full_channels * bytes(self.config.dtype),
+                lean.stored * bytes(plain(lean.format.k)),
+            ],
         }
     }
 
-    /// K and V of a head in a block; `None` where none are stored.
-    fn sections(&self, head: KvHead, id: Block) -> Option<Sections<'a>> {
-        let place = HeadPlace::of(self.config, self.layout, (self.layer, head), id)?;
-        Some(Sections { place, bytes: self.store.head(self.layer, id, head) })
+    /// Puts the queries of a job where the kernel wants them.
+    fn put_queries(
+        &self,
+        job: &Job<'_>,
+        q: HostView<'_>,
+        wide: &mut Vec<f32>,
+        [full, lean]: &mut Queries<'_>,
+    ) {
+        let shape = self.config.shape;
+        let (group, channels) = (shape.group(), self.layout.full_channels);
+        wide.clear();
+        wide.resize(job.tokens * group * channels, 0.0);
+        for (row, values) in wide.chunks_exact_mut(channels).enumerate() {
+            let head = job.head.0 * group + row % group;
+            q.read_row(job.row + row / group, head, &mut values[..shape.head_dim]);
+        }
+        self.kernel.put_queries(self.config.dtype, wide, channels, full);
+
+        let kept = self.config.mask.head(self.layer, job.head).kept();
+        let packed = self.layout.layer(self.layer).lean[job.head.0];
+        if packed.stored == 0 {
+            return;
+        }
+        // In place: row by row, kept channels move to the front, which never overtakes them.
+        for row in 0..job.tokens * group {
+            let (from, to) = (row * channels, row * packed.stored);
+            for (i, &channel) in kept.iter().enumerate() {
+                wide[to + i] = wide[from + usize::from(channel)];
+            }
+            wide[to + kept.len()..to + packed.stored].fill(0.0);
+        }
+        wide.truncate(job.tokens * group * packed.stored);
+        self.kernel.put_queries(plain(packed.format.k), wide, packed.stored, lean);
+    }
+
+    /// Where the blocks of a head lie.
+    fn blocks(&self, head: KvHead) -> Blocks<'a> {
+        let place = |block| HeadPlace::of(self.config, self.layout, (self.layer, head), block);
+        Blocks {
+            full: place(Block::Full(0)),
+            lean: place(Block::Lean(0)),
+            store: self.store.of_head(self.layer, head),
+        }
     }
 
     /// Applies the soft-cap, if there is one; returns the factor that is left for the softmax.
-    fn cap(&self, logits: &mut [f32], stride: usize, tokens: usize) -> f32 {
+    fn cap(&self, logits: &mut [f32]) -> f32 {
         let scale = self.config.scale();
         let Some(cap) = self.config.soft_cap else { return scale };
-        for row in logits.chunks_exact_mut(stride) {
-            for logit in &mut row[..tokens] {
-                *logit = cap * (scale * *logit / cap).tanh();
-            }
+        for logit in logits {
+            *logit = cap * (scale * *logit / cap).tanh();
         }
         1.0
     }
-}
 
-/// What is asked for of a section before its turn.
-fn first(section: &[u8]) -> &[u8] {
-    &section[..AHEAD.min(section.len())]
-}
-
-impl Left {
-    /// `len` zeros.
-    fn reset(&mut self, len: usize) {
-        self.wide.clear();
-        self.wide.resize(len, 0.0);
-        self.narrow.clear();
-        self.narrow.resize(len, half::bf16::ZERO);
-    }
-}
-
-impl Scratch {
-    /// Takes in another part of the same rows.
-    fn merge(&mut self, part: &Self, head_dim: usize) {
-        let sums = self.sum.chunks_exact_mut(head_dim).zip(part.sum.chunks_exact(head_dim));
-        for ((own, other), (sum, more)) in self.rows.iter_mut().zip(&part.rows).zip(sums) {
-            let mut other = *other;
-            let base = own.base.max(other.base);
-            let (keep, add) = (own.rebase(base), other.rebase(base));
-            for (sum, more) in sum.iter_mut().zip(more) {
-                *sum = *sum * keep + more * add;
-            }
-            own.add(&other);
+    /// Makes negative infinity of the logits of tokens that a row does not see, in the block whose
+    /// first token is `start`.
+    fn hide(&self, job: &Job<'_>, start: usize, running: &mut Running<'_>) {
+        let group = self.config.shape.group();
+        for (row, logits) in running.logits.chunks_exact_mut(running.stride).enumerate() {
+            let seen = (job.position + 1 + row / group).saturating_sub(start);
+            logits[seen.min(self.layout.block)..].fill(f32::NEG_INFINITY);
         }
     }
+}
 
-    /// The output rows.
-    fn finish(&mut self, head_dim: usize) -> impl Iterator<Item = &[f32]> {
-        for (row, state) in self.sum.chunks_exact_mut(head_dim).zip(&self.rows) {
-            let inverse = 1.0 / state.weight();
-            row.iter_mut().for_each(|x| *x *= inverse);
+impl Workspace {
+    /// Makes room for a layer's jobs.
+    fn prepare(&mut self, jobs: usize) {
+        let idle = self.idle.get_mut().unwrap_or_else(PoisonError::into_inner);
+        idle.iter_mut().for_each(|scratch| scratch.job = None);
+        if self.jobs.len() < jobs {
+            self.jobs.resize_with(jobs, Mutex::default);
         }
-        self.sum.chunks_exact(head_dim)
+        for job in &mut self.jobs[..jobs] {
+            job.get_mut().unwrap_or_else(PoisonError::into_inner).reset();
+        }
     }
+}
+
+/// Whoever panicked under the lock left nothing that the next one relies on.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 const _: () = assert!(MAX_LANES.is_multiple_of(DEPTH_MULTIPLE), "weights pad the last pair");

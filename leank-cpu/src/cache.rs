@@ -3,7 +3,7 @@
 use std::{
     fmt,
     io::{Read, Write},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use leank_core::{
@@ -12,7 +12,7 @@ use leank_core::{
 };
 
 use crate::{
-    attend::{LayerView, Scratch},
+    attend::{LayerView, Workspace},
     executor::Executor,
     kernel::Kernel,
     rows::{Restoring, read_rows},
@@ -29,7 +29,7 @@ pub struct CpuCache {
     kernel: Kernel,
     executor: Arc<dyn Executor>,
     /// What the pieces of a step work in.
-    scratch: Vec<Mutex<Scratch>>,
+    workspace: Workspace,
     /// Layers appended to in the step under way.
     appended: Vec<bool>,
 }
@@ -64,8 +64,8 @@ impl CpuCache {
         let ledger = Ledger::new(&layout, config.windows, config.limit);
         let store = Store::new(&layout, config.shape);
         let appended = vec![false; config.shape.layers];
-        let scratch = Vec::new();
-        Ok(Self { config, layout, ledger, store, kernel, executor, scratch, appended })
+        let workspace = Workspace::default();
+        Ok(Self { config, layout, ledger, store, kernel, executor, workspace, appended })
     }
 
     fn check_layer(&self, call: &'static str, layer: Layer) -> Result<()> {
@@ -167,7 +167,7 @@ impl Cache for CpuCache {
             kernel: self.kernel,
             layer,
         };
-        view.attend(&self.ledger, &*self.executor, &mut self.scratch, q, out)
+        view.attend(&self.ledger, &*self.executor, &mut self.workspace, q, out)
     }
 
     fn commit(&mut self) -> Result<()> {

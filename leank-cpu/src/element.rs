@@ -3,38 +3,6 @@
 use half::{bf16, f16};
 use leank_core::{Dtype, LeanFormat, widen_f16};
 
-use crate::{
-    kernel::{Kernel, Product},
-    panels::Panels,
-};
-
-/// The left side of a product: `[rows, stride]`, in single precision, and in bf16 where the kernel
-/// asks for it.
-#[derive(Debug, Default)]
-pub(crate) struct Left {
-    pub(crate) wide: Vec<f32>,
-    pub(crate) narrow: Vec<bf16>,
-}
-
-/// A product without its sides.
-pub(crate) struct Target<'a> {
-    /// First row of the left side.
-    pub(crate) rows: usize,
-    pub(crate) left_stride: usize,
-    pub(crate) depth: usize,
-    pub(crate) lanes: usize,
-    pub(crate) out: &'a mut [f32],
-    pub(crate) out_stride: usize,
-    pub(crate) accumulate: bool,
-}
-
-impl<'a> Target<'a> {
-    fn product<L, T>(self, left: &'a [L], right: Panels<'a, T>) -> Product<'a, L, T> {
-        let Self { rows, left_stride, depth, lanes, out, out_stride, accumulate } = self;
-        Product { left, left_stride, rows, depth, right, lanes, out, out_stride, accumulate }
-    }
-}
-
 /// An element of K or V in storage.
 pub(crate) trait Element: bytemuck::Pod + Send + Sync {
     /// Rows that lie side by side (see [`crate::panels`]).
@@ -64,9 +32,6 @@ pub(crate) trait Element: bytemuck::Pod + Send + Sync {
             to.reverse();
         }
     }
-
-    /// `target (+)= left · right`
-    fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>);
 }
 
 impl Element for f32 {
@@ -80,10 +45,6 @@ impl Element for f32 {
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         x
-    }
-
-    fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
-        kernel.product_f32(target.product(&left.wide, right));
     }
 }
 
@@ -99,10 +60,6 @@ impl Element for f16 {
     fn narrow(x: f32) -> Self {
         Self::from_f32(x)
     }
-
-    fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
-        kernel.product_f16(target.product(&left.wide, right));
-    }
 }
 
 impl Element for bf16 {
@@ -116,14 +73,6 @@ impl Element for bf16 {
     #[inline(always)]
     fn narrow(x: f32) -> Self {
         Self::from_f32(x)
-    }
-
-    fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
-        if kernel.narrows(Dtype::Bf16) {
-            kernel.product_narrow(target.product(&left.narrow, right));
-        } else {
-            kernel.product_bf16(target.product(&left.wide, right));
-        }
     }
 }
 

@@ -51,6 +51,7 @@ mod panels;
 #[allow(unsafe_code, reason = "lends a closure to threads")]
 mod pool;
 mod rows;
+mod running;
 #[allow(unsafe_code, reason = "gives pages back to the system")]
 mod store;
 mod work;

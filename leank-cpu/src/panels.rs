@@ -22,11 +22,11 @@ pub(crate) const DEPTH_MULTIPLE: usize = 2;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Section {
     /// Bytes before it.
-    offset: usize,
+    pub(crate) offset: usize,
     /// Rows.
     pub(crate) depth: usize,
     /// Elements of a row.
-    lanes: usize,
+    pub(crate) lanes: usize,
     /// Type of the elements.
     pub(crate) dtype: Dtype,
 }
@@ -36,15 +36,9 @@ impl Section {
         self.offset..self.offset + self.depth * self.lanes * self.dtype.bytes()
     }
 
-    /// Its bytes among those of the head.
-    pub(crate) fn bytes(self, head: &[u8]) -> &[u8] {
-        &head[self.range()]
-    }
-
-    /// Its elements; `T` is what `dtype` names.
-    pub(crate) fn panels<T: Element>(self, head: &[u8]) -> Panels<'_, T> {
-        let data = bytemuck::cast_slice(self.bytes(head));
-        Panels { data, depth: self.depth, lanes: self.lanes }
+    /// What lies there; `head` is the head's part of a block.
+    pub(crate) fn of(self, head: &[u8]) -> Matrix<'_> {
+        Matrix { section: self, bytes: &head[self.range()] }
     }
 
     /// Its elements, to be written; `T` is what `dtype` names.
@@ -94,6 +88,31 @@ impl HeadPlace {
 }
 
 /// K or V of one head in one block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix<'a> {
+    section: Section,
+    pub(crate) bytes: &'a [u8],
+}
+
+impl<'a> Matrix<'a> {
+    /// Type of the elements.
+    pub(crate) fn dtype(&self) -> Dtype {
+        self.section.dtype
+    }
+
+    /// Rows.
+    pub(crate) fn depth(&self) -> usize {
+        self.section.depth
+    }
+
+    /// Its elements; `T` is what `dtype` names.
+    pub(crate) fn panels<T: Element>(self) -> Panels<'a, T> {
+        let Section { depth, lanes, .. } = self.section;
+        Panels { data: bytemuck::cast_slice(self.bytes), depth, lanes }
+    }
+}
+
+/// The elements of a matrix.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Panels<'a, T> {
     pub(crate) data: &'a [T],

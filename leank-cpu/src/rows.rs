@@ -31,7 +31,7 @@ pub(crate) fn read_rows(
     let Some(section) = section(config, layout, rows) else { return };
     let from = store.head(rows.layer, rows.block, rows.head);
     with_element!(section.dtype, T => {
-        let from = section.panels::<T>(from);
+        let from = section.of(from).panels::<T>();
         for (i, to) in bytes.chunks_exact_mut(size_of::<T>()).enumerate() {
             let (token, channel) = (i / rows.channels, i % rows.channels);
             let (row, lane) = match rows.tensor {

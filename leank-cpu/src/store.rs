@@ -154,6 +154,25 @@ impl Slots {
     }
 }
 
+/// The blocks of one head in one layer.
+#[derive(Clone, Copy)]
+pub(crate) struct HeadStore<'a> {
+    full: (&'a Slots, Head),
+    lean: (&'a Slots, Head),
+}
+
+impl<'a> HeadStore<'a> {
+    /// K and V in a block that has storage, as the layout puts them one after the other.
+    #[inline(always)]
+    pub(crate) fn get(&self, block: Block) -> &'a [u8] {
+        let ((slots, head), id) = match block {
+            Block::Full(id) => (self.full, id),
+            Block::Lean(id) => (self.lean, id),
+        };
+        slots.head(id, head)
+    }
+}
+
 /// Storage of every block of a cache.
 pub(crate) struct Store {
     full: Vec<Slots>,
@@ -216,12 +235,17 @@ impl Store {
         }
     }
 
-    /// K and V of a head in a block that has storage, as the layout puts them one after the other.
-    pub(crate) fn head(&self, layer: Layer, block: Block, head: KvHead) -> &[u8] {
-        match block {
-            Block::Full(id) => self.full[layer.0].head(id, self.full_heads[head.0]),
-            Block::Lean(id) => self.lean[layer.0].head(id, self.lean_heads[layer.0][head.0]),
+    /// The blocks of one head.
+    pub(crate) fn of_head(&self, layer: Layer, head: KvHead) -> HeadStore<'_> {
+        HeadStore {
+            full: (&self.full[layer.0], self.full_heads[head.0]),
+            lean: (&self.lean[layer.0], self.lean_heads[layer.0][head.0]),
         }
+    }
+
+    /// K and V of a head in a block that has storage.
+    pub(crate) fn head(&self, layer: Layer, block: Block, head: KvHead) -> &[u8] {
+        self.of_head(layer, head).get(block)
     }
 
     /// The same, to be written.

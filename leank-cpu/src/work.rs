@@ -36,6 +36,8 @@ pub(crate) struct Job<'a> {
 pub(crate) struct Piece {
     /// Index of the job.
     pub(crate) job: usize,
+    /// Its number among the pieces of the job.
+    pub(crate) number: usize,
     /// Indices in the job's table.
     pub(crate) blocks: Range<usize>,
 }
@@ -90,7 +92,8 @@ impl<'a> Work<'a> {
             let blocks = start..(start + count).min(job.table.len());
             let bytes: usize = job.table[blocks.clone()].iter().map(|&block| size(block)).sum();
             if bytes > 0 {
-                self.pieces.push(Piece { job: self.jobs.len(), blocks });
+                let number = self.pieces.len() - before;
+                self.pieces.push(Piece { job: self.jobs.len(), number, blocks });
                 self.bytes += bytes;
             }
         }

@@ -97,11 +97,11 @@ impl LayerWriter<'_> {
             let (from, to) = self.store.pack_pair(self.layer, (full, lean), head);
             with_element!(self.config.dtype, S => {
                 with_element!(packed.k.dtype, T => {
-                    let (from, to) = (whole.k.panels::<S>(from), packed.k.panels_mut::<T>(to));
+                    let (from, to) = (whole.k.of(from).panels::<S>(), packed.k.panels_mut::<T>(to));
                     gather(from.data, from.depth, kept, to);
                 });
                 with_element!(packed.v.dtype, T => {
-                    let (from, to) = (whole.v.panels::<S>(from), packed.v.panels_mut::<T>(to));
+                    let (from, to) = (whole.v.of(from).panels::<S>(), packed.v.panels_mut::<T>(to));
                     transfer(from.data, block, to);
                 });
             });

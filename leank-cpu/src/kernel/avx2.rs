@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{entries, simd::Simd};
+use super::{entries, product::Bf16Pairs, simd::Simd};
 
 /// AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +19,7 @@ impl Avx2 {
     }
 }
 
-entries!(Avx2, "avx2,fma,f16c");
+entries!(Avx2, Bf16Pairs, "avx2,fma,f16c");
 
 /// One operation of the token's instruction set.
 macro_rules! op {
@@ -73,13 +73,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn any_greater(self, a: __m256, b: __m256) -> bool {
         op!(_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b))) != 0
-    }
-
-    #[inline(always)]
-    fn largest(self, x: __m256) -> f32 {
-        let x = op!(_mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)));
-        let x = op!(_mm_max_ps(x, _mm_movehl_ps(x, x)));
-        op!(_mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x))))
     }
 
     #[inline(always)]

@@ -1,26 +1,36 @@
-//! AVX-512: thirty-two vectors of sixteen lanes.
+//! AVX-512: thirty-two vectors of sixteen lanes. With BF16, products of bf16 pairs are one
+//! instruction.
+//!
+//! `vdpbf16ps` multiplies bf16 by bf16 and sums in f32, so queries and softmax weights are rounded
+//! to bf16 first (relative error 2⁻⁹), as attention kernels on tensor cores do.
 
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{entries, simd::Simd};
+use super::{
+    entries,
+    product::{Bf16Pairs, Lanes},
+    simd::Simd,
+};
 
-/// AVX-512 F, BW, DQ and VL.
+/// AVX-512 F, BW, DQ and VL; BF16 too where the parameter says so.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const BF16: bool>(());
 
-impl Avx512 {
+impl<const BF16: bool> Avx512<BF16> {
     pub(crate) fn detect() -> Option<Self> {
         let has = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl");
+            && is_x86_feature_detected!("avx512vl")
+            && (!BF16 || is_x86_feature_detected!("avx512bf16"));
         has.then_some(Self(()))
     }
 }
 
-entries!(Avx512, "avx512f,avx512bw,avx512dq,avx512vl");
+entries!(Avx512<false>, Bf16Pairs, "avx512f,avx512bw,avx512dq,avx512vl");
+entries!(Avx512<true>, Bf16Dot, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
 
 /// One operation of the token's instruction set.
 macro_rules! op {
@@ -30,7 +40,7 @@ macro_rules! op {
     };
 }
 
-impl Simd for Avx512 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     const LANES: usize = 16;
     const ACCUMULATORS: usize = 24;
     const ZERO_EXPONENT: f32 = -160.0; // below all subnormal numbers
@@ -77,11 +87,6 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn largest(self, x: __m512) -> f32 {
-        op!(_mm512_reduce_max_ps(x))
-    }
-
-    #[inline(always)]
     unsafe fn load(self, from: *const f32) -> __m512 {
         // SAFETY: the token, and the caller's promise.
         unsafe { _mm512_loadu_ps(from) }
@@ -112,7 +117,48 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16, x: __m512) {
+        assert!(BF16, "only products of bf16 pairs narrow their left side");
+        let narrow = op!(_mm512_cvtneps_pbh(x));
+        // SAFETY: the caller's promise; both are sixteen 16-bit elements.
+        unsafe { to.cast::<__m256bh>().write_unaligned(narrow) };
+    }
+
+    #[inline(always)]
     fn prefetch(self, address: *const u8) {
         op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+    }
+}
+
+/// Pairs of bf16 times pairs of bf16.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bf16Dot;
+
+impl Lanes<Avx512<true>> for Bf16Dot {
+    type Stored = bf16;
+    type Left = bf16;
+    type Wide = __m512i;
+    type Splat = __m512i;
+    const STEP: usize = 2;
+    const VECTORS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load(_: Avx512<true>, from: *const bf16) -> __m512i {
+        // SAFETY: the token, and the caller's promise.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(_: Avx512<true>, from: *const bf16) -> __m512i {
+        // SAFETY: the caller's promise.
+        let pair = unsafe { from.cast::<i32>().read_unaligned() };
+        op!(_mm512_set1_epi32(pair))
+    }
+
+    #[inline(always)]
+    fn mul_add(_: Avx512<true>, factor: __m512i, wide: __m512i, sum: __m512) -> __m512 {
+        // SAFETY: all three are 512 bits without invalid values.
+        let (factor, wide): (__m512bh, __m512bh) = unsafe { std::mem::transmute((factor, wide)) };
+        op!(_mm512_dpbf16_ps(sum, factor, wide))
     }
 }

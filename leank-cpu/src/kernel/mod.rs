@@ -4,13 +4,13 @@
 //! |---|---|
 //! | `portable.rs` | any |
 //! | `avx2.rs` | x86-64 with AVX2, FMA, F16C |
-//! | `avx512.rs` | x86-64 with AVX-512 F, BW, DQ, VL |
-//! | `avx512_bf16.rs` | the same with BF16: pairs of bf16 in one instruction |
+//! | `avx512.rs` | x86-64 with AVX-512 F, BW, DQ, VL; and with BF16: pairs of bf16 in one instruction |
 //! | `neon.rs` | 64-bit ARM |
 //!
 //! [`Kernel`] is chosen once per backend; every call goes through one `match` to code that was
 //! compiled for the instruction set.
 
+mod left;
 mod portable;
 mod product;
 mod simd;
@@ -20,22 +20,27 @@ mod softmax;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-#[cfg(target_arch = "x86_64")]
-mod avx512_bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
-pub(crate) use product::Product;
-pub(crate) use softmax::{MAX_LANES, RowState, Softmax};
+pub(crate) use simd::MAX_LANES;
+pub(crate) use softmax::{LOWEST, rebase};
 
 use std::{fmt, str::FromStr};
 
-use half::{bf16, f16};
+use half::bf16;
 use leank_core::{Dtype, Error, Result};
 
+use crate::{
+    element::Element,
+    panels::Matrix,
+    running::{Line, Running},
+};
+use left::Factor;
 use portable::Portable;
-use product::{Bf16Pairs, F16s, F32s, Lanes};
+use product::{Bf16Pairs, ByRow, ByStep, F16s, F32s, Finish, Lanes, Order, Product, Sums};
 use simd::Simd;
+use softmax::Softmax;
 
 /// An instruction set that a kernel was written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -97,50 +102,97 @@ impl FromStr for Isa {
 
 /// Code for one instruction set.
 trait Engine: Simd {
-    /// [`product::product`]
-    fn product<L: Lanes<Self>>(self, args: Product<'_, L::Left, L::Stored>);
+    /// How pairs of bf16 are multiplied.
+    type Bf16: Lanes<Self, Stored = bf16>;
 
-    /// [`softmax::softmax`]
-    fn softmax(self, args: Softmax<'_>);
+    /// [`product::product`]
+    fn product<L: Lanes<Self>, O: Order>(
+        self,
+        args: Product<'_, L::Left, L::Stored, O>,
+        finish: impl Finish<Self>,
+    );
+
+    /// [`product::order_by_step`]
+    fn order_by_step<L: Lanes<Self>>(self, from: &[f32], depth: usize, to: &mut [L::Left]);
+
+    /// [`Softmax::take`]
+    fn take<W: Factor>(self, logits: &[f32], softmax: Softmax<'_, W>);
 }
 
 impl Engine for Portable {
-    fn product<L: Lanes<Self>>(self, args: Product<'_, L::Left, L::Stored>) {
-        product::product::<Self, L>(self, args);
+    type Bf16 = Bf16Pairs;
+
+    fn product<L: Lanes<Self>, O: Order>(
+        self,
+        args: Product<'_, L::Left, L::Stored, O>,
+        mut finish: impl Finish<Self>,
+    ) {
+        product::product::<Self, L, O>(self, args, &mut finish);
     }
 
-    fn softmax(self, args: Softmax<'_>) {
-        softmax::softmax(self, args, softmax::Wide);
+    fn order_by_step<L: Lanes<Self>>(self, from: &[f32], depth: usize, to: &mut [L::Left]) {
+        product::order_by_step::<Self, L>(self, from, depth, to);
+    }
+
+    fn take<W: Factor>(self, logits: &[f32], mut softmax: Softmax<'_, W>) {
+        softmax.take(self, logits);
     }
 }
 
 /// Compiles the general code for a token's instruction set.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! entries {
-    ($token:ty, $features:literal) => {
+    ($token:ty, $bf16:ty, $features:literal) => {
         impl super::Engine for $token {
-            fn product<L: super::product::Lanes<Self>>(
+            type Bf16 = $bf16;
+
+            fn product<L: super::Lanes<Self>, O: super::Order>(
                 self,
-                args: super::Product<'_, L::Left, L::Stored>,
+                args: super::Product<'_, L::Left, L::Stored, O>,
+                finish: impl super::Finish<Self>,
             ) {
                 #[target_feature(enable = $features)]
-                fn compiled<L: super::product::Lanes<$token>>(
+                fn compiled<L: super::Lanes<$token>, O: super::Order>(
                     simd: $token,
-                    args: super::Product<'_, L::Left, L::Stored>,
+                    args: super::Product<'_, L::Left, L::Stored, O>,
+                    mut finish: impl super::Finish<$token>,
                 ) {
-                    super::product::product::<$token, L>(simd, args);
+                    super::product::product::<$token, L, O>(simd, args, &mut finish);
                 }
                 // SAFETY: a token exists only where the CPU has the instruction set.
-                unsafe { compiled::<L>(self, args) }
+                unsafe { compiled::<L, O>(self, args, finish) }
             }
 
-            fn softmax(self, args: super::Softmax<'_>) {
+            fn order_by_step<L: super::Lanes<Self>>(
+                self,
+                from: &[f32],
+                depth: usize,
+                to: &mut [L::Left],
+            ) {
                 #[target_feature(enable = $features)]
-                fn compiled(simd: $token, args: super::Softmax<'_>) {
-                    super::softmax::softmax(simd, args, super::softmax::Wide);
+                fn compiled<L: super::Lanes<$token>>(
+                    simd: $token,
+                    from: &[f32],
+                    depth: usize,
+                    to: &mut [L::Left],
+                ) {
+                    super::product::order_by_step::<$token, L>(simd, from, depth, to);
                 }
                 // SAFETY: a token exists only where the CPU has the instruction set.
-                unsafe { compiled(self, args) }
+                unsafe { compiled::<L>(self, from, depth, to) }
+            }
+
+            fn take<W: super::Factor>(self, logits: &[f32], softmax: super::Softmax<'_, W>) {
+                #[target_feature(enable = $features)]
+                fn compiled<W: super::Factor>(
+                    simd: $token,
+                    logits: &[f32],
+                    mut softmax: super::Softmax<'_, W>,
+                ) {
+                    softmax.take(simd, logits);
+                }
+                // SAFETY: a token exists only where the CPU has the instruction set.
+                unsafe { compiled(self, logits, softmax) }
             }
         }
     };
@@ -155,32 +207,73 @@ pub(crate) enum Kernel {
     #[cfg(target_arch = "x86_64")]
     Avx2(avx2::Avx2),
     #[cfg(target_arch = "x86_64")]
-    Avx512(avx512::Avx512),
+    Avx512(avx512::Avx512<false>),
     #[cfg(target_arch = "x86_64")]
-    Avx512Bf16(avx512_bf16::Avx512Bf16),
+    Avx512Bf16(avx512::Avx512<true>),
     #[cfg(target_arch = "aarch64")]
     Neon(neon::Neon),
 }
 
-/// Runs `$body` with the [`Engine`] of a kernel.
+/// Runs `$body` with the [`Engine`] of a kernel, whose type is `$S`.
 macro_rules! on_engine {
-    ($kernel:expr, $simd:ident => $body:expr) => {
+    ($kernel:expr, ($simd:ident: $S:ident) => $body:expr) => {
         match $kernel {
-            Kernel::Portable($simd) => $body,
+            Kernel::Portable($simd) => {
+                type $S = Portable;
+                $body
+            }
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx2($simd) => $body,
+            Kernel::Avx2($simd) => {
+                type $S = avx2::Avx2;
+                $body
+            }
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx512($simd) => $body,
+            Kernel::Avx512($simd) => {
+                type $S = avx512::Avx512<false>;
+                $body
+            }
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx512Bf16(token) => {
-                let $simd = token.base();
+            Kernel::Avx512Bf16($simd) => {
+                type $S = avx512::Avx512<true>;
                 $body
             }
             #[cfg(target_arch = "aarch64")]
-            Kernel::Neon($simd) => $body,
+            Kernel::Neon($simd) => {
+                type $S = neon::Neon;
+                $body
+            }
         }
     };
 }
+
+/// Runs `$body` with the [`Lanes`] of a stored type.
+macro_rules! on_lanes {
+    ($dtype:expr, $S:ident, $L:ident => $body:expr) => {
+        match $dtype {
+            Dtype::F32 => {
+                type $L = F32s;
+                $body
+            }
+            Dtype::F16 => {
+                type $L = F16s;
+                $body
+            }
+            Dtype::Bf16 => {
+                type $L = <$S as Engine>::Bf16;
+                $body
+            }
+        }
+    };
+}
+
+/// Asks for memory that will be read soon.
+#[inline(always)]
+fn prefetch<S: Simd>(simd: S, bytes: &[u8]) {
+    bytes.chunks(size_of::<Line>()).for_each(|line| simd.prefetch(line.as_ptr()));
+}
+
+/// Element of the left side of a product.
+type LeftOf<L, S> = <L as Lanes<S>>::Left;
 
 impl Kernel {
     /// The kernel for `isa`.
@@ -207,7 +300,7 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512::Avx512::detect().map(Self::Avx512),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => avx512_bf16::Avx512Bf16::detect().map(Self::Avx512Bf16),
+            Isa::Avx512Bf16 => avx512::Avx512::detect().map(Self::Avx512Bf16),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => neon::Neon::detect().map(Self::Neon),
             #[allow(unreachable_patterns, reason = "which patterns are left depends on the target")]
@@ -217,70 +310,99 @@ impl Kernel {
 
     /// Asks for memory that will be read soon.
     pub(crate) fn prefetch(self, bytes: &[u8]) {
-        on_engine!(self, simd => bytes.chunks(64).for_each(|line| simd.prefetch(line.as_ptr())));
+        on_engine!(self, (simd: S) => prefetch::<S>(simd, bytes));
     }
 
-    /// Whether the left side of products with this type is narrowed to it.
-    pub(crate) fn narrows(self, dtype: Dtype) -> bool {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(_) => dtype == Dtype::Bf16,
-            _ => {
-                let _ = dtype;
-                false
-            }
-        }
+    /// Bytes of an element on the left of products with this type.
+    pub(crate) fn left_bytes(self, dtype: Dtype) -> usize {
+        on_engine!(self, (simd: S) => on_lanes!(dtype, S, L => {
+            let _ = simd;
+            size_of::<LeftOf<L, S>>()
+        }))
     }
 
-    /// Rounds left sides to bf16.
-    pub(crate) fn narrow(self, from: &[f32], to: &mut [bf16]) {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(token) => token.narrow(from, to),
-            _ => half::slice::HalfFloatSliceExt::convert_from_f32_slice(to, from),
-        }
-    }
-
-    /// See [`softmax::softmax`]. Weights go to `narrow` too where products with V of this type
-    /// [narrow](Self::narrows) their left side.
-    pub(crate) fn softmax(self, args: Softmax<'_>, v_type: Dtype, narrow: &mut [bf16]) {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(token) if v_type == Dtype::Bf16 => token.softmax(args, narrow),
-            _ => {
-                let _ = (v_type, narrow);
-                on_engine!(self, simd => simd.softmax(args));
-            }
-        }
-    }
-
-    /// The product with single precision.
-    pub(crate) fn product_f32(self, args: Product<'_, f32, f32>) {
-        on_engine!(self, simd => simd.product::<F32s>(args));
-    }
-
-    /// The product with half precision.
-    pub(crate) fn product_f16(self, args: Product<'_, f32, f16>) {
-        on_engine!(self, simd => simd.product::<F16s>(args));
-    }
-
-    /// The product with bf16, the left side in single precision.
-    pub(crate) fn product_bf16(self, args: Product<'_, f32, bf16>) {
-        on_engine!(self, simd => simd.product::<Bf16Pairs>(args));
-    }
-
-    /// The product with bf16, both sides narrow.
+    /// Puts queries, `[rows, depth]`, where products with K of this type read them.
     ///
     /// # Panics
-    /// Where the kernel does not [narrow](Self::narrows).
-    pub(crate) fn product_narrow(self, args: Product<'_, bf16, bf16>) {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(token) => token.product(args),
-            _ => {
-                let _ = args;
-                unreachable!("callers ask `narrows` first")
-            }
-        }
+    /// When `to` is too short.
+    pub(crate) fn put_queries(self, dtype: Dtype, from: &[f32], depth: usize, to: &mut [Line]) {
+        on_engine!(self, (simd: S) => on_lanes!(dtype, S, L => {
+            simd.order_by_step::<L>(from, depth, bytemuck::cast_slice_mut(to));
+        }));
     }
+
+    /// Computes the logits of a block's first `tokens` tokens.
+    pub(crate) fn logits(
+        self,
+        running: &mut Running<'_>,
+        queries: &[Line],
+        k: Matrix<'_>,
+        tokens: usize,
+    ) {
+        let Running { bases, logits, stride, .. } = running;
+        let sums = Sums { out: logits, stride: *stride, accumulate: false };
+        let left = (queries, bases.len(), ByStep);
+        on_engine!(self, (simd: S) => on_lanes!(k.dtype(), S, L => {
+            simd.product::<L, _>(product(left, k, (k.depth(), tokens)), sums);
+        }));
+    }
+
+    /// Turns logits, negative infinity where a token does not count, into weights for V of this
+    /// type.
+    ///
+    /// `scale` is the factor on logits, in powers of two.
+    pub(crate) fn soften(self, running: &mut Running<'_>, scale: f32, v: Dtype) {
+        on_engine!(self, (simd: S) => on_lanes!(v, S, L => {
+            let (logits, softmax) = softmax::<LeftOf<L, S>>(running, scale);
+            simd.take(logits, softmax);
+        }));
+    }
+
+    /// [`Kernel::logits`] and [`Kernel::soften`] in one, for a block whose every token counts for
+    /// every row: logits never leave the registers.
+    pub(crate) fn weigh(
+        self,
+        running: &mut Running<'_>,
+        (queries, k): (&[Line], Matrix<'_>),
+        scale: f32,
+        v: Dtype,
+    ) {
+        let (left, tokens) = ((queries, running.bases.len(), ByStep), running.stride);
+        on_engine!(self, (simd: S) => on_lanes!(k.dtype(), S, L => on_lanes!(v, S, W => {
+            let (_, softmax) = softmax::<LeftOf<W, S>>(running, scale);
+            simd.product::<L, _>(product(left, k, (k.depth(), tokens)), softmax);
+        })));
+    }
+
+    /// Adds V of a block's first `tokens` tokens, weighted.
+    pub(crate) fn sum(self, running: &mut Running<'_>, v: Matrix<'_>, tokens: usize) {
+        let Running { bases, sums, head_dim, weights, stride, .. } = running;
+        let (rows, stride) = (bases.len(), *stride);
+        let out = Sums { out: sums, stride: *head_dim, accumulate: true };
+        on_engine!(self, (simd: S) => on_lanes!(v.dtype(), S, L => {
+            let left = (&**weights, rows, ByRow(stride));
+            simd.product::<L, _>(product(left, v, (tokens, *head_dim)), out);
+        }));
+    }
+}
+
+/// The sides of a product: a left side of so many rows, a right side of which this depth and this
+/// many lanes count.
+#[inline(always)]
+fn product<'a, L: Factor, T: Element, O>(
+    (left, rows, order): (&'a [Line], usize, O),
+    right: Matrix<'a>,
+    (depth, lanes): (usize, usize),
+) -> Product<'a, L, T, O> {
+    let left = bytemuck::cast_slice(left);
+    Product { left, order, rows, depth, right: right.panels(), lanes }
+}
+
+/// The logits of a block, and where their softmax goes.
+#[inline(always)]
+fn softmax<'a, W: Factor>(running: &'a mut Running<'_>, scale: f32) -> (&'a [f32], Softmax<'a, W>) {
+    let Running { bases, totals, sums, head_dim, weights, logits, stride } = running;
+    let weights = bytemuck::cast_slice_mut(weights);
+    let (head_dim, stride) = (*head_dim, *stride);
+    (logits, Softmax { scale, bases, totals, sums, head_dim, weights, stride })
 }

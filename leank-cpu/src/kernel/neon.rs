@@ -4,7 +4,7 @@ use std::arch::aarch64::*;
 
 use half::{bf16, f16};
 
-use super::{entries, simd::Simd};
+use super::{entries, product::Bf16Pairs, simd::Simd};
 
 /// NEON.
 #[derive(Clone, Copy, Debug)]
@@ -16,7 +16,7 @@ impl Neon {
     }
 }
 
-entries!(Neon, "neon");
+entries!(Neon, Bf16Pairs, "neon");
 
 /// One operation of the token's instruction set.
 macro_rules! op {
@@ -51,10 +51,9 @@ impl Simd for Neon {
         op!(vfmaq_f32(c, a, b))
     }
 
-    /// NaN where either is, which is more than asked.
     #[inline(always)]
     fn max(self, a: float32x4_t, b: float32x4_t) -> float32x4_t {
-        op!(vmaxq_f32(a, b))
+        op!(vbslq_f32(vcgtq_f32(a, b), a, b))
     }
 
     #[inline(always)]
@@ -71,11 +70,6 @@ impl Simd for Neon {
     #[inline(always)]
     fn any_greater(self, a: float32x4_t, b: float32x4_t) -> bool {
         op!(vmaxvq_u32(vcgtq_f32(a, b))) != 0
-    }
-
-    #[inline(always)]
-    fn largest(self, x: float32x4_t) -> f32 {
-        op!(vmaxvq_f32(x))
     }
 
     #[inline(always)]

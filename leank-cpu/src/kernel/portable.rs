@@ -66,11 +66,6 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn largest(self, x: Lanes) -> f32 {
-        x.into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
-
-    #[inline(always)]
     unsafe fn load(self, from: *const f32) -> Lanes {
         // SAFETY: the caller's promise; arrays need no more alignment than their elements.
         unsafe { *from.cast::<Lanes>() }

@@ -1,4 +1,4 @@
-//! The product that both halves of attention are: `out[r, lane] (+)= Σ_d left[r, d] · right[d, lane]`.
+//! The product that both halves of attention are: `Σ_d left[r, d] · right[d, lane]`.
 //!
 //! For logits, `left` is the queries, the depth runs over the stored channels of K and the lanes
 //! are the tokens of a block; for the weighted sum of V, `left` is the weights, the depth runs over
@@ -8,7 +8,10 @@
 
 use half::{bf16, f16};
 
-use super::simd::Simd;
+use super::{
+    left::Factor,
+    simd::{MAX_LANES, Simd},
+};
 use crate::{
     element::Element,
     panels::{PANEL, Panels},
@@ -22,11 +25,11 @@ pub(crate) trait Lanes<S: Simd>: Copy {
     /// Element in storage.
     type Stored: Element;
     /// Element of the left side.
-    type Left: Copy + Into<f32>;
+    type Left: Factor;
     /// A loaded vector of stored elements.
     type Wide: Copy;
     /// A broadcast element (or pair) of the left side.
-    type Factor: Copy;
+    type Splat: Copy;
     /// Elements along the depth that lie side by side: 2 where lanes hold pairs.
     const STEP: usize;
     /// Registers that a loaded vector takes.
@@ -42,10 +45,10 @@ pub(crate) trait Lanes<S: Simd>: Copy {
     ///
     /// # Safety
     /// `from` is readable for `STEP` elements.
-    unsafe fn factor(simd: S, from: *const Self::Left) -> Self::Factor;
+    unsafe fn splat(simd: S, from: *const Self::Left) -> Self::Splat;
 
     /// `sum + factor · wide`, summed over the step.
-    fn mul_add(simd: S, factor: Self::Factor, wide: Self::Wide, sum: S::F32) -> S::F32;
+    fn mul_add(simd: S, factor: Self::Splat, wide: Self::Wide, sum: S::F32) -> S::F32;
 }
 
 /// Single precision.
@@ -67,7 +70,7 @@ macro_rules! plain_lanes {
             type Stored = $stored;
             type Left = f32;
             type Wide = S::F32;
-            type Factor = S::F32;
+            type Splat = S::F32;
             const STEP: usize = 1;
             const VECTORS: usize = 1;
 
@@ -78,7 +81,7 @@ macro_rules! plain_lanes {
             }
 
             #[inline(always)]
-            unsafe fn factor(simd: S, from: *const f32) -> S::F32 {
+            unsafe fn splat(simd: S, from: *const f32) -> S::F32 {
                 // SAFETY: the caller's promise.
                 simd.splat(unsafe { *from })
             }
@@ -97,7 +100,7 @@ impl<S: Simd> Lanes<S> for Bf16Pairs {
     type Stored = bf16;
     type Left = f32;
     type Wide = [S::F32; 2];
-    type Factor = [S::F32; 2];
+    type Splat = [S::F32; 2];
     const STEP: usize = 2;
     const VECTORS: usize = 2;
 
@@ -108,7 +111,7 @@ impl<S: Simd> Lanes<S> for Bf16Pairs {
     }
 
     #[inline(always)]
-    unsafe fn factor(simd: S, from: *const f32) -> [S::F32; 2] {
+    unsafe fn splat(simd: S, from: *const f32) -> [S::F32; 2] {
         // SAFETY: the caller's promise.
         let [even, odd] = unsafe { *from.cast::<[f32; 2]>() };
         [simd.splat(even), simd.splat(odd)]
@@ -120,39 +123,171 @@ impl<S: Simd> Lanes<S> for Bf16Pairs {
     }
 }
 
-/// The arguments of a product.
-pub(crate) struct Product<'a, L, T> {
-    /// `[rows, left_stride]`
+/// How the left side lies in memory.
+pub(crate) trait Order: Copy {
+    /// Elements before those of `row`, the first of a pass.
+    fn start(self, row: usize, depth: usize) -> usize;
+
+    /// Elements from there to those of row `row.0` of `row.1` in the pass, at a step of so many elements.
+    fn offset(self, row: (usize, usize), step: usize, step_len: usize) -> usize;
+}
+
+/// Row after row, this many elements apart.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ByRow(pub(crate) usize);
+
+impl Order for ByRow {
+    #[inline(always)]
+    fn start(self, row: usize, _: usize) -> usize {
+        row * self.0
+    }
+
+    #[inline(always)]
+    fn offset(self, (r, _): (usize, usize), step: usize, step_len: usize) -> usize {
+        r * self.0 + step * step_len
+    }
+}
+
+/// In groups of [`MAX_ROWS`] rows, step after step: the factors of a step lie side by side, at
+/// addresses that take no computing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ByStep;
+
+impl Order for ByStep {
+    #[inline(always)]
+    fn start(self, row: usize, depth: usize) -> usize {
+        row * depth
+    }
+
+    #[inline(always)]
+    fn offset(self, (r, rows): (usize, usize), step: usize, step_len: usize) -> usize {
+        (step * rows + r) * step_len
+    }
+}
+
+/// Puts a left side, `[rows, depth]`, in the order [`ByStep`], rounded to its type.
+///
+/// # Panics
+/// When `to` is shorter than `from`, or a row is no multiple of a step.
+#[inline(always)]
+pub(crate) fn order_by_step<S: Simd, L: Lanes<S>>(
+    simd: S,
+    from: &[f32],
+    depth: usize,
+    to: &mut [L::Left],
+) {
+    let group = MAX_ROWS * depth;
+    for (from, to) in from.chunks(group).zip(to[..from.len()].chunks_mut(group)) {
+        let rows = from.len() / depth;
+        for (r, row) in from.chunks_exact(depth).enumerate() {
+            for (v, values) in row.chunks(S::LANES).enumerate() {
+                let mut wide = [0.0; MAX_LANES];
+                wide[..values.len()].copy_from_slice(values);
+                let mut rounded = [L::Left::narrow(0.0); MAX_LANES];
+                // SAFETY: no vector is longer than `wide`.
+                let x = unsafe { simd.load(wide.as_ptr()) };
+                // SAFETY: nor than `rounded`.
+                unsafe { L::Left::store(simd, rounded.as_mut_ptr(), x) };
+                for (i, step) in rounded[..values.len()].chunks_exact(L::STEP).enumerate() {
+                    let step_at = v * S::LANES / L::STEP + i;
+                    to[(step_at * rows + r) * L::STEP..][..L::STEP].copy_from_slice(step);
+                }
+            }
+        }
+    }
+}
+
+/// The two sides of a product.
+pub(crate) struct Product<'a, L, T, O> {
     pub(crate) left: &'a [L],
-    /// Elements from one row of `left` to the next.
-    pub(crate) left_stride: usize,
+    pub(crate) order: O,
     /// Rows.
     pub(crate) rows: usize,
     /// Depth to run over, from the start; the left side holds zeros up to a whole step.
     pub(crate) depth: usize,
     /// The right side.
     pub(crate) right: Panels<'a, T>,
-    /// Lanes that are wanted, from the start. Others may be written with anything.
+    /// Lanes that are wanted, from the start. Others may be computed too, of anything.
     pub(crate) lanes: usize,
-    /// `[rows, out_stride]`
+}
+
+/// Takes the results of a product while they are in registers.
+pub(crate) trait Finish<S: Simd> {
+    /// Comes before the pass over `V` vectors of `R` rows; the first is that of `row`, `lane`.
+    fn begin<const R: usize, const V: usize>(&mut self, simd: S, row: usize, lane: usize);
+
+    /// Takes `V` vectors of `R` rows; the first is that of `row`, `lane`.
+    fn vectors<const R: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        lane: usize,
+        sums: [[S::F32; V]; R],
+    );
+
+    /// Takes a single result.
+    fn single(&mut self, row: usize, lane: usize, sum: f32);
+}
+
+/// Results go to memory.
+pub(crate) struct Sums<'a> {
+    /// `[rows, stride]`
     pub(crate) out: &'a mut [f32],
     /// Elements from one row of `out` to the next.
-    pub(crate) out_stride: usize,
+    pub(crate) stride: usize,
     /// Whether the product is added to `out`, or replaces it.
     pub(crate) accumulate: bool,
 }
 
-/// Where one pass reads and writes.
-struct Pass<L, T> {
+impl<S: Simd> Finish<S> for Sums<'_> {
+    /// What streamed by since the last block may have pushed the sums out of the first-level cache.
+    #[inline(always)]
+    fn begin<const R: usize, const V: usize>(&mut self, simd: S, row: usize, lane: usize) {
+        for r in row..row + R {
+            let out = &self.out[r * self.stride + lane..][..V * S::LANES];
+            super::prefetch(simd, bytemuck::cast_slice(out));
+        }
+    }
+
+    #[inline(always)]
+    fn vectors<const R: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        lane: usize,
+        sums: [[S::F32; V]; R],
+    ) {
+        for (r, sums) in sums.into_iter().enumerate() {
+            let out = &mut self.out[(row + r) * self.stride + lane..][..V * S::LANES];
+            for (v, mut sum) in sums.into_iter().enumerate() {
+                let out = out[v * S::LANES..].as_mut_ptr();
+                if self.accumulate {
+                    // SAFETY: `out` holds `V` vectors.
+                    sum = simd.add(sum, unsafe { simd.load(out) });
+                }
+                // SAFETY: as above.
+                unsafe { simd.store(out, sum) };
+            }
+        }
+    }
+
+    fn single(&mut self, row: usize, lane: usize, sum: f32) {
+        let out = &mut self.out[row * self.stride + lane];
+        *out = if self.accumulate { *out + sum } else { sum };
+    }
+}
+
+/// Where one pass reads.
+struct Pass<L, T, O> {
     left: *const L,
-    left_stride: usize,
+    order: O,
     right: *const T,
     /// Stored elements from one step to the next.
     right_stride: usize,
     steps: usize,
-    out: *mut f32,
-    out_stride: usize,
-    accumulate: bool,
+    /// What its first result is.
+    row: usize,
+    lane: usize,
 }
 
 /// The product.
@@ -160,14 +295,21 @@ struct Pass<L, T> {
 /// # Panics
 /// When a slice is shorter than its shape says.
 #[inline(always)]
-pub(crate) fn product<S: Simd, L: Lanes<S>>(simd: S, args: Product<'_, L::Left, L::Stored>) {
-    let Product { left, left_stride, rows, depth, right, lanes, out, out_stride, accumulate } =
-        args;
+pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
+    simd: S,
+    args: Product<'_, L::Left, L::Stored, O>,
+    finish: &mut impl Finish<S>,
+) {
+    let Product { left, order, rows, depth, right, lanes } = args;
     let steps = depth.div_ceil(L::STEP);
     assert!(steps * L::STEP <= right.depth && lanes <= right.lanes, "right side is too small");
     assert!(right.data.len() >= right.depth * right.lanes, "right side is too short");
-    assert!(left.len() >= (rows - 1) * left_stride + steps * L::STEP, "left side is too short");
-    assert!(out.len() >= (rows - 1) * out_stride + right.lanes, "output is too short");
+    let left_at = |row: usize, step: usize| {
+        let first = row / MAX_ROWS * MAX_ROWS;
+        let in_pass = (row - first, (rows - first).min(MAX_ROWS));
+        order.start(first, steps * L::STEP) + order.offset(in_pass, step, L::STEP)
+    };
+    assert!(left.len() >= left_at(rows - 1, steps - 1) + L::STEP, "left side is too short");
 
     for first in (0..lanes).step_by(PANEL) {
         let width = PANEL.min(right.lanes - first);
@@ -179,30 +321,28 @@ pub(crate) fn product<S: Simd, L: Lanes<S>>(simd: S, args: Product<'_, L::Left, 
             while lane + S::LANES <= width && first + lane < lanes {
                 let vectors = (width - lane) / S::LANES;
                 let pass = Pass {
-                    left: left[row * left_stride..].as_ptr(),
-                    left_stride,
+                    left: left[left_at(row, 0)..].as_ptr(),
+                    order,
                     right: panel[lane * L::STEP..].as_ptr(),
                     right_stride: width * L::STEP,
                     steps,
-                    out: out[row * out_stride + first + lane..].as_mut_ptr(),
-                    out_stride,
-                    accumulate,
+                    row,
+                    lane: first + lane,
                 };
                 // SAFETY: the assertions above and the loop's conditions keep every row, step and
                 // vector inside the slices.
-                lane += S::LANES * unsafe { pass_rows::<S, L>(simd, pass, some, vectors) };
+                lane +=
+                    S::LANES * unsafe { pass_rows::<S, L, O>(simd, pass, (some, vectors), finish) };
             }
             // What is left of a width that is no multiple of a vector.
             for lane in lane..width.min(lanes - first) {
-                for r in row..row + some {
-                    let left = &left[r * left_stride..][..depth];
-                    let element = |d: usize| {
-                        panel[(d / L::STEP * width + lane) * L::STEP + d % L::STEP].widen()
+                for row in row..row + some {
+                    let product = |d: usize| {
+                        let (step, i) = (d / L::STEP, d % L::STEP);
+                        let right = panel[(step * width + lane) * L::STEP + i];
+                        left[left_at(row, step) + i].widen() * right.widen()
                     };
-                    let dot: f32 =
-                        left.iter().enumerate().map(|(d, &x)| x.into() * element(d)).sum();
-                    let out = &mut out[r * out_stride + first + lane];
-                    *out = if accumulate { *out + dot } else { dot };
+                    finish.single(row, first + lane, (0..depth).map(product).sum());
                 }
             }
             row += some;
@@ -210,22 +350,22 @@ pub(crate) fn product<S: Simd, L: Lanes<S>>(simd: S, args: Product<'_, L::Left, 
     }
 }
 
-/// Runs one pass over up to `vectors` vectors of lanes for `rows` rows; returns how many it took.
+/// Runs one pass for `rows` rows and up to `vectors` vectors of lanes; returns how many it took.
 ///
 /// # Safety
 /// As [`pass`].
 #[inline(always)]
-unsafe fn pass_rows<S: Simd, L: Lanes<S>>(
+unsafe fn pass_rows<S: Simd, L: Lanes<S>, O: Order>(
     simd: S,
-    args: Pass<L::Left, L::Stored>,
-    rows: usize,
-    vectors: usize,
+    args: Pass<L::Left, L::Stored, O>,
+    (rows, vectors): (usize, usize),
+    finish: &mut impl Finish<S>,
 ) -> usize {
     macro_rules! with_rows {
         ($($rows:literal)*) => {
             match rows {
                 // SAFETY: the caller's promise.
-                $($rows => unsafe { pass_vectors::<S, L, $rows>(simd, args, vectors) },)*
+                $($rows => unsafe { pass_vectors::<S, L, O, $rows>(simd, args, vectors, finish) },)*
                 _ => unreachable!("at most {MAX_ROWS} rows in a pass"),
             }
         };
@@ -236,23 +376,31 @@ unsafe fn pass_rows<S: Simd, L: Lanes<S>>(
 /// # Safety
 /// As [`pass`].
 #[inline(always)]
-unsafe fn pass_vectors<S: Simd, L: Lanes<S>, const R: usize>(
+unsafe fn pass_vectors<S: Simd, L: Lanes<S>, O: Order, const R: usize>(
     simd: S,
-    args: Pass<L::Left, L::Stored>,
+    args: Pass<L::Left, L::Stored, O>,
     vectors: usize,
+    finish: &mut impl Finish<S>,
 ) -> usize {
     let fits = |vectors: usize| (R + L::VECTORS - 1) * vectors <= S::ACCUMULATORS;
+    let (row, lane) = (args.row, args.lane);
     if vectors >= 4 && fits(4) {
+        finish.begin::<R, 4>(simd, row, lane);
         // SAFETY: the caller's promise.
-        unsafe { pass::<S, L, R, 4>(simd, args) };
+        let sums = unsafe { pass::<S, L, O, R, 4>(simd, args) };
+        finish.vectors(simd, row, lane, sums);
         4
     } else if vectors >= 2 && fits(2) {
+        finish.begin::<R, 2>(simd, row, lane);
         // SAFETY: the caller's promise.
-        unsafe { pass::<S, L, R, 2>(simd, args) };
+        let sums = unsafe { pass::<S, L, O, R, 2>(simd, args) };
+        finish.vectors(simd, row, lane, sums);
         2
     } else {
+        finish.begin::<R, 1>(simd, row, lane);
         // SAFETY: the caller's promise.
-        unsafe { pass::<S, L, R, 1>(simd, args) };
+        let sums = unsafe { pass::<S, L, O, R, 1>(simd, args) };
+        finish.vectors(simd, row, lane, sums);
         1
     }
 }
@@ -260,15 +408,14 @@ unsafe fn pass_vectors<S: Simd, L: Lanes<S>, const R: usize>(
 /// The inner loop: `R` rows times `V` vectors of accumulators in registers.
 ///
 /// # Safety
-/// For every row `r < R` and step `s`, `left` is readable at `r · left_stride + s · STEP` for `STEP`
-/// elements, `right` at `s · right_stride` for `V · LANES · STEP`, and `out` is writable at
-/// `r · out_stride` for `V · LANES`.
+/// For every row `r < R` and step `s`, `left` is readable where `order` says for `STEP` elements, and
+/// `right` at `s · right_stride` for `V · LANES · STEP`.
 #[expect(clippy::needless_range_loop, reason = "rows and vectors index more than the sums")]
 #[inline(always)]
-unsafe fn pass<S: Simd, L: Lanes<S>, const R: usize, const V: usize>(
+unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
     simd: S,
-    args: Pass<L::Left, L::Stored>,
-) {
+    args: Pass<L::Left, L::Stored, O>,
+) -> [[S::F32; V]; R] {
     let mut sums = [[simd.splat(0.0); V]; R];
     for step in 0..args.steps {
         // SAFETY: the caller's promise, for this step and each vector.
@@ -281,23 +428,12 @@ unsafe fn pass<S: Simd, L: Lanes<S>, const R: usize, const V: usize>(
         for r in 0..R {
             // SAFETY: the caller's promise, for this row and step.
             let factor = unsafe {
-                L::factor(simd, args.left.wrapping_add(r * args.left_stride + step * L::STEP))
+                L::splat(simd, args.left.wrapping_add(args.order.offset((r, R), step, L::STEP)))
             };
             for v in 0..V {
                 sums[r][v] = L::mul_add(simd, factor, wide[v], sums[r][v]);
             }
         }
     }
-    for r in 0..R {
-        for v in 0..V {
-            let out = args.out.wrapping_add(r * args.out_stride + v * S::LANES);
-            let mut sum = sums[r][v];
-            if args.accumulate {
-                // SAFETY: the caller's promise, for this row and vector.
-                sum = simd.add(sum, unsafe { simd.load(out) });
-            }
-            // SAFETY: as above.
-            unsafe { simd.store(out, sum) };
-        }
-    }
+    sums
 }

@@ -2,6 +2,9 @@
 
 use half::{bf16, f16};
 
+/// Largest number of lanes of any instruction set.
+pub(crate) const MAX_LANES: usize = 16;
+
 /// An instruction set, as a token: a value exists only where the CPU has it, which is what makes
 /// its operations safe to call.
 pub(crate) trait Simd: Copy {
@@ -42,9 +45,6 @@ pub(crate) trait Simd: Copy {
     /// Whether any lane of `a` is greater than that of `b`; NaN is not.
     fn any_greater(self, a: Self::F32, b: Self::F32) -> bool;
 
-    /// Largest lane; with NaN among them, any.
-    fn largest(self, x: Self::F32) -> f32;
-
     /// `LANES` elements.
     ///
     /// # Safety
@@ -68,6 +68,21 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `to` is writable for that many.
     unsafe fn store(self, to: *mut f32, x: Self::F32);
+
+    /// Writes `LANES` elements, rounded to bf16.
+    ///
+    /// # Safety
+    /// `to` is writable for that many.
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16, x: Self::F32) {
+        let mut wide = [0.0; MAX_LANES];
+        // SAFETY: no vector is longer.
+        unsafe { self.store(wide.as_mut_ptr(), x) };
+        for (lane, x) in wide[..Self::LANES].iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { *to.wrapping_add(lane) = bf16::from_f32(*x) };
+        }
+    }
 
     /// Asks for the cache line at `address`, which need not be valid.
     fn prefetch(self, address: *const u8);

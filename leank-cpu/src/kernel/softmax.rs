@@ -1,164 +1,168 @@
-//! The online softmax of one block (Milakov & Gimelshein 2018), in powers of two: with
-//! `scale · log₂ e` folded into the logits, `e^x` is `2^x` and costs one multiplication less.
+//! The online softmax (Milakov & Gimelshein 2018), in powers of two: with `scale · log₂ e` folded
+//! into the logits, `e^x` is `2^x` and costs one multiplication less.
 //!
-//! Weights are relative to a base that need not be the largest logit so far, only within
-//! [`SLACK`] of it: so the largest of a block is looked for across lanes, and earlier sums are
-//! rescaled, in few blocks (as FlashAttention 4 does).
+//! Weights are relative to a base that need not be the largest logit so far, only within [`SLACK`]
+//! of it: so the largest of a row is looked for across lanes, and earlier sums are rescaled, in few
+//! blocks (as FlashAttention 4 does). Bases are whole numbers, so that rescaling is exact.
 
-use half::bf16;
-
-use super::simd::Simd;
+use super::{
+    left::Factor,
+    product::Finish,
+    simd::{MAX_LANES, Simd},
+};
+use crate::running::Line;
 
 /// How far a logit may exceed the base, in powers of two.
 const SLACK: f32 = 8.0;
 
-/// `2^r` on ±½, highest power first: the polynomial of degree 5 with the least relative error, 9e-8,
-/// among those that are exact at 0.
-#[expect(
-    clippy::approx_constant,
-    reason = "what minimises the error is near ln 2, not equal to it"
-)]
-const POLYNOMIAL: [f32; 6] =
-    [1.326_472_7e-3, 9.671_513e-3, 5.550_733_6e-2, 0.240_222_42, 0.693_147, 1.0];
+/// The base before the first token: no logit is below it.
+pub(crate) const LOWEST: f32 = f32::MIN;
 
-/// Largest number of lanes of any instruction set.
-pub(crate) const MAX_LANES: usize = 16;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
-
-/// The softmax of one row so far.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RowState {
-    /// What weights are relative to, in powers of two; negative infinity before the first token.
-    pub(crate) base: f32,
-    /// Sums of the weights, per lane.
-    weights: [f32; MAX_LANES],
+/// The factor for weights that were relative to one base and are to be relative to another.
+pub(crate) fn rebase(from: f32, to: f32) -> f32 {
+    if from == to { 1.0 } else { (from - to).exp2() }
 }
 
-impl RowState {
-    /// Before any token.
-    pub(crate) const EMPTY: Self = Self { base: f32::NEG_INFINITY, weights: [0.0; MAX_LANES] };
-
-    /// Sum of the weights.
-    pub(crate) fn weight(&self) -> f32 {
-        self.weights.iter().sum()
-    }
-
-    /// Makes weights relative to `base`; returns the factor for earlier sums.
-    pub(crate) fn rebase(&mut self, base: f32) -> f32 {
-        let factor = if base == self.base { 1.0 } else { (self.base - base).exp2() };
-        self.base = base;
-        self.weights.iter_mut().for_each(|x| *x *= factor);
-        factor
-    }
-
-    /// Adds the weights of another part, which are relative to the same base.
-    pub(crate) fn add(&mut self, other: &Self) {
-        for (own, more) in self.weights.iter_mut().zip(other.weights) {
-            *own += more;
-        }
-    }
-}
-
-/// The rows of one block.
-pub(crate) struct Softmax<'a> {
-    /// Products `q·k`, then weights `2^(scale · q·k − base)`, `[rows, stride]`. What lies beyond
-    /// the tokens that a row sees becomes 0.
-    pub(crate) logits: &'a mut [f32],
-    /// Elements of a row, a multiple of [`MAX_LANES`].
-    pub(crate) stride: usize,
-    /// Tokens that the first row sees; every `group` rows see one more, at most `most`.
-    pub(crate) seen: isize,
-    pub(crate) group: usize,
-    pub(crate) most: usize,
+/// Takes logits of one block into the softmax of their rows.
+pub(crate) struct Softmax<'a, W> {
     /// Factor on logits, in powers of two.
     pub(crate) scale: f32,
-    pub(crate) states: &'a mut [RowState],
+    /// What weights are relative to, in powers of two, per row.
+    pub(crate) bases: &'a mut [f32],
+    /// Sums of the weights, per row and lane.
+    pub(crate) totals: &'a mut [Line],
     /// Sums of V that have to follow the base, `[rows, head_dim]`.
     pub(crate) sums: &'a mut [f32],
     pub(crate) head_dim: usize,
-    /// What is read next: asked for meanwhile, row by row.
-    pub(crate) next: &'a [u8],
+    /// Where weights `2^(scale · logit − base)` go, `[rows, stride]`.
+    pub(crate) weights: &'a mut [W],
+    pub(crate) stride: usize,
 }
 
-/// Where weights go besides the logits' place.
-pub(crate) trait Narrow<S: Simd> {
-    /// Takes `S::LANES` weights, the `index`-th of all rows on.
-    fn put(&mut self, simd: S, index: usize, weights: S::F32);
-}
-
-/// Nowhere.
-pub(crate) struct Wide;
-
-impl<S: Simd> Narrow<S> for Wide {
+impl<W: Factor> Softmax<'_, W> {
+    /// Takes logits from memory, `[rows, stride]`; rows are whole vectors of any instruction set.
     #[inline(always)]
-    fn put(&mut self, _: S, _: usize, _: S::F32) {}
-}
-
-/// To bf16 elements.
-#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "AVX-512 BF16 only"))]
-pub(crate) type Bf16s<'a> = &'a mut [bf16];
-
-/// Takes one block into the softmax of every row.
-///
-/// # Panics
-/// When the slices do not fit together.
-#[inline(always)]
-pub(crate) fn softmax<S: Simd, N: Narrow<S>>(simd: S, args: Softmax<'_>, mut narrow: N) {
-    let Softmax { logits, stride, seen, group, most, scale, states, sums, head_dim, next } = args;
-    assert!(stride.is_multiple_of(MAX_LANES) && most <= stride, "rows of whole vectors");
-    let lines = (next.len() / LINE).div_ceil(states.len());
-    let mut ahead = next.chunks(LINE);
-    let rows = logits.chunks_exact_mut(stride).zip(states).zip(sums.chunks_exact_mut(head_dim));
-    for (r, ((row, state), sum)) in rows.enumerate() {
-        for line in ahead.by_ref().take(lines) {
-            simd.prefetch(line.as_ptr());
+    pub(crate) fn take<S: Simd>(&mut self, simd: S, logits: &[f32]) {
+        assert!(self.stride.is_multiple_of(MAX_LANES), "rows of whole vectors");
+        for (row, logits) in logits.chunks_exact(self.stride).enumerate() {
+            for (v, logits) in logits.chunks_exact(S::LANES).enumerate() {
+                // SAFETY: the chunk has `LANES` elements.
+                let logits = unsafe { simd.load(logits.as_ptr()) };
+                self.vectors(simd, row, v * S::LANES, [[logits]]);
+            }
         }
-        let seen = (seen + (r / group) as isize).clamp(0, most as isize) as usize;
-        row[seen..].fill(f32::NEG_INFINITY);
-        let vectors = stride / S::LANES;
-        let at = row.as_mut_ptr();
-        // SAFETY: `v` is below the number of vectors in the row.
-        let load = |v: usize| unsafe { simd.load(at.wrapping_add(v * S::LANES)) };
+    }
 
-        let mut largest = simd.splat(f32::NEG_INFINITY);
-        for v in 0..vectors {
-            largest = simd.max(largest, load(v));
+    /// Raises the bases of rows, the first of which is `row`, whose largest logit exceeds them too
+    /// far. Weights of the block are written up to `lane`.
+    #[cold]
+    fn rebase(&mut self, row: usize, lane: usize, largest: &[[f32; MAX_LANES]]) {
+        for (row, lanes) in (row..).zip(largest) {
+            let largest = lanes.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)) * self.scale;
+            let base = &mut self.bases[row];
+            if largest - *base > SLACK {
+                let factor = rebase(*base, largest.ceil());
+                *base = largest.ceil();
+                self.totals[row].0.iter_mut().for_each(|x| *x *= factor);
+                let sums = &mut self.sums[row * self.head_dim..][..self.head_dim];
+                sums.iter_mut().for_each(|x| *x *= factor);
+                for weight in &mut self.weights[row * self.stride..][..lane] {
+                    *weight = W::narrow(weight.widen() * factor);
+                }
+            }
         }
-        if simd.any_greater(largest, simd.splat((state.base + SLACK) / scale)) {
-            let factor = state.rebase(state.base.max(simd.largest(largest) * scale));
-            sum.iter_mut().for_each(|x| *x *= factor);
-        }
-        // Nothing but negative infinity so far: any finite base makes all weights zero.
-        let base = if state.base == f32::NEG_INFINITY { 0.0 } else { state.base };
-
-        let (scale, base) = (simd.splat(scale), simd.splat(-base));
-        // SAFETY: every row state holds `MAX_LANES` weights.
-        let mut weight = unsafe { simd.load(state.weights.as_ptr()) };
-        for v in 0..vectors {
-            let x = exp2(simd, simd.mul_add(load(v), scale, base));
-            weight = simd.add(weight, x);
-            // SAFETY: `v` is below the number of vectors in the row.
-            unsafe { simd.store(at.wrapping_add(v * S::LANES), x) };
-            narrow.put(simd, r * stride + v * S::LANES, x);
-        }
-        // SAFETY: every row state holds `MAX_LANES` weights.
-        unsafe { simd.store(state.weights.as_mut_ptr(), weight) };
     }
 }
 
-/// `2^x` for `x ≤ SLACK`, to about one unit in the last place; 0 somewhere below `2^−126`, NaN of
-/// NaN.
+impl<S: Simd, W: Factor> Finish<S> for Softmax<'_, W> {
+    #[inline(always)]
+    fn begin<const R: usize, const V: usize>(&mut self, simd: S, row: usize, _: usize) {
+        super::prefetch(simd, bytemuck::cast_slice(&self.totals[row..row + R]));
+    }
+
+    #[inline(always)]
+    fn vectors<const R: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        lane: usize,
+        logits: [[S::F32; V]; R],
+    ) {
+        let scale = simd.splat(self.scale);
+        // Maxima drop NaN: that of one row must not hide what another one needs.
+        let most = |a: S::F32, b: S::F32| simd.max(b, a);
+        let lowest = simd.splat(f32::NEG_INFINITY);
+        let mut largest = lowest;
+        for (base, logits) in self.bases[row..row + R].iter().zip(logits) {
+            let base = simd.splat(-base);
+            for x in logits {
+                largest = most(largest, simd.mul_add(x, scale, base));
+            }
+        }
+        if simd.any_greater(largest, simd.splat(SLACK)) {
+            let mut largest = [[f32::NEG_INFINITY; MAX_LANES]; R];
+            for (to, logits) in largest.iter_mut().zip(logits) {
+                let largest = logits.into_iter().fold(lowest, most);
+                // SAFETY: no vector is longer than `to`.
+                unsafe { simd.store(to.as_mut_ptr(), largest) };
+            }
+            self.rebase(row, lane, &largest);
+        }
+
+        let weights = &mut self.weights[row * self.stride + lane..];
+        let weights = &mut weights[..(R - 1) * self.stride + V * S::LANES];
+        let rows = (&self.bases[row..row + R], &mut self.totals[row..row + R]);
+        // Written out: the compiler keeps the loop and so puts the logits into memory.
+        macro_rules! each_row {
+            ($($r:literal)*) => {
+                $(if $r < R {
+                    let to = &mut weights[$r * self.stride..][..V * S::LANES];
+                    let base = simd.splat(-rows.0[$r]);
+                    soften(simd, logits[$r], (scale, base), &mut rows.1[$r], to);
+                })*
+            };
+        }
+        each_row!(0 1 2 3 4 5 6 7);
+    }
+
+    fn single(&mut self, _: usize, _: usize, _: f32) {
+        unreachable!("callers see to it that rows are whole vectors")
+    }
+}
+
+/// Turns logits of one row into weights: adds them to the row's total, per lane, and writes them.
+#[inline(always)]
+fn soften<S: Simd, W: Factor, const V: usize>(
+    simd: S,
+    logits: [S::F32; V],
+    (scale, base): (S::F32, S::F32),
+    total: &mut Line,
+    to: &mut [W],
+) {
+    assert!(to.len() == V * S::LANES, "a weight per logit");
+    // SAFETY: no vector is longer than a line.
+    let mut sum = unsafe { simd.load(total.0.as_ptr()) };
+    for (v, x) in logits.into_iter().enumerate() {
+        let weight = exp2::<S, W>(simd, simd.mul_add(x, scale, base));
+        sum = simd.add(sum, weight);
+        // SAFETY: `to` holds `V` vectors.
+        unsafe { W::store(simd, to.as_mut_ptr().wrapping_add(v * S::LANES), weight) };
+    }
+    // SAFETY: no vector is longer than a line.
+    unsafe { simd.store(total.0.as_mut_ptr(), sum) };
+}
+
+/// `2^x` for `x ≤ SLACK`, as exact as a weight of type `W` needs; 0 somewhere below `2^−126`, NaN
+/// of NaN.
 ///
 /// `2^n · 2^r` with `n = round(x)`.
 #[inline(always)]
-fn exp2<S: Simd>(simd: S, x: S::F32) -> S::F32 {
+fn exp2<S: Simd, W: Factor>(simd: S, x: S::F32) -> S::F32 {
     let x = simd.max(simd.splat(S::ZERO_EXPONENT), x);
     let n = simd.round(x);
     let r = simd.sub(x, n);
-    let mut p = simd.splat(POLYNOMIAL[0]);
-    for c in &POLYNOMIAL[1..] {
+    let mut p = simd.splat(W::EXP2[0]);
+    for c in &W::EXP2[1..] {
         p = simd.mul_add(p, r, simd.splat(*c));
     }
     simd.times_power_of_two(p, n)
