@@ -1,5 +1,7 @@
 //! Element types as the kernel sees them: stored narrow, summed in f32.
 
+use std::any::TypeId;
+
 use half::{bf16, f16};
 use leank_core::{Dtype, LeanFormat, widen_f16};
 
@@ -40,6 +42,9 @@ pub(crate) trait Element: bytemuck::Pod + Send + Sync {
     /// Rows that lie side by side (see [`crate::panels`]).
     const STEP: usize;
 
+    /// The elements of a lane that lie side by side: an array of `STEP`.
+    type Group: bytemuck::Pod + AsRef<[Self]> + AsMut<[Self]>;
+
     /// Exact value.
     fn widen(self) -> f32;
 
@@ -71,6 +76,7 @@ pub(crate) trait Element: bytemuck::Pod + Send + Sync {
 
 impl Element for f32 {
     const STEP: usize = 1;
+    type Group = [Self; 1];
 
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -89,6 +95,7 @@ impl Element for f32 {
 
 impl Element for f16 {
     const STEP: usize = 1;
+    type Group = [Self; 1];
 
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -97,7 +104,7 @@ impl Element for f16 {
 
     #[inline(always)]
     fn narrow(x: f32) -> Self {
-        Self::from_f32(x)
+        narrow_f16(x)
     }
 
     fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
@@ -107,6 +114,7 @@ impl Element for f16 {
 
 impl Element for bf16 {
     const STEP: usize = 2;
+    type Group = [Self; 2];
 
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -115,7 +123,11 @@ impl Element for bf16 {
 
     #[inline(always)]
     fn narrow(x: f32) -> Self {
-        Self::from_f32(x)
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        let nan = bits >> 16 | 0x40; // a quiet one, not infinity
+        let narrow = if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded };
+        Self::from_bits(narrow as u16)
     }
 
     fn product(kernel: Kernel, left: &Left, right: Panels<'_, Self>, target: Target<'_>) {
@@ -125,6 +137,32 @@ impl Element for bf16 {
             kernel.product_bf16(target.product(&left.wide, right));
         }
     }
+}
+
+/// The same number in another type, rounded.
+#[inline(always)]
+pub(crate) fn convert<S: Element, T: Element>(x: S) -> T {
+    if TypeId::of::<S>() == TypeId::of::<T>() { bytemuck::cast(x) } else { T::narrow(x.widen()) }
+}
+
+/// `x` rounded to the nearest even, like `f16::from_f32`: without branches, so that loops over it
+/// become vector instructions on any target.
+#[inline(always)]
+fn narrow_f16(x: f32) -> f16 {
+    let bits = x.to_bits();
+    let sign = bits >> 16 & 0x8000;
+    let magnitude = bits & 0x7fff_ffff;
+    // What rounds up from the largest mantissa becomes infinity by itself.
+    let odd = magnitude >> 13 & 1;
+    let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + odd) >> 13;
+    // Below 2^-14: elements of 0.5..1 are as far apart as subnormal ones here, 2^-24.
+    let half = 0.5f32;
+    let subnormal = (f32::from_bits(magnitude) + half).to_bits().wrapping_sub(half.to_bits());
+    let nan = 0x7e00 | magnitude >> 13 & 0x3ff;
+    let special = if magnitude > 0x7f80_0000 { nan } else { 0x7c00 };
+    let narrow = if magnitude < 113 << 23 { subnormal } else { normal };
+    let narrow = if magnitude >= 143 << 23 { special } else { narrow };
+    f16::from_bits((sign | narrow) as u16)
 }
 
 /// Calls a generic function with the element type that a [`Dtype`] names.

@@ -8,7 +8,7 @@
 
 use leank_core::{Block, CacheConfig, CacheLayout, Dtype, KvHead, Layer};
 
-use crate::element::{Element, plain};
+use crate::element::{Element, convert, plain};
 
 /// Lanes of a panel: two vectors of AVX-512, so that the accumulators of eight query rows fit into
 /// registers. Half as many FMAs per broadcast cost less than a pass that leaves gaps in what it
@@ -41,6 +41,11 @@ impl Section {
         &head[self.range()]
     }
 
+    /// The same, to be written.
+    pub(crate) fn bytes_mut(self, head: &mut [u8]) -> &mut [u8] {
+        &mut head[self.range()]
+    }
+
     /// Its elements; `T` is what `dtype` names.
     pub(crate) fn panels<T: Element>(self, head: &[u8]) -> Panels<'_, T> {
         let data = bytemuck::cast_slice(self.bytes(head));
@@ -49,7 +54,7 @@ impl Section {
 
     /// Its elements, to be written; `T` is what `dtype` names.
     pub(crate) fn panels_mut<T: Element>(self, head: &mut [u8]) -> PanelsMut<'_, T> {
-        let data = bytemuck::cast_slice_mut(&mut head[self.range()]);
+        let data = bytemuck::cast_slice_mut(self.bytes_mut(head));
         PanelsMut { data, depth: self.depth, lanes: self.lanes }
     }
 }
@@ -114,7 +119,7 @@ impl<'a, T> Panels<'a, T> {
 /// K or V of one head in one block, to be written.
 #[derive(Debug)]
 pub(crate) struct PanelsMut<'a, T> {
-    pub(crate) data: &'a mut [T],
+    data: &'a mut [T],
     pub(crate) depth: usize,
     pub(crate) lanes: usize,
 }
@@ -128,27 +133,84 @@ pub(crate) fn index<T: Element>(depth: usize, lanes: usize, row: usize, lane: us
 }
 
 impl<T: Element> PanelsMut<'_, T> {
-    /// Writes one column: every row of one lane; rows beyond those given become zero.
-    pub(crate) fn write_lane(&mut self, lane: usize, column: impl Iterator<Item = T>) {
-        let zeros = std::iter::repeat(T::narrow(0.0));
-        for (row, x) in column.chain(zeros).take(self.depth).enumerate() {
-            self.data[index::<T>(self.depth, self.lanes, row, lane)] = x;
+    /// The panel that begins with lane `first`, as rows of groups, and its width.
+    fn panel(&mut self, first: usize) -> (&mut [T::Group], usize) {
+        let width = PANEL.min(self.lanes - first);
+        let panel = &mut self.data[first * self.depth..][..width * self.depth];
+        (bytemuck::cast_slice_mut(panel), width)
+    }
+
+    /// Writes whole lanes of one panel, from lane `first` on: `columns` is `[lanes, depth]`.
+    #[inline(always)]
+    pub(crate) fn write_lanes(&mut self, first: usize, columns: &[T]) {
+        let groups = self.depth / T::STEP;
+        let (panel, width) = self.panel(first / PANEL * PANEL);
+        let columns: &[T::Group] = bytemuck::cast_slice(columns);
+        let lanes = first % PANEL..first % PANEL + columns.len() / groups;
+        for (i, row) in panel.chunks_exact_mut(width).enumerate() {
+            for (to, column) in row[lanes.clone()].iter_mut().zip(columns.chunks_exact(groups)) {
+                *to = column[i];
+            }
         }
     }
 
-    /// Writes one row. The first row of a group zeroes the rest of it, so that a product over
-    /// whole groups never meets what nobody wrote.
-    pub(crate) fn write_row(&mut self, row: usize, values: impl Iterator<Item = T>) {
-        let (depth, lanes) = (self.depth, self.lanes);
-        for (lane, x) in values.enumerate() {
-            self.data[index::<T>(depth, lanes, row, lane)] = x;
-        }
-        if row.is_multiple_of(T::STEP) {
-            for rest in row + 1..row + T::STEP {
-                for lane in 0..lanes {
-                    self.data[index::<T>(depth, lanes, rest, lane)] = T::narrow(0.0);
+    /// Writes whole rows from row `first` on: `rows` is `[rows, lanes]`. The first row of a group
+    /// zeroes the rest of it, so that a product over whole groups never meets what nobody wrote.
+    #[inline(always)]
+    pub(crate) fn write_rows(&mut self, first: usize, rows: &[T]) {
+        let lanes = self.lanes;
+        let count = rows.len() / lanes;
+        let zeros = [T::zeroed(); PANEL];
+        for start in (0..lanes).step_by(PANEL) {
+            let (panel, width) = self.panel(start);
+            let row = |i: usize| &rows[i * lanes + start..][..width];
+            let mut i = 0;
+            while i < count {
+                let (group, step) = ((first + i) / T::STEP, (first + i) % T::STEP);
+                let groups = &mut panel[group * width..][..width];
+                if step > 0 {
+                    let to = groups.iter_mut().map(|group| &mut group.as_mut()[step]);
+                    to.zip(row(i)).for_each(|(to, &x)| *to = x);
+                    i += 1;
+                } else {
+                    let next = if i + 1 < count { row(i + 1) } else { &zeros[..] };
+                    join::<T>(groups, [row(i), next]);
+                    i += T::STEP;
                 }
             }
         }
+    }
+
+    /// Copies rows of `from`, which has as many lanes; rows beyond them become zero.
+    #[inline(always)]
+    pub(crate) fn gather<S: Element>(
+        &mut self,
+        from: Panels<'_, S>,
+        rows: impl Iterator<Item = usize> + Clone,
+    ) {
+        for start in (0..self.lanes).step_by(PANEL) {
+            let source: &[S::Group] = bytemuck::cast_slice(from.panel(start));
+            let (panel, width) = self.panel(start);
+            let mut rows = rows.clone();
+            for groups in panel.chunks_exact_mut(width) {
+                let mut pair = [[T::zeroed(); PANEL]; DEPTH_MULTIPLE];
+                for (lanes, row) in pair[..T::STEP].iter_mut().zip(&mut rows) {
+                    let source = &source[row / S::STEP * width..][..width];
+                    for (to, group) in lanes.iter_mut().zip(source) {
+                        *to = convert(group.as_ref()[row % S::STEP]);
+                    }
+                }
+                join::<T>(groups, [&pair[0], &pair[1]]);
+            }
+        }
+    }
+}
+
+/// Puts the rows of a group side by side; types whose rows stand alone ignore the second one.
+#[inline(always)]
+fn join<T: Element>(groups: &mut [T::Group], rows: [&[T]; DEPTH_MULTIPLE]) {
+    for (group, (&a, &b)) in groups.iter_mut().zip(rows[0].iter().zip(rows[1])) {
+        let pair = [a, b];
+        group.as_mut().copy_from_slice(&pair[..T::STEP]);
     }
 }

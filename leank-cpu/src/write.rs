@@ -1,139 +1,192 @@
 //! Into the blocks: new rows of K and V, and the packing of full blocks into lean ones.
+//!
+//! Each piece of work writes one head of one block, so pieces run side by side, in any order.
 
-use leank_core::{Block, CacheConfig, CacheLayout, Dtype, HostView, KvHead, Layer, StepSequence};
+use std::sync::{Mutex, PoisonError};
+
+use leank_core::{Block, CacheConfig, CacheLayout, HostView, KvHead, Layer, Ledger, Pack, Result};
 
 use crate::{
-    element::{Element, with_element},
-    panels::{HeadPlace, PanelsMut, index},
+    element::{Element, convert, with_element},
+    executor::Executor,
+    panels::{HeadPlace, PANEL},
     store::Store,
 };
 
-/// Writes to the blocks of one layer.
-pub(crate) struct LayerWriter<'a> {
+/// Fewest bytes of full blocks worth waking other threads for.
+const MIN_PARALLEL: usize = 256 << 10;
+
+/// Writes to the blocks of a cache.
+#[derive(Clone, Copy)]
+pub(crate) struct Writer<'a> {
     pub(crate) config: &'a CacheConfig,
     pub(crate) layout: &'a CacheLayout,
-    pub(crate) store: &'a mut Store,
-    pub(crate) layer: Layer,
+    pub(crate) executor: &'a dyn Executor,
 }
 
-/// Where one token of one head lies.
-#[derive(Clone, Copy)]
-struct Slot {
+/// New tokens of one head that go to one block.
+struct Run {
+    layer: Layer,
     head: KvHead,
-    block: Block,
-    /// Index of the token in its block.
-    token: usize,
+    place: HeadPlace,
+    /// Index of the first one in the block.
+    first: usize,
+    /// Its row in the step.
+    row: usize,
+    tokens: usize,
 }
 
-impl LayerWriter<'_> {
-    /// Writes the new tokens of one sequence to the blocks that `table` names. Values are stored
-    /// as they are, rounded; rows that go straight to lean blocks are rounded to the type of full
+/// A full block of one head to be packed.
+struct Packing<'a> {
+    layer: Layer,
+    head: KvHead,
+    whole: HeadPlace,
+    packed: HeadPlace,
+    from: &'a [u8],
+}
+
+impl Writer<'_> {
+    /// Writes the new tokens of the step under way to the blocks of a layer. Values are stored as
+    /// they are, rounded; rows that go straight to lean blocks are rounded to the type of full
     /// ones first, so that the road by which a token came does not show.
     pub(crate) fn append(
-        &mut self,
-        sequence: &StepSequence,
-        table: &[Block],
-        k: HostView<'_>,
-        v: HostView<'_>,
+        self,
+        ledger: &Ledger,
+        store: &mut Store,
+        layer: Layer,
+        [k, v]: [HostView<'_>; 2],
+    ) -> Result<()> {
+        let block = self.layout.block;
+        let (mut full, mut lean) = (Vec::new(), Vec::new());
+        for sequence in ledger.step().map_or(&[][..], |step| &step.sequences) {
+            let table = ledger.table(sequence.id)?;
+            let mut position = sequence.start;
+            let end = sequence.start + sequence.tokens;
+            while position < end {
+                let first = position % block;
+                let tokens = (block - first).min(end - position);
+                let row = sequence.row + position - sequence.start;
+                let to = table[position / block];
+                for head in self.config.shape.kv_head_indices() {
+                    let Some(place) = self.place(layer, head, to) else { continue };
+                    let run = Run { layer, head, place, first, row, tokens };
+                    match to {
+                        Block::Full(id) => full.push((id, head, run)),
+                        Block::Lean(id) => lean.push((id, head, run)),
+                    }
+                }
+                position += tokens;
+            }
+        }
+        let mut runs = store.full[layer.0].heads_mut(full.into_iter());
+        runs.extend(store.lean[layer.0].heads_mut(lean.into_iter()));
+        let elements = 2 * k.shape().tokens * k.shape().heads * k.shape().head_dim;
+        self.for_each(runs, elements, |(run, bytes)| self.write(&run, bytes, [k, v]));
+        Ok(())
+    }
+
+    /// Packs full blocks into lean ones, in every layer.
+    pub(crate) fn pack(self, packs: &[Pack], store: &mut Store) {
+        let shape = self.config.shape;
+        let Store { full, lean } = store;
+        let mut packings = Vec::new();
+        for (layer, (full, lean)) in shape.layer_indices().zip(full.iter().zip(lean)) {
+            let of_head = |(&Pack { full: id, lean }, head)| {
+                let whole = self.place(layer, head, Block::Full(id))?;
+                let packed = self.place(layer, head, Block::Lean(lean))?;
+                let from = full.head(id, head);
+                Some((lean, head, Packing { layer, head, whole, packed, from }))
+            };
+            let heads = |pack| shape.kv_head_indices().map(move |head| (pack, head));
+            packings.extend(lean.heads_mut(packs.iter().flat_map(heads).filter_map(of_head)));
+        }
+        let elements = 2 * packings.len() * self.layout.block * shape.head_dim;
+        self.for_each(packings, elements, |(packing, bytes)| self.pack_head(&packing, bytes));
+    }
+
+    /// Does pieces of work that write so many elements of full blocks together.
+    fn for_each<T: Send>(self, pieces: Vec<T>, elements: usize, work: impl Fn(T) + Sync) {
+        if elements * self.config.dtype.bytes() < MIN_PARALLEL {
+            return pieces.into_iter().for_each(work);
+        }
+        let pieces: Vec<_> = pieces.into_iter().map(|piece| Mutex::new(Some(piece))).collect();
+        self.executor.run(pieces.len(), &|i| {
+            let piece = pieces[i].lock().unwrap_or_else(PoisonError::into_inner).take();
+            piece.into_iter().for_each(&work);
+        });
+    }
+
+    fn place(self, layer: Layer, head: KvHead, block: Block) -> Option<HeadPlace> {
+        HeadPlace::of(self.config, self.layout, (layer, head), block)
+    }
+
+    fn write(self, run: &Run, bytes: &mut [u8], [k, v]: [HostView<'_>; 2]) {
+        let kept = self.config.mask.head(run.layer, run.head).kept();
+        with_element!(run.place.k.dtype, T => {
+            let mut to = run.place.k.panels_mut::<T>(bytes);
+            let kept = run.place.lean.then_some(kept);
+            self.write_rows(run, k, kept, to.depth, |first, rows| to.write_lanes(first, rows));
+        });
+        with_element!(run.place.v.dtype, T => {
+            let mut to = run.place.v.panels_mut::<T>(bytes);
+            self.write_rows(run, v, None, to.lanes, |first, rows| to.write_rows(first, rows));
+        });
+    }
+
+    /// Hands over rows `[tokens, width]` as they will be stored, those of a panel of lanes at a
+    /// time, with the index of the first token in its block. Channels beyond the view's are zero.
+    fn write_rows<T: Element>(
+        self,
+        run: &Run,
+        from: HostView<'_>,
+        kept: Option<&[u16]>,
+        width: usize,
+        mut write: impl FnMut(usize, &[T]),
     ) {
-        let block = self.layout.block;
-        let mut row = vec![0.0; self.config.shape.head_dim];
-        for token in 0..sequence.tokens {
-            let position = sequence.start + token;
-            for head in self.config.shape.kv_head_indices() {
-                let slot = Slot { head, block: table[position / block], token: position % block };
-                k.read_row(sequence.row + token, head.0, &mut row);
-                self.write_key(slot, &mut row);
-                v.read_row(sequence.row + token, head.0, &mut row);
-                self.write_value(slot, &mut row);
+        let mut wide = vec![0.0; self.config.shape.head_dim];
+        let mut rows = vec![T::zeroed(); PANEL.min(run.tokens) * width];
+        let mut done = 0;
+        while done < run.tokens {
+            let first = run.first + done;
+            let tokens = (PANEL - first % PANEL).min(run.tokens - done);
+            for (i, row) in rows.chunks_exact_mut(width).take(tokens).enumerate() {
+                from.read_row(run.row + done + i, run.head.0, &mut wide);
+                let count = kept.map_or(wide.len(), |kept| compact(&mut wide, kept));
+                with_element!(self.config.dtype, Full => {
+                    for (to, &x) in row.iter_mut().zip(&wide[..count]) {
+                        *to = convert::<Full, T>(Full::narrow(x));
+                    }
+                });
             }
+            write(first, &rows[..tokens * width]);
+            done += tokens;
         }
     }
 
-    fn place(&self, head: KvHead, block: Block) -> Option<HeadPlace> {
-        HeadPlace::of(self.config, self.layout, (self.layer, head), block)
-    }
-
-    fn write_key(&mut self, slot: Slot, row: &mut [f32]) {
-        let Some(place) = self.place(slot.head, slot.block) else { return };
-        self.round(place.k.dtype, row);
-        let kept = self.config.mask.head(self.layer, slot.head).kept();
-        let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
-        with_element!(place.k.dtype, T => {
-            let mut k = place.k.panels_mut::<T>(bytes);
-            if place.lean {
-                k.write_lane(slot.token, kept.iter().map(|&c| T::narrow(row[usize::from(c)])));
-            } else {
-                k.write_lane(slot.token, row.iter().map(|&x| T::narrow(x)));
-            }
-        });
-    }
-
-    fn write_value(&mut self, slot: Slot, row: &mut [f32]) {
-        let Some(place) = self.place(slot.head, slot.block) else { return };
-        self.round(place.v.dtype, row);
-        let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
-        with_element!(place.v.dtype, T => {
-            let values = row.iter().map(|&x| T::narrow(x));
-            place.v.panels_mut::<T>(bytes).write_row(slot.token, values);
-        });
-    }
-
-    /// Rounds to the type of full blocks what will be rounded to `dtype`.
-    fn round(&self, dtype: Dtype, row: &mut [f32]) {
-        let full = self.config.dtype;
-        if full != dtype {
-            row.iter_mut().for_each(|x| *x = full.round(*x));
-        }
-    }
-
-    /// Packs a full block into a lean one.
-    pub(crate) fn pack(&mut self, full: u32, lean: u32) {
-        let block = self.layout.block;
-        for head in self.config.shape.kv_head_indices() {
-            let places = (self.place(head, Block::Full(full)), self.place(head, Block::Lean(lean)));
-            let (Some(whole), Some(packed)) = places else { continue };
-            let kept = self.config.mask.head(self.layer, head).kept();
-            let (from, to) = self.store.pack_pair(self.layer, (full, lean), head);
-            with_element!(self.config.dtype, S => {
-                with_element!(packed.k.dtype, T => {
-                    let (from, to) = (whole.k.panels::<S>(from), packed.k.panels_mut::<T>(to));
-                    gather(from.data, from.depth, kept, to);
-                });
-                with_element!(packed.v.dtype, T => {
-                    let (from, to) = (whole.v.panels::<S>(from), packed.v.panels_mut::<T>(to));
-                    transfer(from.data, block, to);
-                });
+    fn pack_head(self, packing: &Packing<'_>, bytes: &mut [u8]) {
+        let Packing { whole, packed, from, .. } = *packing;
+        let kept = self.config.mask.head(packing.layer, packing.head).kept();
+        with_element!(self.config.dtype, S => {
+            with_element!(packed.k.dtype, T => {
+                let kept = kept.iter().copied().map(usize::from);
+                packed.k.panels_mut::<T>(bytes).gather(whole.k.panels::<S>(from), kept);
             });
-        }
+            if whole.v.dtype == packed.v.dtype {
+                packed.v.bytes_mut(bytes).copy_from_slice(whole.v.bytes(from));
+            } else {
+                with_element!(packed.v.dtype, T => {
+                    let tokens = 0..self.layout.block;
+                    packed.v.panels_mut::<T>(bytes).gather(whole.v.panels::<S>(from), tokens);
+                });
+            }
+        });
     }
 }
 
-/// Copies the kept rows of K; rows beyond them become zero.
-fn gather<S: Element, T: Element>(from: &[S], channels: usize, kept: &[u16], to: PanelsMut<'_, T>) {
-    let PanelsMut { data, depth, lanes } = to;
-    let sources = kept.iter().map(|&channel| Some(usize::from(channel)));
-    for (row, source) in sources.chain(std::iter::repeat(None)).take(depth).enumerate() {
-        for lane in 0..lanes {
-            let x = source.map_or(0.0, |c| from[index::<S>(channels, lanes, c, lane)].widen());
-            data[index::<T>(depth, lanes, row, lane)] = T::narrow(x);
-        }
+/// Moves the kept channels to the front; their number.
+fn compact(row: &mut [f32], kept: &[u16]) -> usize {
+    for (i, &channel) in kept.iter().enumerate() {
+        row[i] = row[usize::from(channel)];
     }
-}
-
-/// Copies V. Between types it goes element by element, and rows beyond the block's tokens become
-/// zero: only some types write them.
-fn transfer<S: Element, T: Element>(from: &[S], tokens: usize, to: PanelsMut<'_, T>) {
-    let PanelsMut { data, depth, lanes } = to;
-    if std::any::TypeId::of::<S>() == std::any::TypeId::of::<T>() {
-        data.copy_from_slice(bytemuck::cast_slice(from));
-        return;
-    }
-    for row in 0..depth {
-        for lane in 0..lanes {
-            let written = row < tokens;
-            let x = if written { from[index::<S>(depth, lanes, row, lane)].widen() } else { 0.0 };
-            data[index::<T>(depth, lanes, row, lane)] = T::narrow(x);
-        }
-    }
+    kept.len()
 }
