@@ -142,8 +142,8 @@ impl Cache for CpuCache {
         self.check_layer("append", layer)?;
         self.check_view("K of a step", k.shape(), self.config.shape.kv_heads)?;
         self.check_view("V of a step", v.shape(), self.config.shape.kv_heads)?;
-        let Self { config, layout, ledger, store, executor, .. } = self;
-        let writer = Writer { config, layout, executor: &**executor };
+        let Self { config, layout, ledger, store, kernel, executor, .. } = self;
+        let writer = Writer { config, layout, kernel: *kernel, executor: &**executor };
         writer.append(ledger, store, layer, [k, v])?;
         self.appended[layer.0] = true;
         Ok(())
@@ -176,8 +176,9 @@ impl Cache for CpuCache {
             let when = format!("before append of layer {layer}");
             return Err(Error::Order { call: "commit", when });
         }
-        let Self { config, layout, store, executor, .. } = self;
-        Writer { config, layout, executor: &**executor }.pack(&step.packs, store);
+        let Self { config, layout, store, kernel, executor, .. } = self;
+        let writer = Writer { config, layout, kernel: *kernel, executor: &**executor };
+        writer.pack(&step.packs, store);
         self.ledger.commit()
     }
 

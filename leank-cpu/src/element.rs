@@ -193,3 +193,33 @@ pub(crate) fn plain(format: LeanFormat) -> Dtype {
         _ => unreachable!("CpuCache::new refuses formats without a kernel"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn narrows_as_half_does(bits: u32) {
+        let x = f32::from_bits(bits);
+        assert_eq!(f16::narrow(x).to_bits(), f16::from_f32(x).to_bits(), "f16 of {bits:#x}");
+        assert_eq!(bf16::narrow(x).to_bits(), bf16::from_f32(x).to_bits(), "bf16 of {bits:#x}");
+    }
+
+    #[test]
+    fn numbers_are_rounded_to_the_nearest_even() {
+        for bits in (0..=u32::MAX).step_by(997) {
+            narrows_as_half_does(bits);
+        }
+        // Every number of either type, the middle to the next one, and what lies beside both.
+        for narrow in 0..=u16::MAX {
+            for exact in [
+                f16::from_bits(narrow).to_f32().to_bits(),
+                bf16::from_bits(narrow).to_f32().to_bits(),
+            ] {
+                for middle in [0, 1 << 12, 1 << 15] {
+                    let bits = exact.wrapping_add(middle);
+                    (0..3).for_each(|i| narrows_as_half_does(bits.wrapping_add(i).wrapping_sub(1)));
+                }
+            }
+        }
+    }
+}

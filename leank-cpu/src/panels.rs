@@ -8,7 +8,10 @@
 
 use leank_core::{Block, CacheConfig, CacheLayout, Dtype, KvHead, Layer};
 
-use crate::element::{Element, convert, plain};
+use crate::{
+    element::{Element, convert, plain},
+    kernel::{Simd, transpose},
+};
 
 /// Lanes of a panel: two vectors of AVX-512, so that the accumulators of eight query rows fit into
 /// registers. Half as many FMAs per broadcast cost less than a pass that leaves gaps in what it
@@ -140,16 +143,45 @@ impl<T: Element> PanelsMut<'_, T> {
         (bytemuck::cast_slice_mut(panel), width)
     }
 
-    /// Writes whole lanes of one panel, from lane `first` on: `columns` is `[lanes, depth]`.
+    /// Writes whole lanes of one panel, from lane `first` on: `columns` is `[lanes, depth]` and
+    /// starts at a whole word.
     #[inline(always)]
-    pub(crate) fn write_lanes(&mut self, first: usize, columns: &[T]) {
-        let groups = self.depth / T::STEP;
-        let (panel, width) = self.panel(first / PANEL * PANEL);
+    pub(crate) fn write_lanes<S: Simd>(&mut self, simd: S, first: usize, columns: &[T]) {
+        /// Bytes of a word.
+        const WORD: usize = size_of::<f32>();
+        let words: &[f32] = bytemuck::cast_slice(columns);
         let columns: &[T::Group] = bytemuck::cast_slice(columns);
-        let lanes = first % PANEL..first % PANEL + columns.len() / groups;
-        for (i, row) in panel.chunks_exact_mut(width).enumerate() {
-            for (to, column) in row[lanes.clone()].iter_mut().zip(columns.chunks_exact(groups)) {
-                *to = column[i];
+        let groups = self.depth / T::STEP;
+        // Groups in a word.
+        let pack = WORD / size_of::<T::Group>();
+        let stride = groups / pack;
+        let (panel, width) = self.panel(first / PANEL * PANEL);
+        let first = first % PANEL;
+        let lanes = columns.len() / groups;
+        if lanes == 1 {
+            let to = panel.chunks_exact_mut(width).map(|row| &mut row[first]);
+            return to.zip(columns).for_each(|(to, &group)| *to = group);
+        }
+        // What goes by whole vectors, both ways.
+        let deep = stride / S::LANES * S::LANES;
+        let wide = lanes / S::LANES * S::LANES;
+        for lane in (0..wide).step_by(S::LANES) {
+            for word in (0..deep).step_by(S::LANES) {
+                transpose(simd, &words[lane * stride + word..], stride, |i, words| {
+                    let row = &mut panel[(word + i) * pack * width..];
+                    let words: &[T::Group] = bytemuck::cast_slice(words);
+                    for part in 0..pack {
+                        let to = &mut row[part * width + first + lane..][..S::LANES];
+                        let from = words.chunks_exact(pack).map(|groups| groups[part]);
+                        to.iter_mut().zip(from).for_each(|(to, group)| *to = group);
+                    }
+                });
+            }
+        }
+        for (group, row) in panel.chunks_exact_mut(width).enumerate() {
+            let done = if group < deep * pack { wide } else { 0 };
+            for lane in done..lanes {
+                row[first + lane] = columns[lane * groups + group];
             }
         }
     }
@@ -212,5 +244,148 @@ fn join<T: Element>(groups: &mut [T::Group], rows: [&[T]; DEPTH_MULTIPLE]) {
     for (group, (&a, &b)) in groups.iter_mut().zip(rows[0].iter().zip(rows[1])) {
         let pair = [a, b];
         group.as_mut().copy_from_slice(&pair[..T::STEP]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+    use crate::{
+        Isa,
+        kernel::{Kernel, Loops},
+    };
+
+    /// What nobody writes stays this: NaN in every type.
+    const UNWRITTEN: u8 = 0xff;
+
+    fn unwritten<T: Element>(depth: usize, lanes: usize) -> Vec<T> {
+        let words = vec![u32::from_ne_bytes([UNWRITTEN; 4]); depth * lanes];
+        bytemuck::cast_slice(&words)[..depth * lanes].to_vec()
+    }
+
+    /// Different numbers, in memory that starts at a whole word.
+    fn numbers(len: usize) -> Vec<f32> {
+        (0..len).map(|i| (i as f32).sin() * 100.0).collect()
+    }
+
+    fn stored<T: Element>(wide: &[f32]) -> Vec<f32> {
+        let mut words = vec![0.0f32; wide.len()];
+        let narrow: &mut [T] = bytemuck::cast_slice_mut(&mut words);
+        narrow.iter_mut().zip(wide).for_each(|(to, &x)| *to = T::narrow(x));
+        words
+    }
+
+    fn same<T: Element>(found: &[T], want: &[T], what: std::fmt::Arguments<'_>) {
+        let bytes = bytemuck::cast_slice::<T, u8>;
+        assert!(bytes(found) == bytes(want), "{}: {what}", std::any::type_name::<T>());
+    }
+
+    /// Lanes from `first` on.
+    struct WriteLanes<'a, T> {
+        to: PanelsMut<'a, T>,
+        first: usize,
+        columns: &'a [T],
+    }
+
+    impl<T: Element> Loops for WriteLanes<'_, T> {
+        fn run(mut self, simd: impl Simd) {
+            self.to.write_lanes(simd, self.first, self.columns);
+        }
+    }
+
+    fn lanes_are_written<T: Element>(kernel: Kernel) {
+        for (depth, lanes) in [(2, 8), (34, 64), (80, 40), (96, 100), (128, 64)] {
+            for (first, count) in [(0, 32), (0, 1), (3, 2), (5, 27), (32, 8), (35, 5), (96, 4)] {
+                if first + count > lanes {
+                    continue;
+                }
+                let words = stored::<T>(&numbers(count * depth));
+                let columns = &bytemuck::cast_slice(&words)[..count * depth];
+                let mut want = unwritten::<T>(depth, lanes);
+                for (i, &x) in columns.iter().enumerate() {
+                    want[index::<T>(depth, lanes, i % depth, first + i / depth)] = x;
+                }
+                let mut data = unwritten::<T>(depth, lanes);
+                let to = PanelsMut { data: &mut data, depth, lanes };
+                kernel.run(WriteLanes { to, first, columns });
+                same(&data, &want, format_args!("{depth}x{lanes}, {count} from {first}"));
+            }
+        }
+    }
+
+    #[test]
+    fn lanes_are_written_like_single_elements() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let kernel = Kernel::new(isa).unwrap();
+            lanes_are_written::<f32>(kernel);
+            lanes_are_written::<f16>(kernel);
+            lanes_are_written::<bf16>(kernel);
+        }
+    }
+
+    fn rows_are_written<T: Element>() {
+        for (depth, lanes) in [(2, 20), (8, 33), (66, 80), (64, 96)] {
+            for (first, count) in [(0, 1), (1, 1), (0, 2), (1, 4), (3, 5), (2, 6), (33, 31)] {
+                if first + count > depth {
+                    continue;
+                }
+                let words = stored::<T>(&numbers(count * lanes));
+                let rows: &[T] = &bytemuck::cast_slice(&words)[..count * lanes];
+                let mut want = unwritten::<T>(depth, lanes);
+                for (i, &x) in rows.iter().enumerate() {
+                    let (row, lane) = (first + i / lanes, i % lanes);
+                    want[index::<T>(depth, lanes, row, lane)] = x;
+                    if T::STEP == 2 && row % 2 == 0 {
+                        want[index::<T>(depth, lanes, row + 1, lane)] = T::zeroed();
+                    }
+                }
+                let mut data = unwritten::<T>(depth, lanes);
+                PanelsMut { data: &mut data, depth, lanes }.write_rows(first, rows);
+                same(&data, &want, format_args!("{depth}x{lanes}, {count} from {first}"));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_written_like_single_elements() {
+        rows_are_written::<f32>();
+        rows_are_written::<f16>();
+        rows_are_written::<bf16>();
+    }
+
+    fn rows_are_gathered<S: Element, T: Element>() {
+        for (channels, lanes) in [(34, 8), (80, 64), (96, 33), (128, 100)] {
+            for kept in [&[][..], &[1], &[0, 33], &[3, 4, 5, 16, 31], &[0, 2, 7, 8, 9, 20, 32]] {
+                let depth = kept.len().next_multiple_of(DEPTH_MULTIPLE);
+                let words = stored::<S>(&numbers(channels * lanes));
+                let data: &[S] = &bytemuck::cast_slice(&words)[..channels * lanes];
+                let from = Panels { data, depth: channels, lanes };
+                let mut want = vec![T::zeroed(); depth * lanes];
+                for (row, &channel) in kept.iter().enumerate() {
+                    for lane in 0..lanes {
+                        let x = data[index::<S>(channels, lanes, channel, lane)].widen();
+                        want[index::<T>(depth, lanes, row, lane)] = T::narrow(x);
+                    }
+                }
+                let mut data = unwritten::<T>(depth, lanes);
+                let mut to = PanelsMut { data: &mut data, depth, lanes };
+                to.gather(from, kept.iter().copied());
+                same(&data, &want, format_args!("{channels}x{lanes}, {kept:?}"));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_gathered_like_single_elements() {
+        fn to_all<S: Element>() {
+            rows_are_gathered::<S, f32>();
+            rows_are_gathered::<S, f16>();
+            rows_are_gathered::<S, bf16>();
+        }
+        to_all::<f32>();
+        to_all::<f16>();
+        to_all::<bf16>();
     }
 }

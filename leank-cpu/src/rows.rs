@@ -1,6 +1,5 @@
 //! Plain rows of a block, for sequences on disk.
 
-use bytemuck::Zeroable as _;
 use leank_core::{
     Block, CacheConfig, CacheLayout, Result,
     saved::{BlockStore, Rows, Tensor},
@@ -8,6 +7,7 @@ use leank_core::{
 
 use crate::{
     element::{Element as _, with_element},
+    kernel::Portable,
     panels::{HeadPlace, PANEL, Section, index},
     store::Store,
 };
@@ -70,7 +70,8 @@ impl BlockStore for Restoring<'_> {
                 Tensor::K => to.depth,
                 Tensor::V => to.lanes,
             };
-            let mut stored = vec![T::zeroed(); PANEL.min(rows.tokens) * width];
+            let mut stored = vec![0.0f32; PANEL.min(rows.tokens) * width];
+            let stored: &mut [T] = bytemuck::cast_slice_mut(&mut stored);
             let size = rows.channels * size_of::<T>();
             for (i, bytes) in bytes.chunks(PANEL * size).enumerate() {
                 let tokens = bytes.chunks_exact(size);
@@ -80,7 +81,7 @@ impl BlockStore for Restoring<'_> {
                     row.iter_mut().zip(elements).for_each(|(to, x)| *to = x);
                 }
                 match rows.tensor {
-                    Tensor::K => to.write_lanes(i * PANEL, stored),
+                    Tensor::K => to.write_lanes(Portable, i * PANEL, stored),
                     Tensor::V => to.write_rows(i * PANEL, stored),
                 }
             }

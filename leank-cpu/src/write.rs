@@ -9,6 +9,7 @@ use leank_core::{Block, CacheConfig, CacheLayout, HostView, KvHead, Layer, Ledge
 use crate::{
     element::{Element, convert, with_element},
     executor::Executor,
+    kernel::{Kernel, Loops, Simd},
     panels::{HeadPlace, PANEL},
     store::Store,
 };
@@ -21,6 +22,7 @@ const MIN_PARALLEL: usize = 256 << 10;
 pub(crate) struct Writer<'a> {
     pub(crate) config: &'a CacheConfig,
     pub(crate) layout: &'a CacheLayout,
+    pub(crate) kernel: Kernel,
     pub(crate) executor: &'a dyn Executor,
 }
 
@@ -36,13 +38,46 @@ struct Run {
     tokens: usize,
 }
 
+/// Rows of K or V that come in.
+struct Rows<'a> {
+    view: HostView<'a>,
+    /// The channels that will be stored; all of them without.
+    kept: Option<&'a [u16]>,
+    /// Elements of a row in storage; those beyond the channels are zero.
+    width: usize,
+}
+
+/// What a piece of work works in.
+#[derive(Default)]
+struct Scratch {
+    /// One row in single precision.
+    wide: Vec<f32>,
+    /// Rows of a panel as they will be stored: memory for elements of any type.
+    stored: Vec<f32>,
+}
+
 /// A full block of one head to be packed.
-struct Packing<'a> {
-    layer: Layer,
-    head: KvHead,
+struct Full<'a> {
+    kept: &'a [u16],
     whole: HeadPlace,
     packed: HeadPlace,
     from: &'a [u8],
+}
+
+/// Writing new tokens of one head to one block.
+struct Appending<'a> {
+    writer: Writer<'a>,
+    run: Run,
+    bytes: &'a mut [u8],
+    views: [HostView<'a>; 2],
+    scratch: &'a mut Scratch,
+}
+
+/// Packing one head of a block.
+struct Packing<'a> {
+    writer: Writer<'a>,
+    full: Full<'a>,
+    bytes: &'a mut [u8],
 }
 
 impl Writer<'_> {
@@ -81,7 +116,9 @@ impl Writer<'_> {
         let mut runs = store.full[layer.0].heads_mut(full.into_iter());
         runs.extend(store.lean[layer.0].heads_mut(lean.into_iter()));
         let elements = 2 * k.shape().tokens * k.shape().heads * k.shape().head_dim;
-        self.for_each(runs, elements, |(run, bytes)| self.write(&run, bytes, [k, v]));
+        self.for_each(runs, elements, |scratch, (run, bytes)| {
+            self.kernel.run(Appending { writer: self, run, bytes, views: [k, v], scratch });
+        });
         Ok(())
     }
 
@@ -95,63 +132,84 @@ impl Writer<'_> {
                 let whole = self.place(layer, head, Block::Full(id))?;
                 let packed = self.place(layer, head, Block::Lean(lean))?;
                 let from = full.head(id, head);
-                Some((lean, head, Packing { layer, head, whole, packed, from }))
+                let kept = self.config.mask.head(layer, head).kept();
+                Some((lean, head, Full { kept, whole, packed, from }))
             };
             let heads = |pack| shape.kv_head_indices().map(move |head| (pack, head));
             packings.extend(lean.heads_mut(packs.iter().flat_map(heads).filter_map(of_head)));
         }
         let elements = 2 * packings.len() * self.layout.block * shape.head_dim;
-        self.for_each(packings, elements, |(packing, bytes)| self.pack_head(&packing, bytes));
+        self.for_each(packings, elements, |_, (full, bytes)| {
+            self.kernel.run(Packing { writer: self, full, bytes });
+        });
     }
 
     /// Does pieces of work that write so many elements of full blocks together.
-    fn for_each<T: Send>(self, pieces: Vec<T>, elements: usize, work: impl Fn(T) + Sync) {
+    fn for_each<T: Send>(
+        self,
+        pieces: Vec<T>,
+        elements: usize,
+        work: impl Fn(&mut Scratch, T) + Sync,
+    ) {
         if elements * self.config.dtype.bytes() < MIN_PARALLEL {
-            return pieces.into_iter().for_each(work);
+            let mut scratch = Scratch::default();
+            return pieces.into_iter().for_each(|piece| work(&mut scratch, piece));
         }
         let pieces: Vec<_> = pieces.into_iter().map(|piece| Mutex::new(Some(piece))).collect();
         self.executor.run(pieces.len(), &|i| {
             let piece = pieces[i].lock().unwrap_or_else(PoisonError::into_inner).take();
-            piece.into_iter().for_each(&work);
+            piece.into_iter().for_each(|piece| work(&mut Scratch::default(), piece));
         });
     }
 
     fn place(self, layer: Layer, head: KvHead, block: Block) -> Option<HeadPlace> {
         HeadPlace::of(self.config, self.layout, (layer, head), block)
     }
+}
 
-    fn write(self, run: &Run, bytes: &mut [u8], [k, v]: [HostView<'_>; 2]) {
-        let kept = self.config.mask.head(run.layer, run.head).kept();
-        with_element!(run.place.k.dtype, T => {
-            let mut to = run.place.k.panels_mut::<T>(bytes);
-            let kept = run.place.lean.then_some(kept);
-            self.write_rows(run, k, kept, to.depth, |first, rows| to.write_lanes(first, rows));
+impl Loops for Appending<'_> {
+    #[inline(always)]
+    fn run(self, simd: impl Simd) {
+        let Self { writer, run, bytes, views: [k, v], scratch } = self;
+        let Run { place, .. } = run;
+        let kept = writer.config.mask.head(run.layer, run.head).kept();
+        with_element!(place.k.dtype, T => {
+            let mut to = place.k.panels_mut::<T>(bytes);
+            let from = Rows { view: k, kept: place.lean.then_some(kept), width: to.depth };
+            writer.write(&run, from, scratch, |first, rows| to.write_lanes(simd, first, rows));
         });
-        with_element!(run.place.v.dtype, T => {
-            let mut to = run.place.v.panels_mut::<T>(bytes);
-            self.write_rows(run, v, None, to.lanes, |first, rows| to.write_rows(first, rows));
+        with_element!(place.v.dtype, T => {
+            let mut to = place.v.panels_mut::<T>(bytes);
+            let from = Rows { view: v, kept: None, width: to.lanes };
+            writer.write(&run, from, scratch, |first, rows| to.write_rows(first, rows));
         });
     }
+}
 
+impl Writer<'_> {
     /// Hands over rows `[tokens, width]` as they will be stored, those of a panel of lanes at a
-    /// time, with the index of the first token in its block. Channels beyond the view's are zero.
-    fn write_rows<T: Element>(
+    /// time, with the index of the first token in its block.
+    #[inline(always)]
+    fn write<T: Element>(
         self,
         run: &Run,
-        from: HostView<'_>,
-        kept: Option<&[u16]>,
-        width: usize,
+        from: Rows<'_>,
+        scratch: &mut Scratch,
         mut write: impl FnMut(usize, &[T]),
     ) {
-        let mut wide = vec![0.0; self.config.shape.head_dim];
-        let mut rows = vec![T::zeroed(); PANEL.min(run.tokens) * width];
+        let Rows { view, kept, width } = from;
+        let Scratch { wide, stored } = scratch;
+        wide.resize(self.config.shape.head_dim, 0.0);
+        stored.clear();
+        stored.resize((PANEL.min(run.tokens) * width * size_of::<T>()).div_ceil(4), 0.0);
+        let rows: &mut [T] = bytemuck::cast_slice_mut(stored);
         let mut done = 0;
         while done < run.tokens {
             let first = run.first + done;
             let tokens = (PANEL - first % PANEL).min(run.tokens - done);
             for (i, row) in rows.chunks_exact_mut(width).take(tokens).enumerate() {
-                from.read_row(run.row + done + i, run.head.0, &mut wide);
-                let count = kept.map_or(wide.len(), |kept| compact(&mut wide, kept));
+                view.read_row(run.row + done + i, run.head.0, wide);
+                let count = kept.map_or(wide.len(), |kept| compact(wide, kept));
                 with_element!(self.config.dtype, Full => {
                     for (to, &x) in row.iter_mut().zip(&wide[..count]) {
                         *to = convert::<Full, T>(Full::narrow(x));
@@ -162,11 +220,13 @@ impl Writer<'_> {
             done += tokens;
         }
     }
+}
 
-    fn pack_head(self, packing: &Packing<'_>, bytes: &mut [u8]) {
-        let Packing { whole, packed, from, .. } = *packing;
-        let kept = self.config.mask.head(packing.layer, packing.head).kept();
-        with_element!(self.config.dtype, S => {
+impl Loops for Packing<'_> {
+    #[inline(always)]
+    fn run(self, _: impl Simd) {
+        let Self { writer, full: Full { kept, whole, packed, from }, bytes } = self;
+        with_element!(whole.k.dtype, S => {
             with_element!(packed.k.dtype, T => {
                 let kept = kept.iter().copied().map(usize::from);
                 packed.k.panels_mut::<T>(bytes).gather(whole.k.panels::<S>(from), kept);
@@ -175,7 +235,7 @@ impl Writer<'_> {
                 packed.v.bytes_mut(bytes).copy_from_slice(whole.v.bytes(from));
             } else {
                 with_element!(packed.v.dtype, T => {
-                    let tokens = 0..self.layout.block;
+                    let tokens = 0..writer.layout.block;
                     packed.v.panels_mut::<T>(bytes).gather(whole.v.panels::<S>(from), tokens);
                 });
             }
@@ -184,6 +244,7 @@ impl Writer<'_> {
 }
 
 /// Moves the kept channels to the front; their number.
+#[inline(always)]
 fn compact(row: &mut [f32], kept: &[u16]) -> usize {
     for (i, &channel) in kept.iter().enumerate() {
         row[i] = row[usize::from(channel)];

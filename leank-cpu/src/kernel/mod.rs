@@ -15,6 +15,7 @@ mod portable;
 mod product;
 mod simd;
 mod softmax;
+mod transpose;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -25,17 +26,18 @@ mod avx512_bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
+pub(crate) use portable::Portable;
 pub(crate) use product::Product;
+pub(crate) use simd::Simd;
 pub(crate) use softmax::{MAX_LANES, RowState, Softmax};
+pub(crate) use transpose::transpose;
 
 use std::{fmt, str::FromStr};
 
 use half::{bf16, f16};
 use leank_core::{Dtype, Error, Result};
 
-use portable::Portable;
 use product::{Bf16Pairs, F16s, F32s, Lanes};
-use simd::Simd;
 
 /// An instruction set that a kernel was written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -95,6 +97,13 @@ impl FromStr for Isa {
     }
 }
 
+/// Loops in plain Rust that the compiler turns into vectors of the kernel's instruction set. `run`
+/// and what it calls are `#[inline(always)]`: code of their own would be code for any CPU.
+pub(crate) trait Loops {
+    /// Runs them.
+    fn run(self, simd: impl Simd);
+}
+
 /// Code for one instruction set.
 trait Engine: Simd {
     /// [`product::product`]
@@ -102,6 +111,9 @@ trait Engine: Simd {
 
     /// [`softmax::softmax`]
     fn softmax(self, args: Softmax<'_>);
+
+    /// [`Loops::run`]
+    fn run(self, loops: impl Loops);
 }
 
 impl Engine for Portable {
@@ -111,6 +123,10 @@ impl Engine for Portable {
 
     fn softmax(self, args: Softmax<'_>) {
         softmax::softmax(self, args, softmax::Wide);
+    }
+
+    fn run(self, loops: impl Loops) {
+        loops.run(self);
     }
 }
 
@@ -141,6 +157,15 @@ macro_rules! entries {
                 }
                 // SAFETY: a token exists only where the CPU has the instruction set.
                 unsafe { compiled(self, args) }
+            }
+
+            fn run(self, loops: impl super::Loops) {
+                #[target_feature(enable = $features)]
+                fn compiled(simd: $token, loops: impl super::Loops) {
+                    loops.run(simd);
+                }
+                // SAFETY: a token exists only where the CPU has the instruction set.
+                unsafe { compiled(self, loops) }
             }
         }
     };
@@ -282,5 +307,10 @@ impl Kernel {
                 unreachable!("callers ask `narrows` first")
             }
         }
+    }
+
+    /// Runs loops that were compiled for the instruction set.
+    pub(crate) fn run(self, loops: impl Loops) {
+        on_engine!(self, simd => simd.run(loops));
     }
 }
