@@ -14,8 +14,9 @@ use crate::{
     store::Store,
 };
 
-/// Fewest bytes of full blocks worth waking other threads for.
-const MIN_PARALLEL: usize = 256 << 10;
+/// Fewest bytes of full blocks worth waking other threads for: writing them takes some 80
+/// microseconds, waking rayon's threads 15 to 50.
+const MIN_PARALLEL: usize = 512 << 10;
 
 /// Writes to the blocks of a cache.
 #[derive(Clone, Copy)]
@@ -57,7 +58,7 @@ struct Scratch {
 }
 
 /// A full block of one head to be packed.
-struct Full<'a> {
+struct Whole<'a> {
     kept: &'a [u16],
     whole: HeadPlace,
     packed: HeadPlace,
@@ -76,7 +77,7 @@ struct Appending<'a> {
 /// Packing one head of a block.
 struct Packing<'a> {
     writer: Writer<'a>,
-    full: Full<'a>,
+    block: Whole<'a>,
     bytes: &'a mut [u8],
 }
 
@@ -133,14 +134,14 @@ impl Writer<'_> {
                 let packed = self.place(layer, head, Block::Lean(lean))?;
                 let from = full.head(id, head);
                 let kept = self.config.mask.head(layer, head).kept();
-                Some((lean, head, Full { kept, whole, packed, from }))
+                Some((lean, head, Whole { kept, whole, packed, from }))
             };
             let heads = |pack| shape.kv_head_indices().map(move |head| (pack, head));
             packings.extend(lean.heads_mut(packs.iter().flat_map(heads).filter_map(of_head)));
         }
         let elements = 2 * packings.len() * self.layout.block * shape.head_dim;
-        self.for_each(packings, elements, |_, (full, bytes)| {
-            self.kernel.run(Packing { writer: self, full, bytes });
+        self.for_each(packings, elements, |_, (block, bytes)| {
+            self.kernel.run(Packing { writer: self, block, bytes });
         });
     }
 
@@ -225,7 +226,7 @@ impl Writer<'_> {
 impl Loops for Packing<'_> {
     #[inline(always)]
     fn run(self, _: impl Simd) {
-        let Self { writer, full: Full { kept, whole, packed, from }, bytes } = self;
+        let Self { writer, block: Whole { kept, whole, packed, from }, bytes } = self;
         with_element!(whole.k.dtype, S => {
             with_element!(packed.k.dtype, T => {
                 let kept = kept.iter().copied().map(usize::from);

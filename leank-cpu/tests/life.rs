@@ -194,7 +194,7 @@ fn store(cache: &mut CpuCache, id: SequenceId, entry: StepEntry) {
 /// Long enough that threads share the work.
 #[test]
 fn the_road_of_a_token_does_not_show() {
-    const TOKENS: usize = 2200;
+    const TOKENS: usize = 2400;
     everywhere(|cpu, config| {
         let bytes = |cpu: &Cpu, fill: &dyn Fn(&mut CpuCache, SequenceId)| {
             let mut cache = cpu.create(config.clone()).unwrap();
