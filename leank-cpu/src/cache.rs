@@ -17,7 +17,7 @@ use crate::{
     kernel::Kernel,
     rows::{Restoring, read_rows},
     store::Store,
-    write::LayerWriter,
+    write::Writer,
 };
 
 /// A lean KV cache in host memory. Made by [`crate::Cpu`].
@@ -142,11 +142,9 @@ impl Cache for CpuCache {
         self.check_layer("append", layer)?;
         self.check_view("K of a step", k.shape(), self.config.shape.kv_heads)?;
         self.check_view("V of a step", v.shape(), self.config.shape.kv_heads)?;
-        let Self { config, layout, ledger, store, .. } = self;
-        let mut writer = LayerWriter { config, layout, store, layer };
-        for sequence in ledger.step().map_or(&[][..], |step| &step.sequences) {
-            writer.append(sequence, ledger.table(sequence.id)?, k, v);
-        }
+        let Self { config, layout, ledger, store, kernel, executor, .. } = self;
+        let writer = Writer { config, layout, kernel: *kernel, executor: &**executor };
+        writer.append(ledger, store, layer, [k, v])?;
         self.appended[layer.0] = true;
         Ok(())
     }
@@ -178,13 +176,9 @@ impl Cache for CpuCache {
             let when = format!("before append of layer {layer}");
             return Err(Error::Order { call: "commit", when });
         }
-        let Self { config, layout, store, .. } = self;
-        for layer in config.shape.layer_indices() {
-            let mut writer = LayerWriter { config, layout, store, layer };
-            for pack in &step.packs {
-                writer.pack(pack.full, pack.lean);
-            }
-        }
+        let Self { config, layout, store, kernel, executor, .. } = self;
+        let writer = Writer { config, layout, kernel: *kernel, executor: &**executor };
+        writer.pack(&step.packs, store);
         self.ledger.commit()
     }
 

@@ -8,7 +8,10 @@
 
 use leank_core::{Block, CacheConfig, CacheLayout, Dtype, KvHead, Layer};
 
-use crate::element::{Element, plain};
+use crate::{
+    element::{Element, convert, plain},
+    kernel::{Simd, transpose},
+};
 
 /// Lanes of a panel: two vectors of AVX-512, so that the accumulators of eight query rows fit into
 /// registers. Half as many FMAs per broadcast cost less than a pass that leaves gaps in what it
@@ -41,9 +44,14 @@ impl Section {
         Matrix { section: self, bytes: &head[self.range()] }
     }
 
+    /// Its bytes, to be written.
+    pub(crate) fn bytes_mut(self, head: &mut [u8]) -> &mut [u8] {
+        &mut head[self.range()]
+    }
+
     /// Its elements, to be written; `T` is what `dtype` names.
     pub(crate) fn panels_mut<T: Element>(self, head: &mut [u8]) -> PanelsMut<'_, T> {
-        let data = bytemuck::cast_slice_mut(&mut head[self.range()]);
+        let data = bytemuck::cast_slice_mut(self.bytes_mut(head));
         PanelsMut { data, depth: self.depth, lanes: self.lanes }
     }
 }
@@ -133,7 +141,7 @@ impl<'a, T> Panels<'a, T> {
 /// K or V of one head in one block, to be written.
 #[derive(Debug)]
 pub(crate) struct PanelsMut<'a, T> {
-    pub(crate) data: &'a mut [T],
+    data: &'a mut [T],
     pub(crate) depth: usize,
     pub(crate) lanes: usize,
 }
@@ -147,27 +155,256 @@ pub(crate) fn index<T: Element>(depth: usize, lanes: usize, row: usize, lane: us
 }
 
 impl<T: Element> PanelsMut<'_, T> {
-    /// Writes one column: every row of one lane; rows beyond those given become zero.
-    pub(crate) fn write_lane(&mut self, lane: usize, column: impl Iterator<Item = T>) {
-        let zeros = std::iter::repeat(T::narrow(0.0));
-        for (row, x) in column.chain(zeros).take(self.depth).enumerate() {
-            self.data[index::<T>(self.depth, self.lanes, row, lane)] = x;
+    /// The panel that begins with lane `first`, as rows of groups, and its width.
+    fn panel(&mut self, first: usize) -> (&mut [T::Group], usize) {
+        let width = PANEL.min(self.lanes - first);
+        let panel = &mut self.data[first * self.depth..][..width * self.depth];
+        (bytemuck::cast_slice_mut(panel), width)
+    }
+
+    /// Writes whole lanes of one panel, from lane `first` on: `columns` is `[lanes, depth]` and
+    /// starts at a whole word.
+    #[inline(always)]
+    pub(crate) fn write_lanes<S: Simd>(&mut self, simd: S, first: usize, columns: &[T]) {
+        /// Bytes of a word.
+        const WORD: usize = size_of::<f32>();
+        let words: &[f32] = bytemuck::cast_slice(columns);
+        let columns: &[T::Group] = bytemuck::cast_slice(columns);
+        let groups = self.depth / T::STEP;
+        // Groups in a word.
+        let pack = WORD / size_of::<T::Group>();
+        let stride = groups / pack;
+        let (panel, width) = self.panel(first / PANEL * PANEL);
+        let first = first % PANEL;
+        let lanes = columns.len() / groups;
+        if lanes == 1 {
+            let to = panel.chunks_exact_mut(width).map(|row| &mut row[first]);
+            return to.zip(columns).for_each(|(to, &group)| *to = group);
+        }
+        // What goes by whole vectors, both ways.
+        let deep = stride / S::LANES * S::LANES;
+        let wide = lanes / S::LANES * S::LANES;
+        for lane in (0..wide).step_by(S::LANES) {
+            for word in (0..deep).step_by(S::LANES) {
+                transpose(simd, &words[lane * stride + word..], stride, |i, words| {
+                    let row = &mut panel[(word + i) * pack * width..];
+                    let words: &[T::Group] = bytemuck::cast_slice(words);
+                    for part in 0..pack {
+                        let to = &mut row[part * width + first + lane..][..S::LANES];
+                        let from = words.chunks_exact(pack).map(|groups| groups[part]);
+                        to.iter_mut().zip(from).for_each(|(to, group)| *to = group);
+                    }
+                });
+            }
+        }
+        for (group, row) in panel.chunks_exact_mut(width).enumerate() {
+            let done = if group < deep * pack { wide } else { 0 };
+            for lane in done..lanes {
+                row[first + lane] = columns[lane * groups + group];
+            }
         }
     }
 
-    /// Writes one row. The first row of a group zeroes the rest of it, so that a product over
-    /// whole groups never meets what nobody wrote.
-    pub(crate) fn write_row(&mut self, row: usize, values: impl Iterator<Item = T>) {
-        let (depth, lanes) = (self.depth, self.lanes);
-        for (lane, x) in values.enumerate() {
-            self.data[index::<T>(depth, lanes, row, lane)] = x;
-        }
-        if row.is_multiple_of(T::STEP) {
-            for rest in row + 1..row + T::STEP {
-                for lane in 0..lanes {
-                    self.data[index::<T>(depth, lanes, rest, lane)] = T::narrow(0.0);
+    /// Writes whole rows from row `first` on: `rows` is `[rows, lanes]`. The first row of a group
+    /// zeroes the rest of it, so that a product over whole groups never meets what nobody wrote.
+    #[inline(always)]
+    pub(crate) fn write_rows(&mut self, first: usize, rows: &[T]) {
+        let lanes = self.lanes;
+        let count = rows.len() / lanes;
+        let zeros = [T::zeroed(); PANEL];
+        for start in (0..lanes).step_by(PANEL) {
+            let (panel, width) = self.panel(start);
+            let row = |i: usize| &rows[i * lanes + start..][..width];
+            let mut i = 0;
+            while i < count {
+                let (group, step) = ((first + i) / T::STEP, (first + i) % T::STEP);
+                let groups = &mut panel[group * width..][..width];
+                if step > 0 {
+                    let to = groups.iter_mut().map(|group| &mut group.as_mut()[step]);
+                    to.zip(row(i)).for_each(|(to, &x)| *to = x);
+                    i += 1;
+                } else {
+                    let next = if i + 1 < count { row(i + 1) } else { &zeros[..] };
+                    join::<T>(groups, [row(i), next]);
+                    i += T::STEP;
                 }
             }
         }
+    }
+
+    /// Copies rows of `from`, which has as many lanes; rows beyond them become zero.
+    #[inline(always)]
+    pub(crate) fn gather<S: Element>(
+        &mut self,
+        from: Panels<'_, S>,
+        rows: impl Iterator<Item = usize> + Clone,
+    ) {
+        for start in (0..self.lanes).step_by(PANEL) {
+            let source: &[S::Group] = bytemuck::cast_slice(from.panel(start));
+            let (panel, width) = self.panel(start);
+            let mut rows = rows.clone();
+            for groups in panel.chunks_exact_mut(width) {
+                let mut pair = [[T::zeroed(); PANEL]; DEPTH_MULTIPLE];
+                for (lanes, row) in pair[..T::STEP].iter_mut().zip(&mut rows) {
+                    let source = &source[row / S::STEP * width..][..width];
+                    for (to, group) in lanes.iter_mut().zip(source) {
+                        *to = convert(group.as_ref()[row % S::STEP]);
+                    }
+                }
+                join::<T>(groups, [&pair[0], &pair[1]]);
+            }
+        }
+    }
+}
+
+/// Puts the rows of a group side by side; types whose rows stand alone ignore the second one.
+#[inline(always)]
+fn join<T: Element>(groups: &mut [T::Group], rows: [&[T]; DEPTH_MULTIPLE]) {
+    for (group, (&a, &b)) in groups.iter_mut().zip(rows[0].iter().zip(rows[1])) {
+        let pair = [a, b];
+        group.as_mut().copy_from_slice(&pair[..T::STEP]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+    use crate::{
+        Isa,
+        kernel::{Kernel, Loops},
+    };
+
+    /// What nobody writes stays this: NaN in every type.
+    const UNWRITTEN: u8 = 0xff;
+
+    fn unwritten<T: Element>(depth: usize, lanes: usize) -> Vec<T> {
+        let words = vec![u32::from_ne_bytes([UNWRITTEN; 4]); depth * lanes];
+        bytemuck::cast_slice(&words)[..depth * lanes].to_vec()
+    }
+
+    /// Different numbers, in memory that starts at a whole word.
+    fn numbers(len: usize) -> Vec<f32> {
+        (0..len).map(|i| (i as f32).sin() * 100.0).collect()
+    }
+
+    fn stored<T: Element>(wide: &[f32]) -> Vec<f32> {
+        let mut words = vec![0.0f32; wide.len()];
+        let narrow: &mut [T] = bytemuck::cast_slice_mut(&mut words);
+        narrow.iter_mut().zip(wide).for_each(|(to, &x)| *to = T::narrow(x));
+        words
+    }
+
+    fn same<T: Element>(found: &[T], want: &[T], what: std::fmt::Arguments<'_>) {
+        let bytes = bytemuck::cast_slice::<T, u8>;
+        assert!(bytes(found) == bytes(want), "{}: {what}", std::any::type_name::<T>());
+    }
+
+    /// Lanes from `first` on.
+    struct WriteLanes<'a, T> {
+        to: PanelsMut<'a, T>,
+        first: usize,
+        columns: &'a [T],
+    }
+
+    impl<T: Element> Loops for WriteLanes<'_, T> {
+        fn run(mut self, simd: impl Simd) {
+            self.to.write_lanes(simd, self.first, self.columns);
+        }
+    }
+
+    fn lanes_are_written<T: Element>(kernel: Kernel) {
+        for (depth, lanes) in [(2, 8), (34, 64), (80, 40), (96, 100), (128, 64)] {
+            for (first, count) in [(0, 32), (0, 1), (3, 2), (5, 27), (32, 8), (35, 5), (96, 4)] {
+                if first + count > lanes {
+                    continue;
+                }
+                let words = stored::<T>(&numbers(count * depth));
+                let columns = &bytemuck::cast_slice(&words)[..count * depth];
+                let mut want = unwritten::<T>(depth, lanes);
+                for (i, &x) in columns.iter().enumerate() {
+                    want[index::<T>(depth, lanes, i % depth, first + i / depth)] = x;
+                }
+                let mut data = unwritten::<T>(depth, lanes);
+                let to = PanelsMut { data: &mut data, depth, lanes };
+                kernel.run(WriteLanes { to, first, columns });
+                same(&data, &want, format_args!("{depth}x{lanes}, {count} from {first}"));
+            }
+        }
+    }
+
+    #[test]
+    fn lanes_are_written_like_single_elements() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let kernel = Kernel::new(isa).unwrap();
+            lanes_are_written::<f32>(kernel);
+            lanes_are_written::<f16>(kernel);
+            lanes_are_written::<bf16>(kernel);
+        }
+    }
+
+    fn rows_are_written<T: Element>() {
+        for (depth, lanes) in [(2, 20), (8, 33), (66, 80), (64, 96)] {
+            for (first, count) in [(0, 1), (1, 1), (0, 2), (1, 4), (3, 5), (2, 6), (33, 31)] {
+                if first + count > depth {
+                    continue;
+                }
+                let words = stored::<T>(&numbers(count * lanes));
+                let rows: &[T] = &bytemuck::cast_slice(&words)[..count * lanes];
+                let mut want = unwritten::<T>(depth, lanes);
+                for (i, &x) in rows.iter().enumerate() {
+                    let (row, lane) = (first + i / lanes, i % lanes);
+                    want[index::<T>(depth, lanes, row, lane)] = x;
+                    if T::STEP == 2 && row % 2 == 0 {
+                        want[index::<T>(depth, lanes, row + 1, lane)] = T::zeroed();
+                    }
+                }
+                let mut data = unwritten::<T>(depth, lanes);
+                PanelsMut { data: &mut data, depth, lanes }.write_rows(first, rows);
+                same(&data, &want, format_args!("{depth}x{lanes}, {count} from {first}"));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_written_like_single_elements() {
+        rows_are_written::<f32>();
+        rows_are_written::<f16>();
+        rows_are_written::<bf16>();
+    }
+
+    fn rows_are_gathered<S: Element, T: Element>() {
+        for (channels, lanes) in [(34, 8), (80, 64), (96, 33), (128, 100)] {
+            for kept in [&[][..], &[1], &[0, 33], &[3, 4, 5, 16, 31], &[0, 2, 7, 8, 9, 20, 32]] {
+                let depth = kept.len().next_multiple_of(DEPTH_MULTIPLE);
+                let words = stored::<S>(&numbers(channels * lanes));
+                let data: &[S] = &bytemuck::cast_slice(&words)[..channels * lanes];
+                let from = Panels { data, depth: channels, lanes };
+                let mut want = vec![T::zeroed(); depth * lanes];
+                for (row, &channel) in kept.iter().enumerate() {
+                    for lane in 0..lanes {
+                        let x = data[index::<S>(channels, lanes, channel, lane)].widen();
+                        want[index::<T>(depth, lanes, row, lane)] = T::narrow(x);
+                    }
+                }
+                let mut data = unwritten::<T>(depth, lanes);
+                let mut to = PanelsMut { data: &mut data, depth, lanes };
+                to.gather(from, kept.iter().copied());
+                same(&data, &want, format_args!("{channels}x{lanes}, {kept:?}"));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_gathered_like_single_elements() {
+        fn to_all<S: Element>() {
+            rows_are_gathered::<S, f32>();
+            rows_are_gathered::<S, f16>();
+            rows_are_gathered::<S, bf16>();
+        }
+        to_all::<f32>();
+        to_all::<f16>();
+        to_all::<bf16>();
     }
 }

@@ -7,7 +7,8 @@ use leank_core::{
 
 use crate::{
     element::{Element as _, with_element},
-    panels::{HeadPlace, Section, index},
+    kernel::Portable,
+    panels::{HeadPlace, PANEL, Section, index},
     store::Store,
 };
 
@@ -65,12 +66,23 @@ impl BlockStore for Restoring<'_> {
         let to = self.store.head_mut(rows.layer, rows.block, rows.head);
         with_element!(section.dtype, T => {
             let mut to = section.panels_mut::<T>(to);
-            let size = size_of::<T>();
-            for (token, row) in bytes.chunks_exact(rows.channels * size).enumerate() {
-                let values = row.chunks_exact(size).map(T::from_le);
+            let width = match rows.tensor {
+                Tensor::K => to.depth,
+                Tensor::V => to.lanes,
+            };
+            let mut stored = vec![0.0f32; PANEL.min(rows.tokens) * width];
+            let stored: &mut [T] = bytemuck::cast_slice_mut(&mut stored);
+            let size = rows.channels * size_of::<T>();
+            for (i, bytes) in bytes.chunks(PANEL * size).enumerate() {
+                let tokens = bytes.chunks_exact(size);
+                let stored = &mut stored[..tokens.len() * width];
+                for (row, bytes) in stored.chunks_exact_mut(width).zip(tokens) {
+                    let elements = bytes.chunks_exact(size_of::<T>()).map(T::from_le);
+                    row.iter_mut().zip(elements).for_each(|(to, x)| *to = x);
+                }
                 match rows.tensor {
-                    Tensor::K => to.write_lane(token, values),
-                    Tensor::V => to.write_row(token, values),
+                    Tensor::K => to.write_lanes(Portable, i * PANEL, stored),
+                    Tensor::V => to.write_rows(i * PANEL, stored),
                 }
             }
         });

@@ -97,10 +97,10 @@ pub(crate) struct Head {
 }
 
 /// Blocks of one kind in one layer.
-#[derive(Default)]
-struct Slots {
+pub(crate) struct Slots {
     /// Bytes of a block.
     bytes: usize,
+    heads: Vec<Head>,
     slabs: Vec<Slab>,
     /// Where each block lies.
     places: Vec<Place>,
@@ -123,6 +123,10 @@ impl Place {
 }
 
 impl Slots {
+    fn new(bytes: usize, heads: impl Iterator<Item = Head>) -> Self {
+        Self { bytes, heads: heads.collect(), slabs: Vec::new(), places: Vec::new() }
+    }
+
     /// Makes room for block `id`.
     fn cover(&mut self, id: usize) -> Option<()> {
         while self.places.len() <= id {
@@ -135,19 +139,64 @@ impl Slots {
         Some(())
     }
 
-    fn head(&self, id: u32, head: Head) -> &[u8] {
+    /// Slab and bytes of a head in a block.
+    fn find(&self, id: u32, head: KvHead) -> (usize, std::ops::Range<usize>) {
         let place = self.places[id as usize];
-        &self.slabs[place.slab].bytes()[place.range(head)]
+        (place.slab, place.range(self.heads[head.0]))
     }
 
-    fn head_mut(&mut self, id: u32, head: Head) -> &mut [u8] {
-        let place = self.places[id as usize];
-        &mut self.slabs[place.slab].bytes_mut()[place.range(head)]
+    /// K and V of a head in a block that has storage, as the layout puts them one after the other.
+    pub(crate) fn head(&self, id: u32, head: KvHead) -> &[u8] {
+        let (slab, range) = self.find(id, head);
+        &self.slabs[slab].bytes()[range]
     }
 
-    fn discard(&mut self, id: u32, heads: &[Head]) {
+    /// The same, to be written.
+    pub(crate) fn head_mut(&mut self, id: u32, head: KvHead) -> &mut [u8] {
+        let (slab, range) = self.find(id, head);
+        &mut self.slabs[slab].bytes_mut()[range]
+    }
+
+    /// Several heads of blocks to be written at the same time, each with what `wanted` says beside
+    /// it. They come in the order of memory.
+    ///
+    /// # Panics
+    /// When a head of a block is wanted twice.
+    pub(crate) fn heads_mut<T>(
+        &mut self,
+        wanted: impl Iterator<Item = (u32, KvHead, T)>,
+    ) -> Vec<(T, &mut [u8])> {
+        let found = wanted.map(|(id, head, with)| (self.find(id, head), with));
+        let mut found: Vec<_> = found.collect();
+        found.sort_unstable_by_key(|((slab, range), _)| (*slab, range.start));
+        let mut parts = Vec::with_capacity(found.len());
+        let mut found = found.into_iter().peekable();
+        for (index, slab) in self.slabs.iter_mut().enumerate() {
+            let (mut rest, mut before) = (slab.bytes_mut(), 0);
+            while let Some(((_, range), with)) = found.next_if(|((slab, _), _)| *slab == index) {
+                let (own, behind) = rest.split_at_mut(range.end - before);
+                parts.push((with, &mut own[range.start - before..]));
+                (rest, before) = (behind, range.end);
+            }
+        }
+        parts
+    }
+
+    fn copy(&mut self, from: u32, to: u32) {
+        let [from, to] = [from, to].map(|id| self.places[id as usize]);
+        for &head in &self.heads {
+            let (source, target) = (from.range(head), to.range(head));
+            if from.slab == to.slab {
+                self.slabs[to.slab].bytes_mut().copy_within(source, target.start);
+            } else if let Ok([a, b]) = self.slabs.get_disjoint_mut([from.slab, to.slab]) {
+                b.bytes_mut()[target].copy_from_slice(&a.bytes()[source]);
+            }
+        }
+    }
+
+    fn discard(&mut self, id: u32) {
         if let Some(&place) = self.places.get(id as usize) {
-            for &head in heads {
+            for &head in &self.heads {
                 self.slabs[place.slab].discard(place.range(head));
             }
         }
@@ -157,34 +206,30 @@ impl Slots {
 /// The blocks of one head in one layer.
 #[derive(Clone, Copy)]
 pub(crate) struct HeadStore<'a> {
-    full: (&'a Slots, Head),
-    lean: (&'a Slots, Head),
+    full: &'a Slots,
+    lean: &'a Slots,
+    head: KvHead,
 }
 
 impl<'a> HeadStore<'a> {
-    /// K and V in a block that has storage, as the layout puts them one after the other.
-    #[inline(always)]
+    /// See [`Slots::head`].
+    #[inline]
     pub(crate) fn get(&self, block: Block) -> &'a [u8] {
-        let ((slots, head), id) = match block {
-            Block::Full(id) => (self.full, id),
-            Block::Lean(id) => (self.lean, id),
-        };
-        slots.head(id, head)
+        match block {
+            Block::Full(id) => self.full.head(id, self.head),
+            Block::Lean(id) => self.lean.head(id, self.head),
+        }
     }
 }
 
-/// Storage of every block of a cache.
+/// Storage of every block of a cache, by layer.
 pub(crate) struct Store {
-    full: Vec<Slots>,
-    lean: Vec<Slots>,
-    full_heads: Vec<Head>,
-    /// Per layer.
-    lean_heads: Vec<Vec<Head>>,
+    pub(crate) full: Vec<Slots>,
+    pub(crate) lean: Vec<Slots>,
 }
 
 impl Store {
     pub(crate) fn new(layout: &CacheLayout, shape: ModelShape) -> Self {
-        let slots = |bytes| Slots { bytes, ..Slots::default() };
         let full_head = |head: KvHead| Head {
             offset: layout.full_k_offset(head),
             bytes: layout.full_head_bytes(),
@@ -194,14 +239,14 @@ impl Store {
             bytes: layout.layer(layer).lean_head_bytes(head),
         };
         let heads = || shape.kv_head_indices();
+        let full = |_| Slots::new(layout.full_bytes, heads().map(full_head));
+        let lean = |layer| {
+            let heads = heads().map(|head| lean_head(layer, head));
+            Slots::new(layout.layer(layer).lean_bytes, heads)
+        };
         Self {
-            full: shape.layer_indices().map(|_| slots(layout.full_bytes)).collect(),
-            lean: shape.layer_indices().map(|l| slots(layout.layer(l).lean_bytes)).collect(),
-            full_heads: heads().map(full_head).collect(),
-            lean_heads: shape
-                .layer_indices()
-                .map(|layer| heads().map(|head| lean_head(layer, head)).collect())
-                .collect(),
+            full: shape.layer_indices().map(full).collect(),
+            lean: shape.layer_indices().map(lean).collect(),
         }
     }
 
@@ -210,10 +255,7 @@ impl Store {
     /// # Errors
     /// [`Error::SystemMemory`] when the system has no memory left.
     pub(crate) fn allocate(&mut self, block: Block) -> Result<()> {
-        let (kind, id) = match block {
-            Block::Full(id) => (&mut self.full, id),
-            Block::Lean(id) => (&mut self.lean, id),
-        };
+        let (kind, id) = self.kind_mut(block);
         for slots in kind {
             if slots.cover(id as usize).is_none() {
                 return Err(Error::SystemMemory {
@@ -227,66 +269,45 @@ impl Store {
 
     /// Takes the storage of a block in every layer.
     pub(crate) fn free(&mut self, block: Block) {
-        for layer in 0..self.full.len() {
-            match block {
-                Block::Full(id) => self.full[layer].discard(id, &self.full_heads),
-                Block::Lean(id) => self.lean[layer].discard(id, &self.lean_heads[layer]),
-            }
+        let (kind, id) = self.kind_mut(block);
+        kind.iter_mut().for_each(|slots| slots.discard(id));
+    }
+
+    fn kind_mut(&mut self, block: Block) -> (&mut [Slots], u32) {
+        match block {
+            Block::Full(id) => (&mut self.full, id),
+            Block::Lean(id) => (&mut self.lean, id),
         }
     }
 
     /// The blocks of one head.
     pub(crate) fn of_head(&self, layer: Layer, head: KvHead) -> HeadStore<'_> {
-        HeadStore {
-            full: (&self.full[layer.0], self.full_heads[head.0]),
-            lean: (&self.lean[layer.0], self.lean_heads[layer.0][head.0]),
-        }
+        HeadStore { full: &self.full[layer.0], lean: &self.lean[layer.0], head }
     }
 
-    /// K and V of a head in a block that has storage.
+    /// See [`Slots::head`].
     pub(crate) fn head(&self, layer: Layer, block: Block, head: KvHead) -> &[u8] {
         self.of_head(layer, head).get(block)
     }
 
     /// The same, to be written.
     pub(crate) fn head_mut(&mut self, layer: Layer, block: Block, head: KvHead) -> &mut [u8] {
-        match block {
-            Block::Full(id) => self.full[layer.0].head_mut(id, self.full_heads[head.0]),
-            Block::Lean(id) => self.lean[layer.0].head_mut(id, self.lean_heads[layer.0][head.0]),
-        }
+        let (kind, id) = self.kind_mut(block);
+        kind[layer.0].head_mut(id, head)
     }
 
     /// Copies a full block to another one, in every layer.
     pub(crate) fn copy(&mut self, from: u32, to: u32) {
-        let mut bytes = Vec::new();
-        for layer in (0..self.full.len()).map(Layer) {
-            for head in (0..self.full_heads.len()).map(KvHead) {
-                bytes.clear();
-                bytes.extend_from_slice(self.head(layer, Block::Full(from), head));
-                self.head_mut(layer, Block::Full(to), head).copy_from_slice(&bytes);
-            }
-        }
-    }
-
-    /// A head of a full block to read, and of a lean one to write.
-    pub(crate) fn pack_pair(
-        &mut self,
-        layer: Layer,
-        (full, lean): (u32, u32),
-        head: KvHead,
-    ) -> (&[u8], &mut [u8]) {
-        (
-            self.full[layer.0].head(full, self.full_heads[head.0]),
-            self.lean[layer.0].head_mut(lean, self.lean_heads[layer.0][head.0]),
-        )
+        self.full.iter_mut().for_each(|slots| slots.copy(from, to));
     }
 
     /// Overwrites what a block holds, so that a test sees whether anybody reads it unwritten.
     #[cfg(any(test, debug_assertions))]
     pub(crate) fn poison(&mut self, block: Block) {
-        for layer in (0..self.full.len()).map(Layer) {
-            for head in (0..self.full_heads.len()).map(KvHead) {
-                self.head_mut(layer, block, head).fill(0xff); // NaN in every element type
+        let (kind, id) = self.kind_mut(block);
+        for slots in kind {
+            for head in (0..slots.heads.len()).map(KvHead) {
+                slots.head_mut(id, head).fill(0xff); // NaN in every element type
             }
         }
     }

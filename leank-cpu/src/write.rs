@@ -1,139 +1,254 @@
 //! Into the blocks: new rows of K and V, and the packing of full blocks into lean ones.
+//!
+//! Each piece of work writes one head of one block, so pieces run side by side, in any order.
 
-use leank_core::{Block, CacheConfig, CacheLayout, Dtype, HostView, KvHead, Layer, StepSequence};
+use std::sync::{Mutex, PoisonError};
+
+use leank_core::{Block, CacheConfig, CacheLayout, HostView, KvHead, Layer, Ledger, Pack, Result};
 
 use crate::{
-    element::{Element, with_element},
-    panels::{HeadPlace, PanelsMut, index},
+    element::{Element, convert, with_element},
+    executor::Executor,
+    kernel::{Kernel, Loops, Simd},
+    panels::{HeadPlace, PANEL},
     store::Store,
 };
 
-/// Writes to the blocks of one layer.
-pub(crate) struct LayerWriter<'a> {
+/// Fewest bytes of full blocks worth waking other threads for: writing them takes some 80
+/// microseconds, waking rayon's threads 15 to 50.
+const MIN_PARALLEL: usize = 512 << 10;
+
+/// Writes to the blocks of a cache.
+#[derive(Clone, Copy)]
+pub(crate) struct Writer<'a> {
     pub(crate) config: &'a CacheConfig,
     pub(crate) layout: &'a CacheLayout,
-    pub(crate) store: &'a mut Store,
-    pub(crate) layer: Layer,
+    pub(crate) kernel: Kernel,
+    pub(crate) executor: &'a dyn Executor,
 }
 
-/// Where one token of one head lies.
-#[derive(Clone, Copy)]
-struct Slot {
+/// New tokens of one head that go to one block.
+struct Run {
+    layer: Layer,
     head: KvHead,
-    block: Block,
-    /// Index of the token in its block.
-    token: usize,
+    place: HeadPlace,
+    /// Index of the first one in the block.
+    first: usize,
+    /// Its row in the step.
+    row: usize,
+    tokens: usize,
 }
 
-impl LayerWriter<'_> {
-    /// Writes the new tokens of one sequence to the blocks that `table` names. Values are stored
-    /// as they are, rounded; rows that go straight to lean blocks are rounded to the type of full
+/// Rows of K or V that come in.
+struct Rows<'a> {
+    view: HostView<'a>,
+    /// The channels that will be stored; all of them without.
+    kept: Option<&'a [u16]>,
+    /// Elements of a row in storage; those beyond the channels are zero.
+    width: usize,
+}
+
+/// What a piece of work works in.
+#[derive(Default)]
+struct Scratch {
+    /// One row in single precision.
+    wide: Vec<f32>,
+    /// Rows of a panel as they will be stored: memory for elements of any type.
+    stored: Vec<f32>,
+}
+
+/// A full block of one head to be packed.
+struct Whole<'a> {
+    kept: &'a [u16],
+    whole: HeadPlace,
+    packed: HeadPlace,
+    from: &'a [u8],
+}
+
+/// Writing new tokens of one head to one block.
+struct Appending<'a> {
+    writer: Writer<'a>,
+    run: Run,
+    bytes: &'a mut [u8],
+    views: [HostView<'a>; 2],
+    scratch: &'a mut Scratch,
+}
+
+/// Packing one head of a block.
+struct Packing<'a> {
+    writer: Writer<'a>,
+    block: Whole<'a>,
+    bytes: &'a mut [u8],
+}
+
+impl Writer<'_> {
+    /// Writes the new tokens of the step under way to the blocks of a layer. Values are stored as
+    /// they are, rounded; rows that go straight to lean blocks are rounded to the type of full
     /// ones first, so that the road by which a token came does not show.
     pub(crate) fn append(
-        &mut self,
-        sequence: &StepSequence,
-        table: &[Block],
-        k: HostView<'_>,
-        v: HostView<'_>,
+        self,
+        ledger: &Ledger,
+        store: &mut Store,
+        layer: Layer,
+        [k, v]: [HostView<'_>; 2],
+    ) -> Result<()> {
+        let block = self.layout.block;
+        let (mut full, mut lean) = (Vec::new(), Vec::new());
+        for sequence in ledger.step().map_or(&[][..], |step| &step.sequences) {
+            let table = ledger.table(sequence.id)?;
+            let mut position = sequence.start;
+            let end = sequence.start + sequence.tokens;
+            while position < end {
+                let first = position % block;
+                let tokens = (block - first).min(end - position);
+                let row = sequence.row + position - sequence.start;
+                let to = table[position / block];
+                for head in self.config.shape.kv_head_indices() {
+                    let Some(place) = self.place(layer, head, to) else { continue };
+                    let run = Run { layer, head, place, first, row, tokens };
+                    match to {
+                        Block::Full(id) => full.push((id, head, run)),
+                        Block::Lean(id) => lean.push((id, head, run)),
+                    }
+                }
+                position += tokens;
+            }
+        }
+        let mut runs = store.full[layer.0].heads_mut(full.into_iter());
+        runs.extend(store.lean[layer.0].heads_mut(lean.into_iter()));
+        let elements = 2 * k.shape().tokens * k.shape().heads * k.shape().head_dim;
+        self.for_each(runs, elements, |scratch, (run, bytes)| {
+            self.kernel.run(Appending { writer: self, run, bytes, views: [k, v], scratch });
+        });
+        Ok(())
+    }
+
+    /// Packs full blocks into lean ones, in every layer.
+    pub(crate) fn pack(self, packs: &[Pack], store: &mut Store) {
+        let shape = self.config.shape;
+        let Store { full, lean } = store;
+        let mut packings = Vec::new();
+        for (layer, (full, lean)) in shape.layer_indices().zip(full.iter().zip(lean)) {
+            let of_head = |(&Pack { full: id, lean }, head)| {
+                let whole = self.place(layer, head, Block::Full(id))?;
+                let packed = self.place(layer, head, Block::Lean(lean))?;
+                let from = full.head(id, head);
+                let kept = self.config.mask.head(layer, head).kept();
+                Some((lean, head, Whole { kept, whole, packed, from }))
+            };
+            let heads = |pack| shape.kv_head_indices().map(move |head| (pack, head));
+            packings.extend(lean.heads_mut(packs.iter().flat_map(heads).filter_map(of_head)));
+        }
+        let elements = 2 * packings.len() * self.layout.block * shape.head_dim;
+        self.for_each(packings, elements, |_, (block, bytes)| {
+            self.kernel.run(Packing { writer: self, block, bytes });
+        });
+    }
+
+    /// Does pieces of work that write so many elements of full blocks together.
+    fn for_each<T: Send>(
+        self,
+        pieces: Vec<T>,
+        elements: usize,
+        work: impl Fn(&mut Scratch, T) + Sync,
     ) {
-        let block = self.layout.block;
-        let mut row = vec![0.0; self.config.shape.head_dim];
-        for token in 0..sequence.tokens {
-            let position = sequence.start + token;
-            for head in self.config.shape.kv_head_indices() {
-                let slot = Slot { head, block: table[position / block], token: position % block };
-                k.read_row(sequence.row + token, head.0, &mut row);
-                self.write_key(slot, &mut row);
-                v.read_row(sequence.row + token, head.0, &mut row);
-                self.write_value(slot, &mut row);
-            }
+        if elements * self.config.dtype.bytes() < MIN_PARALLEL {
+            let mut scratch = Scratch::default();
+            return pieces.into_iter().for_each(|piece| work(&mut scratch, piece));
         }
+        let pieces: Vec<_> = pieces.into_iter().map(|piece| Mutex::new(Some(piece))).collect();
+        self.executor.run(pieces.len(), &|i| {
+            let piece = pieces[i].lock().unwrap_or_else(PoisonError::into_inner).take();
+            piece.into_iter().for_each(|piece| work(&mut Scratch::default(), piece));
+        });
     }
 
-    fn place(&self, head: KvHead, block: Block) -> Option<HeadPlace> {
-        HeadPlace::of(self.config, self.layout, (self.layer, head), block)
+    fn place(self, layer: Layer, head: KvHead, block: Block) -> Option<HeadPlace> {
+        HeadPlace::of(self.config, self.layout, (layer, head), block)
     }
+}
 
-    fn write_key(&mut self, slot: Slot, row: &mut [f32]) {
-        let Some(place) = self.place(slot.head, slot.block) else { return };
-        self.round(place.k.dtype, row);
-        let kept = self.config.mask.head(self.layer, slot.head).kept();
-        let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
+impl Loops for Appending<'_> {
+    #[inline(always)]
+    fn run(self, simd: impl Simd) {
+        let Self { writer, run, bytes, views: [k, v], scratch } = self;
+        let Run { place, .. } = run;
+        let kept = writer.config.mask.head(run.layer, run.head).kept();
         with_element!(place.k.dtype, T => {
-            let mut k = place.k.panels_mut::<T>(bytes);
-            if place.lean {
-                k.write_lane(slot.token, kept.iter().map(|&c| T::narrow(row[usize::from(c)])));
+            let mut to = place.k.panels_mut::<T>(bytes);
+            let from = Rows { view: k, kept: place.lean.then_some(kept), width: to.depth };
+            writer.write(&run, from, scratch, |first, rows| to.write_lanes(simd, first, rows));
+        });
+        with_element!(place.v.dtype, T => {
+            let mut to = place.v.panels_mut::<T>(bytes);
+            let from = Rows { view: v, kept: None, width: to.lanes };
+            writer.write(&run, from, scratch, |first, rows| to.write_rows(first, rows));
+        });
+    }
+}
+
+impl Writer<'_> {
+    /// Hands over rows `[tokens, width]` as they will be stored, those of a panel of lanes at a
+    /// time, with the index of the first token in its block.
+    #[inline(always)]
+    fn write<T: Element>(
+        self,
+        run: &Run,
+        from: Rows<'_>,
+        scratch: &mut Scratch,
+        mut write: impl FnMut(usize, &[T]),
+    ) {
+        let Rows { view, kept, width } = from;
+        let Scratch { wide, stored } = scratch;
+        wide.resize(self.config.shape.head_dim, 0.0);
+        stored.clear();
+        stored.resize((PANEL.min(run.tokens) * width * size_of::<T>()).div_ceil(4), 0.0);
+        let rows: &mut [T] = bytemuck::cast_slice_mut(stored);
+        let mut done = 0;
+        while done < run.tokens {
+            let first = run.first + done;
+            let tokens = (PANEL - first % PANEL).min(run.tokens - done);
+            for (i, row) in rows.chunks_exact_mut(width).take(tokens).enumerate() {
+                view.read_row(run.row + done + i, run.head.0, wide);
+                let count = kept.map_or(wide.len(), |kept| compact(wide, kept));
+                with_element!(self.config.dtype, Full => {
+                    for (to, &x) in row.iter_mut().zip(&wide[..count]) {
+                        *to = convert::<Full, T>(Full::narrow(x));
+                    }
+                });
+            }
+            write(first, &rows[..tokens * width]);
+            done += tokens;
+        }
+    }
+}
+
+impl Loops for Packing<'_> {
+    #[inline(always)]
+    fn run(self, _: impl Simd) {
+        let Self { writer, block: Whole { kept, whole, packed, from }, bytes } = self;
+        with_element!(whole.k.dtype, S => {
+            with_element!(packed.k.dtype, T => {
+                let kept = kept.iter().copied().map(usize::from);
+                packed.k.panels_mut::<T>(bytes).gather(whole.k.of(from).panels::<S>(), kept);
+            });
+            if whole.v.dtype == packed.v.dtype {
+                packed.v.bytes_mut(bytes).copy_from_slice(whole.v.of(from).bytes);
             } else {
-                k.write_lane(slot.token, row.iter().map(|&x| T::narrow(x)));
+                with_element!(packed.v.dtype, T => {
+                    let tokens = 0..writer.layout.block;
+                    packed.v.panels_mut::<T>(bytes).gather(whole.v.of(from).panels::<S>(), tokens);
+                });
             }
         });
     }
-
-    fn write_value(&mut self, slot: Slot, row: &mut [f32]) {
-        let Some(place) = self.place(slot.head, slot.block) else { return };
-        self.round(place.v.dtype, row);
-        let bytes = self.store.head_mut(self.layer, slot.block, slot.head);
-        with_element!(place.v.dtype, T => {
-            let values = row.iter().map(|&x| T::narrow(x));
-            place.v.panels_mut::<T>(bytes).write_row(slot.token, values);
-        });
-    }
-
-    /// Rounds to the type of full blocks what will be rounded to `dtype`.
-    fn round(&self, dtype: Dtype, row: &mut [f32]) {
-        let full = self.config.dtype;
-        if full != dtype {
-            row.iter_mut().for_each(|x| *x = full.round(*x));
-        }
-    }
-
-    /// Packs a full block into a lean one.
-    pub(crate) fn pack(&mut self, full: u32, lean: u32) {
-        let block = self.layout.block;
-        for head in self.config.shape.kv_head_indices() {
-            let places = (self.place(head, Block::Full(full)), self.place(head, Block::Lean(lean)));
-            let (Some(whole), Some(packed)) = places else { continue };
-            let kept = self.config.mask.head(self.layer, head).kept();
-            let (from, to) = self.store.pack_pair(self.layer, (full, lean), head);
-            with_element!(self.config.dtype, S => {
-                with_element!(packed.k.dtype, T => {
-                    let (from, to) = (whole.k.of(from).panels::<S>(), packed.k.panels_mut::<T>(to));
-                    gather(from.data, from.depth, kept, to);
-                });
-                with_element!(packed.v.dtype, T => {
-                    let (from, to) = (whole.v.of(from).panels::<S>(), packed.v.panels_mut::<T>(to));
-                    transfer(from.data, block, to);
-                });
-            });
-        }
-    }
 }
 
-/// Copies the kept rows of K; rows beyond them become zero.
-fn gather<S: Element, T: Element>(from: &[S], channels: usize, kept: &[u16], to: PanelsMut<'_, T>) {
-    let PanelsMut { data, depth, lanes } = to;
-    let sources = kept.iter().map(|&channel| Some(usize::from(channel)));
-    for (row, source) in sources.chain(std::iter::repeat(None)).take(depth).enumerate() {
-        for lane in 0..lanes {
-            let x = source.map_or(0.0, |c| from[index::<S>(channels, lanes, c, lane)].widen());
-            data[index::<T>(depth, lanes, row, lane)] = T::narrow(x);
-        }
+/// Moves the kept channels to the front; their number.
+#[inline(always)]
+fn compact(row: &mut [f32], kept: &[u16]) -> usize {
+    for (i, &channel) in kept.iter().enumerate() {
+        row[i] = row[usize::from(channel)];
     }
-}
-
-/// Copies V. Between types it goes element by element, and rows beyond the block's tokens become
-/// zero: only some types write them.
-fn transfer<S: Element, T: Element>(from: &[S], tokens: usize, to: PanelsMut<'_, T>) {
-    let PanelsMut { data, depth, lanes } = to;
-    if std::any::TypeId::of::<S>() == std::any::TypeId::of::<T>() {
-        data.copy_from_slice(bytemuck::cast_slice(from));
-        return;
-    }
-    for row in 0..depth {
-        for lane in 0..lanes {
-            let written = row < tokens;
-            let x = if written { from[index::<S>(depth, lanes, row, lane)].widen() } else { 0.0 };
-            data[index::<T>(depth, lanes, row, lane)] = T::narrow(x);
-        }
-    }
+    kept.len()
 }

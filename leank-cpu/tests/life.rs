@@ -1,14 +1,14 @@
 //! Fork, rollback and sequences on disk, on real K and V: small scenes; the state machine itself is
 //! tested in `leank-core`.
 
-use std::sync::Arc;
+use std::{num::NonZeroUsize, sync::Arc};
 
 use leank_core::{
     Backend as _, Cache as _, CacheConfig, ChannelMask, Dtype, Error, HeadFormat, HostView,
     HostViewMut, Layer, LeanFormat, ModelMask, ModelShape, SequenceId, StepEntry, ViewShape,
     Windows,
 };
-use leank_cpu::{Cpu, CpuCache, Isa, Serial};
+use leank_cpu::{Cpu, CpuCache, Isa, Pool, Serial};
 
 const LAYERS: usize = 2;
 const SHAPE: (usize, usize, usize) = (6, 3, 20);
@@ -168,6 +168,53 @@ fn a_saved_sequence_goes_on_elsewhere() {
         let mut foreign = cpu.create(CacheConfig { dtype, ..config.clone() }).unwrap();
         let error = foreign.restore(&mut &saved[..]).unwrap_err();
         assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    });
+}
+
+/// Appends tokens of a story without attention; values with all kinds of bits.
+fn store(cache: &mut CpuCache, id: SequenceId, entry: StepEntry) {
+    let (_, kv_heads, head_dim) = SHAPE;
+    let start = cache.sequence_len(id).unwrap();
+    cache.plan(&[entry]).unwrap();
+    for layer in 0..LAYERS {
+        let own = |kind| {
+            let mut rows = rows(kind, 1, layer, start, entry.tokens, kv_heads);
+            // Small ones are subnormal in half precision, large ones infinite.
+            rows.iter_mut().for_each(|x| *x = x.powi(9) * 1e6);
+            rows
+        };
+        let (k, v) = (own(1), own(2));
+        let shape = ViewShape::contiguous(entry.tokens, kv_heads, head_dim);
+        let view = |data| HostView::new(data, shape).unwrap();
+        cache.append(Layer(layer), view(&k[..]), view(&v[..])).unwrap();
+    }
+    cache.commit().unwrap();
+}
+
+/// Long enough that threads share the work.
+#[test]
+fn the_road_of_a_token_does_not_show() {
+    const TOKENS: usize = 2400;
+    everywhere(|cpu, config| {
+        let bytes = |cpu: &Cpu, fill: &dyn Fn(&mut CpuCache, SequenceId)| {
+            let mut cache = cpu.create(config.clone()).unwrap();
+            let id = cache.add_sequence();
+            fill(&mut cache, id);
+            assert_eq!(cache.sequence_len(id).unwrap(), TOKENS);
+            let mut saved = Vec::new();
+            cache.save(id, &mut saved).unwrap();
+            saved
+        };
+        let one_by_one = bytes(cpu, &|cache, id| {
+            (0..TOKENS).for_each(|_| store(cache, id, StepEntry::decode(id, 1)));
+        });
+        let pool = Pool::new(NonZeroUsize::new(3).unwrap()).unwrap();
+        let threads = Cpu::with_executor(Arc::new(pool)).with_isa(cpu.isa()).unwrap();
+        // Through full blocks that are packed together at commit, and straight to lean ones.
+        let whole = bytes(&threads, &|cache, id| store(cache, id, StepEntry::decode(id, TOKENS)));
+        assert!(one_by_one == whole, "packed");
+        let prompt = bytes(&threads, &|cache, id| store(cache, id, StepEntry::store(id, TOKENS)));
+        assert!(one_by_one == prompt, "born lean");
     });
 }
 

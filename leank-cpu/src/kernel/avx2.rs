@@ -109,4 +109,14 @@ impl Simd for Avx2 {
     fn prefetch(self, address: *const u8) {
         op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
+
+    #[inline(always)]
+    fn interleave(self, a: __m256, b: __m256) -> [__m256; 2] {
+        // Of each half.
+        let [lower, upper] = op!([_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)]);
+        op!([
+            _mm256_permute2f128_ps::<0x20>(lower, upper),
+            _mm256_permute2f128_ps::<0x31>(lower, upper),
+        ])
+    }
 }

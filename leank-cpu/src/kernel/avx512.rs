@@ -128,6 +128,13 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     fn prefetch(self, address: *const u8) {
         op!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
+
+    #[inline(always)]
+    fn interleave(self, a: __m512, b: __m512) -> [__m512; 2] {
+        let first = op!(_mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+        let second = op!(_mm512_add_epi32(first, _mm512_set1_epi32(8)));
+        op!([_mm512_permutex2var_ps(a, first, b), _mm512_permutex2var_ps(a, second, b)])
+    }
 }
 
 /// Pairs of bf16 times pairs of bf16.

@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::simd::Simd;
+use super::simd::{MAX_LANES, Simd};
 use crate::element::Element;
 
 /// An element of the left side of a product.
@@ -16,6 +16,24 @@ pub(crate) trait Factor: Element {
     /// # Safety
     /// `to` is writable for that many.
     unsafe fn store<S: Simd>(simd: S, to: *mut Self, x: S::F32);
+
+    /// Rounds up to [`MAX_LANES`] elements.
+    ///
+    /// # Panics
+    /// When there are more.
+    #[inline(always)]
+    fn round<S: Simd>(simd: S, from: &[f32]) -> [Self; MAX_LANES] {
+        let mut wide = [0.0; MAX_LANES];
+        wide[..from.len()].copy_from_slice(from);
+        let mut rounded = [Self::narrow(0.0); MAX_LANES];
+        for (from, to) in wide.chunks_exact(S::LANES).zip(rounded.chunks_exact_mut(S::LANES)) {
+            // SAFETY: both chunks have `LANES` elements.
+            let x = unsafe { simd.load(from.as_ptr()) };
+            // SAFETY: as above.
+            unsafe { Self::store(simd, to.as_mut_ptr(), x) };
+        }
+        rounded
+    }
 }
 
 impl Factor for f32 {

@@ -15,6 +15,7 @@ mod portable;
 mod product;
 mod simd;
 mod softmax;
+mod transpose;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -23,8 +24,10 @@ mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 
-pub(crate) use simd::MAX_LANES;
+pub(crate) use portable::Portable;
+pub(crate) use simd::{MAX_LANES, Simd};
 pub(crate) use softmax::{LOWEST, rebase};
+pub(crate) use transpose::transpose;
 
 use std::{fmt, str::FromStr};
 
@@ -37,10 +40,8 @@ use crate::{
     running::{Line, Running},
 };
 use left::Factor;
-use portable::Portable;
-use product::{Bf16Pairs, ByRow, ByStep, F16s, F32s, Finish, Lanes, Order, Product, Sums};
-use simd::Simd;
-use softmax::Softmax;
+use product::{Bf16Pairs, ByRow, ByStep, F16s, F32s, Finish, Lanes, Order, Product, Sums, ToSteps};
+use softmax::{Softmax, Take};
 
 /// An instruction set that a kernel was written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -100,6 +101,14 @@ impl FromStr for Isa {
     }
 }
 
+/// Code that is compiled for the kernel's instruction set, be it written with [`Simd`] or in loops
+/// that the compiler turns into vectors. `run` and what it calls are `#[inline(always)]`: functions
+/// of their own would be code for any CPU.
+pub(crate) trait Loops {
+    /// Runs them.
+    fn run(self, simd: impl Simd);
+}
+
 /// Code for one instruction set.
 trait Engine: Simd {
     /// How pairs of bf16 are multiplied.
@@ -112,11 +121,8 @@ trait Engine: Simd {
         finish: impl Finish<Self>,
     );
 
-    /// [`product::order_by_step`]
-    fn order_by_step<L: Lanes<Self>>(self, from: &[f32], depth: usize, to: &mut [L::Left]);
-
-    /// [`Softmax::take`]
-    fn take<W: Factor>(self, logits: &[f32], softmax: Softmax<'_, W>);
+    /// [`Loops::run`]
+    fn run(self, loops: impl Loops);
 }
 
 impl Engine for Portable {
@@ -130,12 +136,8 @@ impl Engine for Portable {
         product::product::<Self, L, O>(self, args, &mut finish);
     }
 
-    fn order_by_step<L: Lanes<Self>>(self, from: &[f32], depth: usize, to: &mut [L::Left]) {
-        product::order_by_step::<Self, L>(self, from, depth, to);
-    }
-
-    fn take<W: Factor>(self, logits: &[f32], mut softmax: Softmax<'_, W>) {
-        softmax.take(self, logits);
+    fn run(self, loops: impl Loops) {
+        loops.run(self);
     }
 }
 
@@ -163,36 +165,13 @@ macro_rules! entries {
                 unsafe { compiled::<L, O>(self, args, finish) }
             }
 
-            fn order_by_step<L: super::Lanes<Self>>(
-                self,
-                from: &[f32],
-                depth: usize,
-                to: &mut [L::Left],
-            ) {
+            fn run(self, loops: impl super::Loops) {
                 #[target_feature(enable = $features)]
-                fn compiled<L: super::Lanes<$token>>(
-                    simd: $token,
-                    from: &[f32],
-                    depth: usize,
-                    to: &mut [L::Left],
-                ) {
-                    super::product::order_by_step::<$token, L>(simd, from, depth, to);
+                fn compiled(simd: $token, loops: impl super::Loops) {
+                    loops.run(simd);
                 }
                 // SAFETY: a token exists only where the CPU has the instruction set.
-                unsafe { compiled::<L>(self, from, depth, to) }
-            }
-
-            fn take<W: super::Factor>(self, logits: &[f32], softmax: super::Softmax<'_, W>) {
-                #[target_feature(enable = $features)]
-                fn compiled<W: super::Factor>(
-                    simd: $token,
-                    logits: &[f32],
-                    mut softmax: super::Softmax<'_, W>,
-                ) {
-                    softmax.take(simd, logits);
-                }
-                // SAFETY: a token exists only where the CPU has the instruction set.
-                unsafe { compiled(self, logits, softmax) }
+                unsafe { compiled(self, loops) }
             }
         }
     };
@@ -327,7 +306,9 @@ impl Kernel {
     /// When `to` is too short.
     pub(crate) fn put_queries(self, dtype: Dtype, from: &[f32], depth: usize, to: &mut [Line]) {
         on_engine!(self, (simd: S) => on_lanes!(dtype, S, L => {
-            simd.order_by_step::<L>(from, depth, bytemuck::cast_slice_mut(to));
+            let to = bytemuck::cast_slice_mut::<Line, LeftOf<L, S>>(to);
+            let steps = ToSteps::<_, { <L as Lanes<S>>::STEP }> { from, depth, to };
+            <S as Engine>::run(simd, steps);
         }));
     }
 
@@ -354,7 +335,7 @@ impl Kernel {
     pub(crate) fn soften(self, running: &mut Running<'_>, scale: f32, v: Dtype) {
         on_engine!(self, (simd: S) => on_lanes!(v, S, L => {
             let (logits, softmax) = softmax::<LeftOf<L, S>>(running, scale);
-            simd.take(logits, softmax);
+            <S as Engine>::run(simd, Take { logits, softmax });
         }));
     }
 
@@ -383,6 +364,11 @@ impl Kernel {
             let left = (&**weights, rows, ByRow(stride));
             simd.product::<L, _>(product(left, v, (tokens, *head_dim)), out);
         }));
+    }
+
+    /// Runs loops that were compiled for the instruction set.
+    pub(crate) fn run(self, loops: impl Loops) {
+        on_engine!(self, (simd: S) => <S as Engine>::run(simd, loops));
     }
 }
 

@@ -123,4 +123,9 @@ impl Simd for Neon {
             );
         }
     }
+
+    #[inline(always)]
+    fn interleave(self, a: float32x4_t, b: float32x4_t) -> [float32x4_t; 2] {
+        op!([vzip1q_f32(a, b), vzip2q_f32(a, b)])
+    }
 }

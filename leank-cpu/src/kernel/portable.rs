@@ -94,4 +94,11 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn prefetch(self, _address: *const u8) {}
+
+    #[inline(always)]
+    fn interleave(self, a: Lanes, b: Lanes) -> [Lanes; 2] {
+        [0, LANES / 2].map(|first| {
+            std::array::from_fn(|lane| if lane % 2 == 0 { a } else { b }[first + lane / 2])
+        })
+    }
 }

@@ -9,6 +9,7 @@
 use half::{bf16, f16};
 
 use super::{
+    Loops,
     left::Factor,
     simd::{MAX_LANES, Simd},
 };
@@ -165,32 +166,31 @@ impl Order for ByStep {
     }
 }
 
-/// Puts a left side, `[rows, depth]`, in the order [`ByStep`], rounded to its type.
-///
-/// # Panics
-/// When `to` is shorter than `from`, or a row is no multiple of a step.
-#[inline(always)]
-pub(crate) fn order_by_step<S: Simd, L: Lanes<S>>(
-    simd: S,
-    from: &[f32],
-    depth: usize,
-    to: &mut [L::Left],
-) {
-    let group = MAX_ROWS * depth;
-    for (from, to) in from.chunks(group).zip(to[..from.len()].chunks_mut(group)) {
-        let rows = from.len() / depth;
-        for (r, row) in from.chunks_exact(depth).enumerate() {
-            for (v, values) in row.chunks(S::LANES).enumerate() {
-                let mut wide = [0.0; MAX_LANES];
-                wide[..values.len()].copy_from_slice(values);
-                let mut rounded = [L::Left::narrow(0.0); MAX_LANES];
-                // SAFETY: no vector is longer than `wide`.
-                let x = unsafe { simd.load(wide.as_ptr()) };
-                // SAFETY: nor than `rounded`.
-                unsafe { L::Left::store(simd, rounded.as_mut_ptr(), x) };
-                for (i, step) in rounded[..values.len()].chunks_exact(L::STEP).enumerate() {
-                    let step_at = v * S::LANES / L::STEP + i;
-                    to[(step_at * rows + r) * L::STEP..][..L::STEP].copy_from_slice(step);
+/// Puts a left side in the order [`ByStep`], rounded to its type.
+pub(crate) struct ToSteps<'a, W, const STEP: usize> {
+    /// `[rows, depth]`, with rows of whole steps.
+    pub(crate) from: &'a [f32],
+    pub(crate) depth: usize,
+    /// At least as long.
+    pub(crate) to: &'a mut [W],
+}
+
+impl<W: Factor, const STEP: usize> Loops for ToSteps<'_, W, STEP> {
+    #[inline(always)]
+    fn run(self, simd: impl Simd) {
+        let Self { from, depth, to } = self;
+        let group = MAX_ROWS * depth;
+        for (from, to) in from.chunks(group).zip(to[..from.len()].chunks_mut(group)) {
+            let (to, _) = to.as_chunks_mut::<STEP>();
+            let rows = from.len() / depth;
+            for (r, row) in from.chunks_exact(depth).enumerate() {
+                let mut to = to[r..].iter_mut().step_by(rows);
+                for values in row.chunks(MAX_LANES) {
+                    let rounded = W::round(simd, values);
+                    let (steps, _) = rounded[..values.len()].as_chunks::<STEP>();
+                    for (step, to) in steps.iter().zip(to.by_ref()) {
+                        *to = *step;
+                    }
                 }
             }
         }

@@ -86,4 +86,7 @@ pub(crate) trait Simd: Copy {
 
     /// Asks for the cache line at `address`, which need not be valid.
     fn prefetch(self, address: *const u8);
+
+    /// The lanes of `a` and `b` in turns: `a0 b0 a1 b1 …`, `2 · LANES` in all. No bit changes.
+    fn interleave(self, a: Self::F32, b: Self::F32) -> [Self::F32; 2];
 }

@@ -6,6 +6,7 @@
 //! blocks (as FlashAttention 4 does). Bases are whole numbers, so that rescaling is exact.
 
 use super::{
+    Loops,
     left::Factor,
     product::Finish,
     simd::{MAX_LANES, Simd},
@@ -39,37 +40,49 @@ pub(crate) struct Softmax<'a, W> {
     pub(crate) stride: usize,
 }
 
-impl<W: Factor> Softmax<'_, W> {
-    /// Takes logits from memory, `[rows, stride]`; rows are whole vectors of any instruction set.
+/// Logits that lie in memory, `[rows, stride]`; rows are whole vectors of any instruction set.
+pub(crate) struct Take<'a, W> {
+    pub(crate) logits: &'a [f32],
+    pub(crate) softmax: Softmax<'a, W>,
+}
+
+impl<W: Factor> Loops for Take<'_, W> {
     #[inline(always)]
-    pub(crate) fn take<S: Simd>(&mut self, simd: S, logits: &[f32]) {
-        assert!(self.stride.is_multiple_of(MAX_LANES), "rows of whole vectors");
-        for (row, logits) in logits.chunks_exact(self.stride).enumerate() {
-            for (v, logits) in logits.chunks_exact(S::LANES).enumerate() {
-                // SAFETY: the chunk has `LANES` elements.
-                let logits = unsafe { simd.load(logits.as_ptr()) };
-                self.vectors(simd, row, v * S::LANES, [[logits]]);
-            }
+    fn run(self, simd: impl Simd) {
+        let Self { logits, mut softmax } = self;
+        take(simd, logits, &mut softmax);
+    }
+}
+
+#[inline(always)]
+fn take<S: Simd, W: Factor>(simd: S, logits: &[f32], softmax: &mut Softmax<'_, W>) {
+    assert!(softmax.stride.is_multiple_of(MAX_LANES), "rows of whole vectors");
+    for (row, logits) in logits.chunks_exact(softmax.stride).enumerate() {
+        for (v, logits) in logits.chunks_exact(S::LANES).enumerate() {
+            // SAFETY: the chunk has `LANES` elements.
+            let logits = unsafe { simd.load(logits.as_ptr()) };
+            softmax.vectors(simd, row, v * S::LANES, [[logits]]);
         }
     }
+}
 
-    /// Raises the bases of rows, the first of which is `row`, whose largest logit exceeds them too
-    /// far. Weights of the block are written up to `lane`.
+impl<W: Factor> Softmax<'_, W> {
+    /// Raises the base of a row whose largest logit, here per lane and also relative to the base,
+    /// exceeds it too far. Weights of the block are written up to `lane`.
     #[cold]
-    fn rebase(&mut self, row: usize, lane: usize, largest: &[[f32; MAX_LANES]]) {
-        for (row, lanes) in (row..).zip(largest) {
-            let largest = lanes.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)) * self.scale;
-            let base = &mut self.bases[row];
-            if largest - *base > SLACK {
-                let factor = rebase(*base, largest.ceil());
-                *base = largest.ceil();
-                self.totals[row].0.iter_mut().for_each(|x| *x *= factor);
-                let sums = &mut self.sums[row * self.head_dim..][..self.head_dim];
-                sums.iter_mut().for_each(|x| *x *= factor);
-                for weight in &mut self.weights[row * self.stride..][..lane] {
-                    *weight = W::narrow(weight.widen() * factor);
-                }
-            }
+    fn rebase(&mut self, row: usize, lane: usize, [largest, relative]: [&[f32]; 2]) {
+        if !relative.iter().any(|&x| x > SLACK) {
+            return;
+        }
+        let largest = largest.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+        let base = (largest * self.scale).ceil();
+        let factor = rebase(self.bases[row], base);
+        self.bases[row] = base;
+        self.totals[row].0.iter_mut().for_each(|x| *x *= factor);
+        let sums = &mut self.sums[row * self.head_dim..][..self.head_dim];
+        sums.iter_mut().for_each(|x| *x *= factor);
+        for weight in &mut self.weights[row * self.stride..][..lane] {
+            *weight = W::narrow(weight.widen() * factor);
         }
     }
 }
@@ -100,13 +113,17 @@ impl<S: Simd, W: Factor> Finish<S> for Softmax<'_, W> {
             }
         }
         if simd.any_greater(largest, simd.splat(SLACK)) {
-            let mut largest = [[f32::NEG_INFINITY; MAX_LANES]; R];
-            for (to, logits) in largest.iter_mut().zip(logits) {
+            // Each row by itself: what a row becomes must not depend on its neighbours.
+            for (r, logits) in logits.into_iter().enumerate() {
                 let largest = logits.into_iter().fold(lowest, most);
-                // SAFETY: no vector is longer than `to`.
-                unsafe { simd.store(to.as_mut_ptr(), largest) };
+                let relative = simd.mul_add(largest, scale, simd.splat(-self.bases[row + r]));
+                let mut lanes = [[0.0; MAX_LANES]; 2];
+                for (to, x) in lanes.iter_mut().zip([largest, relative]) {
+                    // SAFETY: no vector is longer than `to`.
+                    unsafe { simd.store(to.as_mut_ptr(), x) };
+                }
+                self.rebase(row + r, lane, lanes.each_ref().map(|x| &x[..S::LANES]));
             }
-            self.rebase(row, lane, &largest);
         }
 
         let weights = &mut self.weights[row * self.stride + lane..];
