@@ -38,7 +38,9 @@ fn attend(c: &mut Criterion) {
             for dtype in Dtype::ALL {
                 for (name, variant) in [("dense", Variant::Dense), ("lean", Variant::Lean)] {
                     let footprint = FOOTPRINT;
-                    let options = WorkloadOptions { shape, context, dtype, variant, footprint };
+                    let sequences = 1;
+                    let options =
+                        WorkloadOptions { shape, context, sequences, dtype, variant, footprint };
                     let mut workload = None;
                     group.bench_function(BenchmarkId::new(dtype.to_string(), name), |b| {
                         let workload = workload.get_or_insert_with(|| {

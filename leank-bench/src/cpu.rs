@@ -31,6 +31,8 @@ pub struct CpuOptions {
     pub dtypes: Vec<Dtype>,
     /// Threads.
     pub threads: Vec<usize>,
+    /// The lean cache.
+    pub lean: Variant,
     /// Rounds, at least one.
     pub rounds: usize,
     /// Least milliseconds per measurement and round.
@@ -95,10 +97,12 @@ pub fn measure(options: &CpuOptions, mut progress: impl FnMut(&Row)) -> Result<R
     for (shape, context, dtype) in settings(options) {
         let make = |variant| {
             let footprint = options.footprint;
-            Workload::new(&backend, &WorkloadOptions { shape, context, dtype, variant, footprint })
+            let sequences = 1;
+            let options = WorkloadOptions { shape, context, sequences, dtype, variant, footprint };
+            Workload::new(&backend, &options)
         };
         // Two caches at a time bound the memory; the thread counts share them.
-        let mut caches = Caches { dense: make(Variant::Dense)?, lean: make(Variant::Lean)? };
+        let mut caches = Caches { dense: make(Variant::Dense)?, lean: make(options.lean)? };
         let mut rounds = vec![Vec::new(); pools.len()];
         for _ in 0..options.rounds {
             for (pool, rounds) in pools.iter().zip(&mut rounds) {
@@ -153,7 +157,7 @@ fn check(options: &CpuOptions) -> Result<()> {
     Ok(())
 }
 
-fn pool(threads: usize) -> Result<ThreadPool> {
+pub(crate) fn pool(threads: usize) -> Result<ThreadPool> {
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build()
@@ -179,7 +183,7 @@ impl Caches {
 }
 
 /// Seconds of one run of `work`, the median over at least `least` time and one run.
-fn seconds(least: Duration, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+pub(crate) fn seconds(least: Duration, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     let begin = Instant::now();
     let mut times = Vec::new();
     loop {
@@ -214,7 +218,7 @@ fn row(setting: Setting, threads: usize, caches: &Caches, rounds: &[Round]) -> R
 }
 
 /// The processor's name where the system tells (Linux), the architecture otherwise.
-fn machine() -> String {
+pub(crate) fn machine() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     name.map_or(std::env::consts::ARCH, |(_, name)| name.trim()).to_owned()
@@ -230,6 +234,7 @@ mod tests {
             contexts: vec![512],
             dtypes: vec![Dtype::F16, Dtype::F32],
             threads: vec![1, 2],
+            lean: Variant::Lean,
             rounds: 2,
             millis: 1,
             footprint: 1 << 20,

@@ -35,6 +35,18 @@ pub enum Error {
         /// The pool's reason.
         source: rayon::ThreadPoolBuildError,
     },
+    /// The process that keeps a core busy did not start.
+    #[error("a process that keeps a core busy could not be started")]
+    Busy {
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A figure cannot be drawn.
+    #[error("the figure could not be drawn: {why}")]
+    Figure {
+        /// The reason.
+        why: String,
+    },
 }
 
 /// Result with this crate's [`enum@Error`].

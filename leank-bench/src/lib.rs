@@ -5,7 +5,7 @@
 //! the same rounds, and says which share of the bandwidth each reaches:
 //!
 //! ```
-//! use leank_bench::{cpu::{self, CpuOptions}, setting::HeadShape};
+//! use leank_bench::{cpu::{self, CpuOptions}, setting::HeadShape, workload::Variant};
 //! use leank_core::Dtype;
 //!
 //! let options = CpuOptions {
@@ -13,6 +13,7 @@
 //!     contexts: vec![1024],
 //!     dtypes: vec![Dtype::F16],
 //!     threads: vec![1],
+//!     lean: Variant::Llama,
 //!     rounds: 1,
 //!     millis: 1,
 //!     footprint: 1 << 20, // a real run wants many times the last-level cache
@@ -27,7 +28,8 @@
 //! - [`bandwidth`]: the read bandwidth that portable code reaches.
 //! - [`stats`]: medians over rounds, ratios within a round.
 //! - [`worker`]: a cache that answers a line protocol, to be timed beside other libraries.
-//! - [`cpu`]: the measurement that `leank-bench cpu` runs; [`table`] prints it.
+//! - [`cpu`]: the measurement that `leank-bench cpu` runs; [`table`] prints it, [`figure`] draws it.
+//! - [`steps`]: many short sequences against a long one, and a busy core.
 //!
 //! Criterion benches of single operations are in `benches/`.
 #![forbid(unsafe_code)]
@@ -35,8 +37,10 @@
 pub mod bandwidth;
 pub mod cpu;
 mod error;
+pub mod figure;
 pub mod setting;
 pub mod stats;
+pub mod steps;
 pub mod table;
 pub mod worker;
 pub mod workload;

@@ -2,17 +2,21 @@
 #![forbid(unsafe_code)]
 
 use std::{
+    any::Any,
     io::{self, Write as _},
     num::NonZeroUsize,
-    process::ExitCode,
+    path::PathBuf,
+    process::{self, Child, ExitCode},
     sync::Arc,
-    thread::available_parallelism,
+    thread::{self, available_parallelism},
 };
 
 use clap::{Args, Parser, Subcommand};
 use leank_bench::{
     cpu::{self, CpuOptions},
+    figure,
     setting::HeadShape,
+    steps::{self, Busy, StepsOptions},
     table::{self, Table},
     worker::Worker,
     workload::Variant,
@@ -33,6 +37,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Cpu(CpuArgs),
+    Steps(StepsArgs),
+    #[command(hide = true)]
+    Spin,
     AttentionWorker(WorkerArgs),
 }
 
@@ -103,6 +110,10 @@ struct CpuArgs {
     /// Threads; as many as the machine runs at once by default.
     #[arg(long, value_name = "N,...", value_delimiter = ',')]
     threads: Vec<NonZeroUsize>,
+    /// The lean cache: a mix of kept counts, or LeanK's published ones (llama, qwen; sink 128,
+    /// recent 768).
+    #[arg(long, value_enum, default_value_t = Variant::Lean)]
+    lean: Variant,
     /// Rounds behind each median.
     #[arg(long, value_name = "N", default_value = "5")]
     rounds: NonZeroUsize,
@@ -116,6 +127,117 @@ struct CpuArgs {
     /// Print the report as JSON; the table otherwise.
     #[arg(long)]
     json: bool,
+    /// Also draw time against context, as SVG.
+    #[arg(long, value_name = "FILE")]
+    figure: Option<PathBuf>,
+}
+
+/// Many short sequences in a step against one long one, and the long one beside a process that
+/// keeps a core busy.
+///
+/// One token per sequence, random data, cold memory. Each round measures all three one after the
+/// other; ratios are formed within a round, and what is printed are medians over rounds.
+#[derive(Debug, Args)]
+struct StepsArgs {
+    /// Heads of a layer: A (32/8x128), B (14/2x64), smollm2 (9/3x64), or QUERY/KVxHEAD_DIM.
+    #[arg(long, value_name = "SHAPE", default_value = "A")]
+    shape: HeadShape,
+    /// Storage type of K and V: f32, f16, bf16.
+    #[arg(long, value_name = "TYPE", default_value = "bf16")]
+    dtype: Dtype,
+    /// Which cache.
+    #[arg(long, value_enum, default_value_t = Variant::Dense)]
+    variant: Variant,
+    /// Short sequences.
+    #[arg(long, value_name = "N", default_value = "64")]
+    sequences: NonZeroUsize,
+    /// Tokens of each of them, a multiple of 64; the long one has those of all.
+    #[arg(long, value_name = "N", default_value = "512", value_parser = context)]
+    context: usize,
+    /// Threads of our pool; as many as the machine runs at once by default.
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Rounds behind each median.
+    #[arg(long, value_name = "N", default_value = "7")]
+    rounds: NonZeroUsize,
+    /// Least milliseconds per measurement and round.
+    #[arg(long, value_name = "MS", default_value = "100")]
+    ms: u64,
+    /// Least MiB of each cache.
+    #[arg(long, value_name = "MIB", default_value = "256",
+          value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
+    footprint_mib: u64,
+    /// Print the report as JSON; the table otherwise.
+    #[arg(long)]
+    json: bool,
+}
+
+/// This program once more, as [`spin`], on one core.
+struct SpinProcess;
+
+/// Ends the process when it goes.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Busy for SpinProcess {
+    fn start(&self) -> io::Result<Box<dyn Any>> {
+        let mut command = process::Command::new(std::env::current_exe()?);
+        // Its end of a pipe closes with us, which ends it too should we die.
+        let child = command.arg("spin").stdin(process::Stdio::piped()).spawn()?;
+        Ok(Box::new(Running(child)))
+    }
+}
+
+/// Keeps the last core busy until standard input ends.
+fn spin() {
+    if let Some(core) = core_affinity::get_core_ids().and_then(|cores| cores.last().copied()) {
+        thread::spawn(move || {
+            core_affinity::set_for_current(core);
+            loop {
+                std::hint::spin_loop();
+            }
+        });
+    }
+    let _ = io::copy(&mut io::stdin(), &mut io::sink());
+}
+
+impl StepsArgs {
+    fn run(&self) -> Result<(), Box<dyn std::error::Error>> {
+        let all = available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let options = StepsOptions {
+            shape: self.shape,
+            dtype: self.dtype,
+            variant: self.variant,
+            sequences: self.sequences.get(),
+            context: self.context,
+            threads: self.threads.unwrap_or(all).get(),
+            rounds: self.rounds.get(),
+            millis: self.ms,
+            footprint: self.footprint_mib << 20,
+        };
+        let report = steps::measure(&options, &SpinProcess)?;
+        print(self.json, &report, report.to_string())
+    }
+}
+
+/// Prints a report, as JSON or as the text.
+fn print(
+    json: bool,
+    report: &impl serde::Serialize,
+    text: String,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let text = if json { serde_json::to_string_pretty(report)? } else { text };
+    match writeln!(io::stdout().lock(), "{}", text.trim_end()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => Ok(done?),
+    }
 }
 
 fn context(text: &str) -> Result<usize, String> {
@@ -136,6 +258,7 @@ impl CpuArgs {
             contexts: self.ctx.clone(),
             dtypes: self.dtypes.clone(),
             threads: threads.iter().map(|threads| threads.get()).collect(),
+            lean: self.lean,
             rounds: self.rounds.get(),
             millis: self.ms,
             footprint: self.footprint_mib << 20,
@@ -146,20 +269,21 @@ impl CpuArgs {
         // Rows as they come go to standard error; standard output gets the report whole.
         eprintln!("{}", table::HEADER);
         let report = cpu::measure(&self.options(), |row| eprint!("{}", table::rows(row)))?;
-        let text = match self.json {
-            true => serde_json::to_string_pretty(&report)?,
-            false => Table(&report).to_string(),
-        };
-        match writeln!(io::stdout().lock(), "{}", text.trim_end()) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-            done => Ok(done?),
+        if let Some(path) = &self.figure {
+            figure::write(&report, path)?;
         }
+        print(self.json, &report, Table(&report).to_string())
     }
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Cpu(args) => args.run(),
+        Command::Steps(args) => args.run(),
+        Command::Spin => {
+            spin();
+            Ok(())
+        }
         Command::AttentionWorker(args) => args.run(),
     };
     match done {
@@ -184,7 +308,7 @@ mod tests {
         let words = ["leank-bench", "cpu"].into_iter().chain(args.split_whitespace());
         match Cli::try_parse_from(words)?.command {
             Command::Cpu(args) => Ok(args.options()),
-            Command::AttentionWorker(_) => unreachable!("the words say cpu"),
+            _ => unreachable!("the words say cpu"),
         }
     }
 

@@ -66,7 +66,7 @@ impl Worker {
         let shape: HeadShape = heads.parse().map_err(text)?;
         let context = context.parse().map_err(|_| format!("`{context}` is no context"))?;
         let (variant, footprint) = (self.variant, self.footprint);
-        let options = WorkloadOptions { shape, context, dtype, variant, footprint };
+        let options = WorkloadOptions { shape, context, sequences: 1, dtype, variant, footprint };
         let workload = Workload::new(&self.backend, &options).map_err(text)?;
         let answer = format!("ok {:.0} {}", workload.call_bytes(), workload.layers());
         self.workload = Some(workload);

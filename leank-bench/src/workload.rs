@@ -69,6 +69,8 @@ pub struct WorkloadOptions {
     /// Tokens that the query sees, itself included; a multiple of [`DEFAULT_BLOCK`], so that
     /// every byte of every block is read.
     pub context: usize,
+    /// Sequences of so many tokens that one step decodes, at least one.
+    pub sequences: usize,
     /// Storage type of K and V.
     pub dtype: Dtype,
     /// Dense or lean.
@@ -85,7 +87,7 @@ impl WorkloadOptions {
 
     fn bytes(&self, layers: usize, backend: &impl Backend) -> Result<u64> {
         let planner = Planner::new(&self.config(layers)?, backend.layout_rules())?;
-        Ok(planner.footprint(self.context - 1)?.bytes.max(1))
+        Ok(planner.footprint(self.context - 1)?.bytes.saturating_mul(self.sequences as u64).max(1))
     }
 
     /// Whole periods of the mask where one is no larger than [`MOST_BYTES`], some of its layers
@@ -113,13 +115,14 @@ impl WorkloadOptions {
     }
 }
 
-/// A cache of one sequence in the middle of a decode step. Every layer holds random data, and all
+/// A cache in the middle of a decode step of one token per sequence. Every layer holds random data, and all
 /// layers together are larger than the footprint asked for: attention over one after the other
 /// reads memory, not cache.
 #[derive(Debug)]
 pub struct Workload<C> {
     cache: C,
     context: usize,
+    sequences: usize,
     bytes: u64,
     q: Vec<f32>,
     out: Vec<f32>,
@@ -129,39 +132,48 @@ impl<C> Workload<C>
 where
     C: for<'a> Cache<View<'a> = HostView<'a>, ViewMut<'a> = HostViewMut<'a>>,
 {
-    /// Fills a cache of `backend` and begins a step of one token.
+    /// Fills a cache of `backend` and begins a step of one token per sequence.
     ///
     /// # Errors
-    /// [`Error::Option`] for a context that is no multiple of the block or a footprint of too many
-    /// layers, [`Error::Cache`] for what the backend refuses.
+    /// [`Error::Option`] for no sequence, a context that is no multiple of the block or a footprint of
+    /// too many layers, [`Error::Cache`] for what the backend refuses.
     pub fn new(backend: &impl Backend<Cache = C>, options: &WorkloadOptions) -> Result<Self> {
         if options.context == 0 || !options.context.is_multiple_of(DEFAULT_BLOCK) {
             let expected = format!("a multiple of {DEFAULT_BLOCK} tokens");
             return Err(Error::option("context", expected, options.context));
         }
+        if options.sequences == 0 {
+            return Err(Error::option("sequences", "at least one", 0));
+        }
         let layers = options.layers(backend)?;
         let mut cache = backend.create(options.config(layers)?)?;
         let mut random = Random::new(SEED);
-        let sequence = cache.add_sequence();
-        for tokens in chunks(options.context - 1) {
-            cache.plan(&[StepEntry::store(sequence, tokens)])?;
-            append(&mut cache, options.shape, tokens, &mut random)?;
-            cache.commit()?;
+        let mut step = Vec::new();
+        for _ in 0..options.sequences {
+            let sequence = cache.add_sequence();
+            for tokens in chunks(options.context - 1) {
+                cache.plan(&[StepEntry::store(sequence, tokens)])?;
+                append(&mut cache, options.shape, tokens, &mut random)?;
+                cache.commit()?;
+            }
+            step.push(StepEntry::decode(sequence, 1));
         }
-        // The last block has room for one token: the step takes no block, and what the cache
+        // The last blocks have room for one token: the step takes no block, and what the cache
         // holds now is exactly what attention reads.
         let bytes = cache.memory().used_bytes();
-        cache.plan(&[StepEntry::decode(sequence, 1)])?;
-        append(&mut cache, options.shape, 1, &mut random)?;
+        cache.plan(&step)?;
+        append(&mut cache, options.shape, options.sequences, &mut random)?;
 
-        let mut q = vec![0.0; options.shape.query_heads * options.shape.head_dim];
+        let row = options.shape.query_heads * options.shape.head_dim;
+        let mut q = vec![0.0; options.sequences * row];
         random.fill(&mut q);
         let out = vec![f32::NAN; q.len()];
-        Ok(Self { cache, context: options.context, bytes, q, out })
+        let WorkloadOptions { context, sequences, .. } = *options;
+        Ok(Self { cache, context, sequences, bytes, q, out })
     }
 
-    /// Relative L2 and largest absolute error of the first layer's output against the f64 oracle on
-    /// K and V as they are stored: the accuracy of the arithmetic.
+    /// Relative L2 and largest absolute error of the first layer's output for the first sequence
+    /// against the f64 oracle on K and V as they are stored: the accuracy of the arithmetic.
     ///
     /// # Errors
     /// Those of the cache.
@@ -172,12 +184,20 @@ where
         let stored = |x| f64::from(dtype.round(x));
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         let mut random = Random::new(SEED);
-        for tokens in chunks(self.context - 1).chain([1]) {
-            let (k, v) = rows_of(tokens * shape.kv_heads * shape.head_dim, &mut random);
-            keys.extend(k.into_iter().map(stored));
-            values.extend(v.into_iter().map(stored));
+        let row = shape.kv_heads * shape.head_dim;
+        let mut take = |tokens: usize, wanted: usize| {
+            let (k, v) = rows_of(tokens * row, &mut random);
+            keys.extend(k[..wanted * row].iter().copied().map(stored));
+            values.extend(v[..wanted * row].iter().copied().map(stored));
+        };
+        for sequence in 0..self.sequences {
+            for tokens in chunks(self.context - 1) {
+                take(tokens, if sequence == 0 { tokens } else { 0 });
+            }
         }
-        let queries: Vec<f64> = self.q.iter().copied().map(f64::from).collect();
+        take(self.sequences, 1);
+        let queries = &self.q[..shape.query_heads * shape.head_dim];
+        let queries: Vec<f64> = queries.iter().copied().map(f64::from).collect();
         let config = self.cache.config();
         let want = Attention {
             masks: config.mask.layer(Layer(0)),
@@ -204,7 +224,7 @@ where
 
     fn attend(&mut self, layer: Layer) -> Result<()> {
         let shape = self.cache.config().shape;
-        let rows = ViewShape::contiguous(1, shape.query_heads, shape.head_dim);
+        let rows = ViewShape::contiguous(self.sequences, shape.query_heads, shape.head_dim);
         let q = HostView::new(&self.q[..], rows)?;
         Ok(self.cache.attend(layer, q, HostViewMut::new(&mut self.out[..], rows)?)?)
     }
@@ -235,7 +255,7 @@ where
         self.bytes as f64 / self.layers() as f64
     }
 
-    /// The output of the last call, `[query heads, head_dim]`; NaN before the first.
+    /// The output of the last call, `[sequences, query heads, head_dim]`; NaN before the first.
     #[must_use]
     pub fn output(&self) -> &[f32] {
         &self.out
@@ -279,7 +299,7 @@ mod tests {
 
     fn options(variant: Variant) -> WorkloadOptions {
         let (shape, dtype) = (HeadShape::SMOLLM2, Dtype::F16);
-        WorkloadOptions { shape, context: 1024, dtype, variant, footprint: 5 << 20 }
+        WorkloadOptions { shape, context: 1024, sequences: 1, dtype, variant, footprint: 5 << 20 }
     }
 
     fn workload(options: &WorkloadOptions) -> Workload<leank_cpu::CpuCache> {
