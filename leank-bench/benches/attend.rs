@@ -11,13 +11,14 @@ use std::{
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use leank_bench::{
-    setting::{HeadShape, Random, mixed_mask},
+    setting::{HeadShape, fill, mixed_mask},
     workload::{Variant, Workload, WorkloadOptions},
 };
 use leank_core::{
     Backend, Cache, CacheConfig, Dtype, HostView, Layer, SequenceId, StepEntry, ViewShape,
 };
 use leank_cpu::{Cpu, CpuCache};
+use leank_train::rng::Rng;
 
 /// Bytes that the layers of a cache exceed together: several times a last-level cache.
 const FOOTPRINT: u64 = 192 << 20;
@@ -75,10 +76,10 @@ struct Rows {
 
 impl Rows {
     fn new(shape: HeadShape, tokens: usize) -> Self {
-        let mut random = Random::new(1);
+        let mut random = Rng::new(1);
         let mut data = || {
             let mut data = vec![0.0; tokens * shape.kv_heads * shape.head_dim];
-            random.fill(&mut data);
+            fill(&mut random, &mut data);
             data
         };
         let (k, v) = (data(), data());

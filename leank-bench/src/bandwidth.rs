@@ -2,10 +2,11 @@
 
 use std::hint::black_box;
 
+use leank_train::rng::Rng;
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
-use crate::{Error, Result, setting::Random};
+use crate::{Error, Result};
 
 /// Bytes that a thread claims at a time: enough to hide the claiming, few enough that a thread
 /// whose core is busy with something else does not hold the others up.
@@ -36,9 +37,9 @@ impl ReadProbe {
             // Where the system has no huge pages to give, small ones do.
             #[cfg(target_os = "linux")]
             let _ = map.advise(memmap2::Advice::HugePage);
-            let mut random = Random::new(0);
+            let mut random = Rng::new(0);
             for word in map.chunks_exact_mut(size_of::<u64>()) {
-                word.copy_from_slice(&random.bits().to_ne_bytes());
+                word.copy_from_slice(&random.next_u64().to_ne_bytes());
             }
         }
         Ok(Self { map, words })

@@ -35,6 +35,9 @@ pub enum Error {
         /// The pool's reason.
         source: rayon::ThreadPoolBuildError,
     },
+    /// A dump of activations cannot be read.
+    #[error(transparent)]
+    Dump(#[from] leank_train::Error),
     /// The process that keeps a core busy did not start.
     #[error("a process that keeps a core busy could not be started")]
     Busy {

@@ -29,11 +29,13 @@
 //! - [`stats`]: medians over rounds, ratios within a round.
 //! - [`worker`]: a cache that answers a line protocol, to be timed beside other libraries.
 //! - [`cpu`]: the measurement that `leank-bench cpu` runs; [`table`] prints it, [`figure`] draws it.
+//! - [`accuracy`]: the error against f64, on random data and on a model's activations.
 //! - [`steps`]: many short sequences against a long one, and a busy core.
 //!
 //! Criterion benches of single operations are in `benches/`.
 #![forbid(unsafe_code)]
 
+pub mod accuracy;
 pub mod bandwidth;
 pub mod cpu;
 mod error;

@@ -13,6 +13,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 use leank_bench::{
+    accuracy::{self, AccuracyOptions},
     cpu::{self, CpuOptions},
     figure,
     setting::HeadShape,
@@ -38,6 +39,7 @@ struct Cli {
 enum Command {
     Cpu(CpuArgs),
     Steps(StepsArgs),
+    Error(ErrorArgs),
     #[command(hide = true)]
     Spin,
     AttentionWorker(WorkerArgs),
@@ -227,6 +229,50 @@ impl StepsArgs {
     }
 }
 
+/// The error of dense attention against f64, on N(0, 1) or on a model's activations.
+///
+/// Relative L2 of the output over all KV heads. `arithmetic` is against f64 on K and V as they are
+/// stored, `worst head` the largest of a KV head's, `whole` against f64 on K and V as they were
+/// given.
+#[derive(Debug, Args)]
+struct ErrorArgs {
+    /// A dump (`leank dump`): every KV head of every layer; longer contexts take K and V of several
+    /// sequences one after the other.
+    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
+    dump: Option<PathBuf>,
+    /// Heads of random data: A (32/8x128), B (14/2x64), smollm2 (9/3x64), or QUERY/KVxHEAD_DIM.
+    #[arg(long, value_name = "SHAPE", default_value = "A")]
+    shape: HeadShape,
+    /// Tokens that the query sees.
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1024,16384")]
+    ctx: Vec<NonZeroUsize>,
+    /// Storage types of K and V: f32, f16, bf16.
+    #[arg(long, value_name = "TYPE,...", value_delimiter = ',', default_value = "f32,f16,bf16")]
+    dtypes: Vec<Dtype>,
+    /// Instruction sets of the kernel; all that this CPU has by default.
+    #[arg(long, value_name = "ISA,...", value_delimiter = ',')]
+    isa: Vec<Isa>,
+    /// Print the report as JSON; the table otherwise.
+    #[arg(long)]
+    json: bool,
+}
+
+impl ErrorArgs {
+    fn run(&self) -> Result<(), Box<dyn std::error::Error>> {
+        let available = || Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect();
+        let options = AccuracyOptions {
+            shape: self.shape,
+            dump: self.dump.as_deref(),
+            contexts: self.ctx.iter().map(|tokens| tokens.get()).collect(),
+            dtypes: self.dtypes.clone(),
+            isas: if self.isa.is_empty() { available() } else { self.isa.clone() },
+        };
+        eprintln!("{}", accuracy::HEADER);
+        let report = accuracy::measure(&options, |row| eprintln!("{row}"))?;
+        print(self.json, &report, report.to_string())
+    }
+}
+
 /// Prints a report, as JSON or as the text.
 fn print(
     json: bool,
@@ -280,6 +326,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Cpu(args) => args.run(),
         Command::Steps(args) => args.run(),
+        Command::Error(args) => args.run(),
         Command::Spin => {
             spin();
             Ok(())

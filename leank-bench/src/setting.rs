@@ -3,6 +3,7 @@
 use std::{fmt, str::FromStr};
 
 use leank_core::{ChannelMask, ModelMask, ModelShape, Result as CoreResult};
+use leank_train::rng::Rng;
 use serde::Serialize;
 
 use crate::{Error, Result};
@@ -169,32 +170,12 @@ fn spread(head_dim: usize, kept: usize) -> CoreResult<ChannelMask> {
     ChannelMask::new(head_dim, (0..kept).map(|i| (i * head_dim / kept) as u16).collect())
 }
 
-/// Random numbers of mean 0 and variance 1, never 0: zero pages are shared by the system and read
-/// from cache, and powers of two flatter some arithmetic. Splitmix64 (Steele et al. 2014).
-#[derive(Clone, Debug)]
-pub struct Random(u64);
-
-impl Random {
-    /// The numbers of a seed, the same on every machine.
-    #[must_use]
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// The next 64 random bits.
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    /// Fills a slice with uniform numbers in ±√3.
-    pub fn fill(&mut self, out: &mut [f32]) {
-        for x in out {
-            let unit = ((self.bits() >> 41) as f32 + 0.5) / (1u32 << 23) as f32;
-            *x = (unit - 0.5) * 12f32.sqrt();
-        }
+/// Fills a slice with uniform numbers in ±√3: mean 0 and variance 1, never 0. Zero pages are shared
+/// by the system and read from cache, and powers of two flatter some arithmetic.
+pub fn fill(random: &mut Rng, out: &mut [f32]) {
+    for x in out {
+        let unit = ((random.next_u64() >> 41) as f32 + 0.5) / (1u32 << 23) as f32;
+        *x = (unit - 0.5) * 12f32.sqrt();
     }
 }
 
@@ -265,7 +246,7 @@ mod tests {
     #[test]
     fn random_data_has_variance_one_and_no_zeros() {
         let mut data = vec![0.0; 1 << 16];
-        Random::new(7).fill(&mut data);
+        fill(&mut Rng::new(7), &mut data);
         assert!(data.iter().all(|x| *x != 0.0 && x.abs() < 1.733));
         let n = data.len() as f64;
         let mean = data.iter().map(|&x| f64::from(x)).sum::<f64>() / n;

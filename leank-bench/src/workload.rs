@@ -4,11 +4,12 @@ use leank_core::{
     Backend, Cache, CacheConfig, DEFAULT_BLOCK, Dtype, HostView, HostViewMut, Layer, ModelShape,
     Planner, StepEntry, ViewShape, Windows, oracle::Attention,
 };
+use leank_train::rng::Rng;
 use serde::Serialize;
 
 use crate::{
     Error, Result,
-    setting::{HeadShape, Published, Random, mask_period, mixed_mask},
+    setting::{HeadShape, Published, fill, mask_period, mixed_mask},
 };
 
 /// Tokens per step while the cache is filled.
@@ -147,7 +148,7 @@ where
         }
         let layers = options.layers(backend)?;
         let mut cache = backend.create(options.config(layers)?)?;
-        let mut random = Random::new(SEED);
+        let mut random = Rng::new(SEED);
         let mut step = Vec::new();
         for _ in 0..options.sequences {
             let sequence = cache.add_sequence();
@@ -166,7 +167,7 @@ where
 
         let row = options.shape.query_heads * options.shape.head_dim;
         let mut q = vec![0.0; options.sequences * row];
-        random.fill(&mut q);
+        fill(&mut random, &mut q);
         let out = vec![f32::NAN; q.len()];
         let WorkloadOptions { context, sequences, .. } = *options;
         Ok(Self { cache, context, sequences, bytes, q, out })
@@ -183,7 +184,7 @@ where
         let dtype = self.cache.config().dtype;
         let stored = |x| f64::from(dtype.round(x));
         let (mut keys, mut values) = (Vec::new(), Vec::new());
-        let mut random = Random::new(SEED);
+        let mut random = Rng::new(SEED);
         let row = shape.kv_heads * shape.head_dim;
         let mut take = |tokens: usize, wanted: usize| {
             let (k, v) = rows_of(tokens * row, &mut random);
@@ -268,16 +269,16 @@ fn chunks(tokens: usize) -> impl Iterator<Item = usize> {
 }
 
 /// `len` elements of K, and of V.
-fn rows_of(len: usize, random: &mut Random) -> (Vec<f32>, Vec<f32>) {
+fn rows_of(len: usize, random: &mut Rng) -> (Vec<f32>, Vec<f32>) {
     let mut k = vec![0.0; len];
     let mut v = k.clone();
-    random.fill(&mut k);
-    random.fill(&mut v);
+    fill(random, &mut k);
+    fill(random, &mut v);
     (k, v)
 }
 
 /// Appends random rows to every layer. Layers share their values, not their memory.
-fn append<C>(cache: &mut C, shape: HeadShape, tokens: usize, random: &mut Random) -> Result<()>
+fn append<C>(cache: &mut C, shape: HeadShape, tokens: usize, random: &mut Rng) -> Result<()>
 where
     C: for<'a> Cache<View<'a> = HostView<'a>>,
 {
