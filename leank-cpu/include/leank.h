@@ -23,29 +23,30 @@
  *
  * A whole program is examples/embed.c. C99 or newer, C++11 or newer; 64-bit machines.
  *
- * Words. A query head reads the KV head of its group: query head h reads KV head
- * h / (query_heads / kv_heads). A channel is an index below head_dim. A head that keeps no channel is
- * dead: outside the windows neither its K nor its V is stored. Tokens come in blocks; a block is
- * full, or lean once all its tokens are neither of the sink nor of the recent window.
+ * Words. A query head reads the KV head of its group: query head h reads KV head h / (query_heads /
+ * kv_heads). A channel is an index below head_dim. A head that keeps no channel is dead: outside
+ * the windows neither its K nor its V is stored. Tokens come in blocks; a block is full, or lean
+ * once all its tokens are neither of the sink nor of the recent window.
  *
- * Errors. Functions that can fail return a leank_status; leank_last_error() tells the rest. After an
- * error nothing has changed, and what a function would have answered is not written (handles: NULL),
- * unless its comment says otherwise. Wrong numbers, NULL, unknown values, views of the wrong shape and
- * calls out of order are errors, never undefined. What cannot be checked is yours to keep: pointers
- * point to as much memory as was said, handles come from this library and are not yet freed,
- * strings end with a NUL. Where the system has no memory left for small things (not blocks of a
- * cache), the process ends, as in any Rust program.
+ * Errors. Functions that can fail return a leank_status; leank_last_error() tells the rest. After
+ * an error nothing has changed, and what a function would have answered is not written (handles:
+ * NULL), unless its comment says otherwise. Wrong numbers, NULL, unknown values, views of the wrong
+ * shape and calls out of order are errors, never undefined. What cannot be checked is yours to
+ * keep: pointers point to as much memory as was said, handles come from this library and are not
+ * yet freed, strings end with a NUL. Where the system has no memory left for small things (not
+ * blocks of a cache), the process ends, as in any Rust program.
  *
  * Threads. Different objects can be used on different threads at the same time. A cache is used by
  * one thread at a time, any thread; a second one (or a callback) that comes meanwhile is told
  * LEANK_BUSY. Backends and masks never change and can be shared freely.
  *
- * Ownership. What is handed in is copied or only read during the call. What a _create, _read function
- * answers is yours to _free, in any order: a cache holds what it needs of its backend and mask.
+ * Ownership. What is handed in is copied or only read during the call. What a _create or _read
+ * function answers is yours to _free, in any order: a cache holds what it needs of its backend and
+ * mask.
  *
  * Versions. Functions and fields are only added. Options start with struct_size, which their _init
- * sets; answers that may grow are taken with their sizeof. So a program runs with a newer library, and
- * with an older one as long as it leaves new options at their defaults.
+ * sets; answers that may grow are taken with their sizeof. So a program runs with a newer library,
+ * and with an older one as long as it leaves new options at their defaults.
  */
 #ifndef LEANK_H
 #define LEANK_H
@@ -57,7 +58,7 @@
 extern "C" {
 #endif
 
-/* ---- Errors and versions ---------------------------------------------------------------------- */
+/* ---- Errors and versions --------------------------------------------------------------------- */
 
 typedef enum leank_status {
     LEANK_OK = 0,
@@ -75,8 +76,8 @@ typedef enum leank_status {
     LEANK_MEMORY_LIMIT = 5,
     /* The system refused memory for blocks: leank_last_error_bytes() of it. */
     LEANK_SYSTEM_MEMORY = 6,
-    /* This CPU, system or build of the library does not have it. The only status after which it makes
-     * sense to ask for something else instead. */
+    /* This CPU, system or build of the library does not have it. The only status after which it
+     * makes sense to ask for something else instead. */
     LEANK_UNAVAILABLE = 7,
     /* A file or a saved sequence that is damaged, cut short or none. */
     LEANK_FORMAT = 8,
@@ -93,8 +94,8 @@ typedef enum leank_status {
 /* The name of a status, e.g. "LEANK_ORDER"; "unknown" for other numbers. */
 const char *leank_status_name(int32_t status);
 
-/* What went wrong in the last call on this thread that failed: the thing, what was expected, what was
- * found, the mend. Empty if none has. Valid until the next call that fails on this thread. */
+/* What went wrong in the last call on this thread that failed: the thing, what was expected, what
+ * was found, the mend. Empty if none has. Valid until the next call that fails on this thread. */
 const char *leank_last_error(void);
 
 /* Bytes that were missing when the last call on this thread that failed said LEANK_MEMORY_LIMIT or
@@ -104,30 +105,33 @@ uint64_t leank_last_error_bytes(void);
 /* The version of the library, e.g. "0.1.0". */
 const char *leank_version(void);
 
-/* ---- Backend: what attention runs on ----------------------------------------------------------- */
+/* ---- Backend: what attention runs on --------------------------------------------------------- */
 
-/* A kernel and threads. Caches may share it. Wherever one is asked for, NULL is the default one: the
- * best kernel of this CPU, on the calling thread. */
+/* A kernel and threads. Caches may share it. Wherever one is asked for, NULL is the default one:
+ * the best kernel of this CPU, on the calling thread. */
 typedef struct leank_backend leank_backend;
 
-/* Your own threads. Must call piece(context, i) exactly once for every i < count, in any order, on any
- * threads, and return when all these calls have returned. It is called by the thread that calls
- * leank_cache_attend, while that uses the cache. No exception and no longjmp may leave it. */
+/* Your own threads. Must call piece(context, i) exactly once for every i < count, in any order, on
+ * any threads, and return when all these calls have returned. It is called by the thread that calls
+ * leank_cache_attend, while that uses the cache; by several at once where caches share the backend.
+ * No exception and no longjmp may leave it. */
 typedef void (*leank_run)(void *user, size_t count, void (*piece)(void *context, size_t i),
                           void *context);
 
 typedef struct leank_backend_options {
     size_t struct_size; /* set by leank_backend_options_init */
-    /* Threads that attention runs on, the calling one included: 0 and 1 make none, more (up to 1024)
-     * make a pool that wakes in less than a microsecond. With `run`: how many threads that has. */
+    /* Threads that attention runs on, the calling one included: 0 and 1 make none, more (up to
+     * 1024) make a pool that wakes in less than a microsecond. With `run`: how many threads that
+     * has. */
     size_t threads;
     /* How long threads of the pool spin for work before they sleep, in nanoseconds. Default 100000:
      * longer than what lies between two layers. Long spins cost the cycles of other work. */
     uint64_t spin_ns;
-    /* "portable", "avx2", "avx512", "avx512-bf16", "neon", or NULL (default): the best of this CPU. */
+    /* "portable", "avx2", "avx512", "avx512-bf16", "neon", or NULL (default): the best of this
+     * CPU. */
     const char *isa;
-    /* Your own threads in place of the pool, or NULL (default). `user` is handed to it. Both are used
-     * as long as the backend or a cache made with it lives. */
+    /* Your own threads in place of the pool, or NULL (default). `user` is handed to it. Both are
+     * used as long as the backend or a cache made with it lives. */
     leank_run run;
     void *user;
 } leank_backend_options;
@@ -135,8 +139,8 @@ typedef struct leank_backend_options {
 /* Sets the defaults. `size`: sizeof *options. */
 leank_status leank_backend_options_init(leank_backend_options *options, size_t size);
 
-/* LEANK_UNAVAILABLE for an instruction set that this CPU lacks, and for more threads than the system
- * gives. */
+/* LEANK_UNAVAILABLE for an instruction set that this CPU lacks, and for more threads than the
+ * system gives. */
 leank_status leank_backend_create(const leank_backend_options *options, leank_backend **backend);
 
 /* For logs, e.g. "cpu (avx2 kernel, 4 threads)". Valid until the backend is freed. */
@@ -145,7 +149,7 @@ const char *leank_backend_name(const leank_backend *backend);
 /* NULL is allowed. */
 void leank_backend_free(leank_backend *backend);
 
-/* ---- Masks ------------------------------------------------------------------------------------- */
+/* ---- Masks ----------------------------------------------------------------------------------- */
 
 /* The kept channels of every KV head of a model. */
 typedef struct leank_mask leank_mask;
@@ -168,8 +172,8 @@ typedef struct leank_kept {
 leank_status leank_mask_create(const leank_kept *kept, leank_mask **mask);
 
 /* Reads leank's own mask file (.safetensors; `leank convert` makes one of others). LEANK_IO,
- * LEANK_FORMAT; LEANK_UNAVAILABLE where the library was built without the feature `capi-files`. `path`
- * is UTF-8. Whether the mask was learned for your model is yours to compare, by model_id. */
+ * LEANK_FORMAT; LEANK_UNAVAILABLE where the library was built without the feature `capi-files`.
+ * `path` is UTF-8. Whether the mask was learned for your model is yours to compare, by model_id. */
 leank_status leank_mask_read(const char *path, leank_mask **mask);
 
 typedef struct leank_mask_info {
@@ -185,7 +189,8 @@ typedef struct leank_mask_info {
     double middle_bytes;
     /* Heads that keep no channel. */
     size_t dead_heads;
-    /* The model it was learned for, as a name for people, or NULL. Valid until the mask is freed. */
+    /* The model it was learned for, as a name for people, or NULL. Valid until the mask is
+     * freed. */
     const char *model_id;
 } leank_mask_info;
 
@@ -195,7 +200,7 @@ leank_status leank_mask_get_info(const leank_mask *mask, leank_mask_info *info, 
 /* NULL is allowed. */
 void leank_mask_free(leank_mask *mask);
 
-/* ---- What a cache stores ----------------------------------------------------------------------- */
+/* ---- What a cache stores --------------------------------------------------------------------- */
 
 /* Types of elements. */
 typedef enum leank_dtype {
@@ -204,10 +209,10 @@ typedef enum leank_dtype {
     LEANK_BF16 = 2 /* the upper half of an f32 */
 } leank_dtype;
 
-#define LEANK_AUTO (SIZE_MAX - 1)     /* of a window: the mask's, or the default, sink 32, recent 128 */
-#define LEANK_EVERYTHING SIZE_MAX     /* of `recent`: nothing ever becomes lean */
-#define LEANK_NO_LIMIT UINT64_MAX     /* of `limit` */
-#define LEANK_MAX_TOKENS 4294967296   /* of one sequence */
+#define LEANK_AUTO (SIZE_MAX - 1)   /* of a window: the mask's, or else sink 32, recent 128 */
+#define LEANK_EVERYTHING SIZE_MAX   /* of `recent`: nothing ever becomes lean */
+#define LEANK_NO_LIMIT UINT64_MAX   /* of `limit` */
+#define LEANK_MAX_TOKENS 4294967296 /* of one sequence */
 
 /* Types of K and V of one head in lean blocks: a leank_dtype each. */
 typedef struct leank_head_format {
@@ -230,14 +235,15 @@ typedef struct leank_config {
     size_t recent;
     /* Most bytes of block storage; a step that needs more is refused. Default LEANK_NO_LIMIT. */
     uint64_t limit;
-    /* Types in lean blocks, [layers * kv_heads] in the order of leank_kept, or NULL (default): `dtype`. */
+    /* Types in lean blocks, [layers * kv_heads] in the order of leank_kept, or NULL (default):
+     * `dtype`. */
     const leank_head_format *lean_formats;
     size_t lean_formats_len;
     /* Type of what is stored, a leank_dtype. Default LEANK_F16. */
     int32_t dtype;
     /* Tokens per block, 1 to 4096. Default 64; multiples of 32 are fastest. */
     uint32_t block;
-    /* Factor on q·k; 0 (default): 1/sqrt(head_dim), with the full head_dim whatever is kept. */
+    /* Factor on q.k; 0 (default): 1/sqrt(head_dim), with the full head_dim whatever is kept. */
     float scale;
     /* Logits become soft_cap * tanh(logit / soft_cap); 0 (default): as they are. */
     float soft_cap;
@@ -255,15 +261,15 @@ typedef struct leank_footprint {
     uint64_t dense_bytes;
 } leank_footprint;
 
-/* What one sequence of `tokens` tokens will take, to the byte, before anything is made. `size`: sizeof
- * *footprint. */
+/* What one sequence of `tokens` tokens will take, to the byte, before anything is made. `size`:
+ * sizeof *footprint. */
 leank_status leank_config_footprint(const leank_config *config, size_t tokens,
                                     leank_footprint *footprint, size_t size);
 
 /* Most tokens of one sequence, decoded token by token, that never take more than `bytes`. */
 leank_status leank_config_tokens_within(const leank_config *config, uint64_t bytes, size_t *tokens);
 
-/* ---- Caches ------------------------------------------------------------------------------------ */
+/* ---- Caches ---------------------------------------------------------------------------------- */
 
 /* K and V of many sequences. */
 typedef struct leank_cache leank_cache;
@@ -271,12 +277,13 @@ typedef struct leank_cache leank_cache;
 /* Names a sequence of one cache; never used again after its release. */
 typedef uint64_t leank_sequence;
 
-/* LEANK_INVALID or LEANK_MISMATCH for what does not fit together. Takes no memory for blocks yet. */
+/* LEANK_INVALID or LEANK_MISMATCH for what does not fit together. Takes no memory for blocks
+ * yet. */
 leank_status leank_cache_create(const leank_backend *backend, const leank_config *config,
                                 leank_cache **cache);
 
-/* Frees the cache with all its sequences. NULL is allowed. Refused (see leank_last_error) while another
- * call uses the cache: then the cache stays. */
+/* Frees the cache with all its sequences. NULL is allowed. Refused (see leank_last_error) while
+ * another call uses the cache: then the cache stays. */
 void leank_cache_free(leank_cache *cache);
 
 /* A new, empty sequence. */
@@ -286,24 +293,24 @@ leank_status leank_cache_add_sequence(leank_cache *cache, leank_sequence *sequen
 leank_status leank_cache_sequence_len(const leank_cache *cache, leank_sequence sequence,
                                       size_t *tokens);
 
-/* A new sequence with the same tokens, in the same blocks: it takes no bytes before one of the two goes
- * on. Outside of steps only. */
+/* A new sequence with the same tokens, in the same blocks: it takes no bytes before one of the two
+ * goes on. Outside of steps only. */
 leank_status leank_cache_fork(leank_cache *cache, leank_sequence sequence, leank_sequence *twin);
 
-/* Takes the last tokens back, so that `tokens` remain. LEANK_INVALID for more than there are and for an
- * end inside a lean block (leank_cache_nearest_lengths). Lean blocks that remain stay lean. Outside of
- * steps only. */
+/* Takes the last tokens back, so that `tokens` remain. LEANK_INVALID for more than there are and
+ * for an end inside a lean block (leank_cache_nearest_lengths). Lean blocks that remain stay lean.
+ * Outside of steps only. */
 leank_status leank_cache_truncate(leank_cache *cache, leank_sequence sequence, size_t tokens);
 
-/* The longest length up to `tokens` and the shortest from `tokens` on that a sequence can be cut to:
- * both `tokens`, or the two ends of the lean block around it. */
+/* The longest length up to `tokens` and the shortest from `tokens` on that a sequence can be cut
+ * to: both `tokens`, or the two ends of the lean block around it. */
 leank_status leank_cache_nearest_lengths(const leank_cache *cache, leank_sequence sequence,
                                          size_t tokens, size_t *below, size_t *above);
 
 /* Forgets a sequence. Outside of steps only. */
 leank_status leank_cache_release(leank_cache *cache, leank_sequence sequence);
 
-/* ---- Steps ------------------------------------------------------------------------------------- */
+/* ---- Steps ----------------------------------------------------------------------------------- */
 
 /* What one sequence does in a step. */
 typedef struct leank_entry {
@@ -315,8 +322,8 @@ typedef struct leank_entry {
 } leank_entry;
 
 /* Activations [tokens, heads, head_dim] in your memory; strides in elements, the channels of a head
- * lie side by side. `data` is aligned to its elements. `tokens` are those of the step: the new ones of
- * all its sequences, one sequence after the other in the order of the plan. */
+ * lie side by side. `data` is aligned to its elements. `tokens` are those of the step: the new ones
+ * of all its sequences, one sequence after the other in the order of the plan. */
 typedef struct leank_view {
     const void *data;
     int32_t dtype; /* a leank_dtype, whatever the cache stores */
@@ -342,17 +349,17 @@ typedef struct leank_view_mut {
  * LEANK_SYSTEM_MEMORY; LEANK_INVALID for a sequence named twice and for 0 tokens. */
 leank_status leank_cache_plan(leank_cache *cache, const leank_entry *entries, size_t count);
 
-/* Stores K (after RoPE) and V of the step's tokens, rounded. After an error the step goes on: append
- * again, or cancel. Values that are not finite reach the queries that see them, and no other head or
- * sequence. */
+/* Stores K (after RoPE) and V of the step's tokens, rounded. After an error the step goes on:
+ * append again, or cancel. Values that are not finite reach the queries that see them, and no other
+ * head or sequence. */
 leank_status leank_cache_append(leank_cache *cache, size_t layer, const leank_view *k,
                                 const leank_view *v);
 
-/* Attends: softmax(scale · q·k) v over all that each new token sees, itself included. q after RoPE. After
- * the layer's append. Rows of sequences that only store are neither read nor written. Nobody else
- * may write the memory that q spans or touch the memory that `out` spans, from its first to its last
- * element, during the call; the two may not overlap. Results do not depend on the threads or on the
- * other sequences of the step. */
+/* Attends: softmax(scale q.k) v over all that each new token sees, itself included. q after RoPE.
+ * After the layer's append. Rows of sequences that only store are neither read nor written. Nobody
+ * else may write the memory that q spans or touch the memory that `out` spans, from its first to
+ * its last element, during the call; the two may not overlap. Results do not depend on the threads
+ * or on the other sequences of the step. */
 leank_status leank_cache_attend(leank_cache *cache, size_t layer, const leank_view *q,
                                 const leank_view_mut *out);
 
@@ -363,7 +370,7 @@ leank_status leank_cache_commit(leank_cache *cache);
 /* Takes the step under way back, as if it had not been planned. Without one it does nothing. */
 leank_status leank_cache_cancel(leank_cache *cache);
 
-/* ---- Memory, and sequences on disk ------------------------------------------------------------- */
+/* ---- Memory, and sequences on disk ----------------------------------------------------------- */
 
 typedef struct leank_memory {
     /* Tokens of all sequences; one that several share counts for each. */
@@ -376,8 +383,8 @@ typedef struct leank_memory {
     uint64_t lean_bytes;
     /* Bytes of block storage held, free blocks included. */
     uint64_t allocated_bytes;
-    /* Bytes of a dense cache without padding for the same tokens, shared ones once. The whole-KV ratio
-     * is (full_bytes + lean_bytes) / dense_bytes. */
+    /* Bytes of a dense cache without padding for the same tokens, shared ones once. The whole-KV
+     * ratio is (full_bytes + lean_bytes) / dense_bytes. */
     uint64_t dense_bytes;
 } leank_memory;
 
@@ -397,16 +404,16 @@ typedef ptrdiff_t (*leank_read)(void *user, void *data, size_t len);
 leank_status leank_cache_save(const leank_cache *cache, leank_sequence sequence, leank_write write,
                               void *user);
 
-/* A new sequence from what leank_cache_save wrote; takes no byte beyond it. LEANK_MISMATCH for one of
- * a cache of another shape, mask, windows, block or types, LEANK_FORMAT for one that is damaged or cut
- * short: a stream from a stranger can be tried safely. Outside of steps only. */
+/* A new sequence from what leank_cache_save wrote; takes no byte beyond it. LEANK_MISMATCH for one
+ * of a cache of another shape, mask, windows, block or types, LEANK_FORMAT for one that is damaged
+ * or cut short: a stream from a stranger can be tried safely. Outside of steps only. */
 leank_status leank_cache_restore(leank_cache *cache, leank_read read, void *user,
                                  leank_sequence *sequence);
 
-/* ---- In C and C++ only: views without gaps ----------------------------------------------------- */
+/* ---- In C and C++ only: views without gaps --------------------------------------------------- */
 
-static inline leank_view leank_contiguous(const void *data, int32_t dtype, size_t tokens, size_t heads,
-                                          size_t head_dim)
+static inline leank_view leank_contiguous(const void *data, int32_t dtype, size_t tokens,
+                                          size_t heads, size_t head_dim)
 {
     leank_view view;
     view.data = data, view.dtype = dtype;

@@ -3,7 +3,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | `status` | [`status::call`], which every function goes through: no panic reaches C, errors become numbers |
+//! | `status` | [`status::call`], through which every call goes: panics and errors become numbers |
 //! | `memory` | what comes from C and goes there: pointers, strings, slices, structs that grow |
 //! | `callback` | executors, readers and writers that C hands in |
 //! | `backend`, `mask`, `config`, `cache` | the functions and their types |
@@ -23,6 +23,12 @@ mod status;
 mod tests;
 
 use std::ffi::c_char;
+
+/// The header lets threads share these.
+const fn shared<T: Send + Sync>() {}
+const _: () = shared::<backend::Backend>();
+const _: () = shared::<mask::Mask>();
+const _: () = shared::<cache::Handle>();
 
 /// Version of the library.
 #[unsafe(no_mangle)]
