@@ -80,5 +80,5 @@ export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER='qemu-aarch64-static -L /us
 export PROPTEST_CASES=8 PROPTEST_MAX_SHRINK_ITERS=1
 common=(--quiet --locked --target "$target" --no-default-features)
 cargo test "${common[@]}" --package leank-core --lib --tests
-cargo test "${common[@]}" --package leank-cpu --lib --test life
+cargo test "${common[@]}" --package leank-cpu --features capi --lib --test life
 cargo test "${common[@]}" --package leank-cpu --test conformance -- neon::

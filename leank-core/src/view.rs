@@ -112,8 +112,10 @@ impl ViewShape {
         Self { tokens, heads, head_dim, token_stride: head_dim, head_stride: tokens * head_dim }
     }
 
-    /// Elements that the view spans, or `None` when that overflows.
-    fn span(&self) -> Option<usize> {
+    /// Elements from the first to the last of the view, gaps included, or `None` when that
+    /// overflows.
+    #[must_use]
+    pub fn span(&self) -> Option<usize> {
         if self.tokens == 0 || self.heads == 0 || self.head_dim == 0 {
             return Some(0);
         }

@@ -68,6 +68,15 @@ impl CpuCache {
         Ok(Self { config, layout, ledger, store, kernel, executor, workspace, appended })
     }
 
+    /// The longest length up to `tokens` and the shortest from `tokens` on that a sequence can be
+    /// [truncated](Cache::truncate) to.
+    ///
+    /// # Errors
+    /// As [`Ledger::nearest_lengths`].
+    pub fn nearest_lengths(&self, sequence: SequenceId, tokens: usize) -> Result<(usize, usize)> {
+        self.ledger.nearest_lengths(sequence, tokens)
+    }
+
     fn check_layer(&self, call: &'static str, layer: Layer) -> Result<()> {
         if self.ledger.step().is_none() {
             return Err(Error::Order { call, when: "without a plan".into() });

@@ -43,6 +43,9 @@
 
 mod attend;
 mod cache;
+#[cfg(feature = "capi")]
+#[allow(unsafe_code, reason = "takes pointers from C")]
+mod capi;
 mod element;
 mod executor;
 #[allow(unsafe_code, reason = "vectors")]
