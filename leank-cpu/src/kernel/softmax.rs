@@ -21,7 +21,13 @@ pub(crate) const LOWEST: f32 = f32::MIN;
 
 /// The factor for weights that were relative to one base and are to be relative to another.
 pub(crate) fn rebase(from: f32, to: f32) -> f32 {
-    if from == to { 1.0 } else { (from - to).exp2() }
+    if from == to {
+        1.0
+    } else if from == LOWEST {
+        0.0 // as the general way says, slowly
+    } else {
+        (from - to).exp2()
+    }
 }
 
 /// Takes logits of one block into the softmax of their rows.
@@ -76,8 +82,11 @@ impl<W: Factor> Softmax<'_, W> {
         }
         let largest = largest.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
         let base = (largest * self.scale).ceil();
-        let factor = rebase(self.bases[row], base);
-        self.bases[row] = base;
+        let before = std::mem::replace(&mut self.bases[row], base);
+        if before == LOWEST {
+            return; // everything is zero
+        }
+        let factor = rebase(before, base);
         self.totals[row].0.iter_mut().for_each(|x| *x *= factor);
         let sums = &mut self.sums[row * self.head_dim..][..self.head_dim];
         sums.iter_mut().for_each(|x| *x *= factor);
