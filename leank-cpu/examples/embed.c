@@ -1,4 +1,4 @@
-/* The loop of a C runtime that keeps its KV cache in leank. Checks itself; tools/capi.sh runs it. */
+/* The loop of a C runtime that keeps its KV cache in leank. It checks itself: tools/capi.sh. */
 #include <leank.h>
 
 #include <math.h>

@@ -18,7 +18,7 @@ use super::{
     backend::*,
     cache::*,
     callback::{Piece, Run},
-    config::{self, *},
+    config::*,
     mask::*,
     memory::Options,
     status::*,
@@ -344,7 +344,7 @@ fn masks_come_from_files() {
         recent: 80,
         ..Options::defaults()
     };
-    let config = abi!(config::read(&config)).unwrap();
+    let config = abi!(crate::capi::config::read(&config)).unwrap();
     assert_eq!((config.windows, &config.mask), (Windows { sink: 3, recent: 80 }, &mask));
     std::fs::write(&path, "no mask").unwrap();
     abi!(leank_mask_free(read));
