@@ -198,7 +198,7 @@ impl<'a> LayerView<'a> {
 
         let kept = self.config.mask.head(self.layer, job.head).kept();
         let packed = self.layout.layer(self.layer).lean[job.head.0];
-        if packed.stored == 0 {
+        if packed.stored == 0 || !job.table.iter().any(|block| matches!(block, Block::Lean(_))) {
             return;
         }
         // In place: row by row, kept channels move to the front, which never overtakes them.
