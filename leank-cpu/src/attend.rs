@@ -80,31 +80,33 @@ impl<'a> LayerView<'a> {
         executor: &dyn Executor,
         workspace: &mut Workspace,
         q: HostView<'_>,
-        mut out: HostViewMut<'_>,
+        out: HostViewMut<'_>,
     ) -> Result<()> {
         let shape = self.config.shape;
         let (heads, group) = (shape.kv_heads, shape.group());
         let work = Work::cut(ledger, self.layout, self.layer, heads, group)?;
         workspace.prepare(work.jobs.len());
         let Workspace { idle, jobs } = workspace;
+        let out = Mutex::new(out);
         let run = |i: usize| {
             let piece = &work.pieces[i];
             let mut scratch = lock(idle).pop().unwrap_or_default();
-            let running = self.run(&work.jobs[piece.job], piece, q, &mut scratch);
-            lock(&jobs[piece.job]).take(piece.number, &running);
+            let job = &work.jobs[piece.job];
+            let mut running = self.run(job, piece, q, &mut scratch);
+            let mut merging = lock(&jobs[piece.job]);
+            if let Some(rows) = merging.take((piece.number, job.pieces), &mut running) {
+                let mut out = lock(&out);
+                for (row, values) in rows.chunks_exact(shape.head_dim).enumerate() {
+                    out.write_row(job.row + row / group, job.head.0 * group + row % group, values);
+                }
+            }
+            drop(merging);
             lock(idle).push(scratch);
         };
         if work.is_parallel() {
             executor.run(work.pieces.len(), &run);
         } else {
             (0..work.pieces.len()).for_each(run);
-        }
-
-        for (job, merging) in work.jobs.iter().zip(jobs) {
-            let merging = merging.get_mut().unwrap_or_else(PoisonError::into_inner);
-            for (row, values) in merging.finish().enumerate() {
-                out.write_row(job.row + row / group, job.head.0 * group + row % group, values);
-            }
         }
         Ok(())
     }

@@ -155,13 +155,22 @@ impl Merging {
         self.early.clear();
     }
 
-    /// Takes the piece with this number.
-    pub(crate) fn take(&mut self, number: usize, piece: &Running<'_>) {
+    /// Takes the piece with this number. The last one that comes brings the output rows,
+    /// `[rows, head_dim]`.
+    pub(crate) fn take<'a>(
+        &'a mut self,
+        (number, pieces): (usize, usize),
+        piece: &'a mut Running<'_>,
+    ) -> Option<&'a [f32]> {
         let Running { bases, totals, sums, .. } = piece;
+        if pieces == 1 {
+            return Some(finish(totals, sums));
+        }
         if number > self.merged {
             let mut rows = Rows::default();
             rows.copy(bases, totals, sums);
-            return self.early.push((number, rows));
+            self.early.push((number, rows));
+            return None;
         }
         match number {
             0 => self.all.copy(bases, totals, sums),
@@ -173,17 +182,16 @@ impl Merging {
             self.all.merge(&bases, &totals, &sums);
             self.merged += 1;
         }
+        (self.merged == pieces).then(|| finish(&self.all.totals, &mut self.all.sums))
     }
+}
 
-    /// The output rows, after the last piece.
-    pub(crate) fn finish(&mut self) -> impl Iterator<Item = &[f32]> {
-        debug_assert!(self.early.is_empty(), "every piece is done");
-        let Rows { bases, totals, sums } = &mut self.all;
-        let head_dim = sums.len() / bases.len();
-        for (row, total) in sums.chunks_exact_mut(head_dim).zip(totals) {
-            let inverse = 1.0 / total.0.iter().sum::<f32>();
-            row.iter_mut().for_each(|x| *x *= inverse);
-        }
-        sums.chunks_exact(head_dim)
+/// Divides sums of V by the weights' total.
+fn finish<'a>(totals: &[Line], sums: &'a mut [f32]) -> &'a [f32] {
+    let head_dim = sums.len() / totals.len();
+    for (row, total) in sums.chunks_exact_mut(head_dim).zip(totals) {
+        let inverse = 1.0 / total.0.iter().sum::<f32>();
+        row.iter_mut().for_each(|x| *x *= inverse);
     }
+    sums
 }

@@ -29,6 +29,8 @@ pub(crate) struct Job<'a> {
     pub(crate) position: usize,
     /// Blocks that the last query token sees.
     pub(crate) table: &'a [Block],
+    /// Pieces that it is cut into.
+    pub(crate) pieces: usize,
 }
 
 /// Part of a job: some of its blocks.
@@ -74,7 +76,8 @@ impl<'a> Work<'a> {
                     let tokens = most.min(sequence.tokens - first);
                     let position = sequence.start + first;
                     let table = &table[..(position + tokens).div_ceil(layout.block)];
-                    let job = Job { head, row: sequence.row + first, tokens, position, table };
+                    let row = sequence.row + first;
+                    let job = Job { head, row, tokens, position, table, pieces: 0 };
                     work.push(job, count, |block| match block {
                         Block::Full(_) => full,
                         Block::Lean(_) => lean,
@@ -86,7 +89,7 @@ impl<'a> Work<'a> {
     }
 
     /// Adds a job in pieces of `count` blocks; those of dead heads that hold nothing are left out.
-    fn push(&mut self, job: Job<'a>, count: usize, size: impl Fn(Block) -> usize) {
+    fn push(&mut self, mut job: Job<'a>, count: usize, size: impl Fn(Block) -> usize) {
         let before = self.pieces.len();
         for start in (0..job.table.len()).step_by(count) {
             let blocks = start..(start + count).min(job.table.len());
@@ -97,7 +100,8 @@ impl<'a> Work<'a> {
                 self.bytes += bytes;
             }
         }
-        debug_assert!(self.pieces.len() > before, "a query's own token is whole");
+        job.pieces = self.pieces.len() - before;
+        debug_assert!(job.pieces > 0, "a query's own token is whole");
         self.jobs.push(job);
     }
 
