@@ -129,7 +129,8 @@ pub(crate) trait Order: Copy {
     /// Elements before those of `row`, the first of a pass.
     fn start(self, row: usize, depth: usize) -> usize;
 
-    /// Elements from there to those of row `row.0` of `row.1` in the pass, at a step of so many elements.
+    /// Elements from there to those of row `row.0` of the pass's `row.1`, at a step of `step_len`
+    /// elements.
     fn offset(self, row: (usize, usize), step: usize, step_len: usize) -> usize;
 }
 

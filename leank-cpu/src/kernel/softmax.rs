@@ -82,11 +82,8 @@ impl<W: Factor> Softmax<'_, W> {
         }
         let largest = largest.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
         let base = (largest * self.scale).ceil();
-        let before = std::mem::replace(&mut self.bases[row], base);
-        if before == LOWEST {
-            return; // everything is zero
-        }
-        let factor = rebase(before, base);
+        let factor = rebase(self.bases[row], base);
+        self.bases[row] = base;
         self.totals[row].0.iter_mut().for_each(|x| *x *= factor);
         let sums = &mut self.sums[row * self.head_dim..][..self.head_dim];
         sums.iter_mut().for_each(|x| *x *= factor);
