@@ -113,7 +113,8 @@ typedef struct leank_backend leank_backend;
 
 /* Your own threads. Must call piece(context, i) exactly once for every i < count, in any order, on
  * any threads, and return when all these calls have returned. It is called by the thread that calls
- * leank_cache_attend, while that uses the cache; by several at once where caches share the backend.
+ * leank_cache_append, _attend or _commit, while that uses the cache; by several at once where caches
+ * share the backend.
  * No exception and no longjmp may leave it. */
 typedef void (*leank_run)(void *user, size_t count, void (*piece)(void *context, size_t i),
                           void *context);

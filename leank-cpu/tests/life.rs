@@ -171,6 +171,34 @@ fn a_saved_sequence_goes_on_elsewhere() {
     });
 }
 
+/// The stream says nothing of how a kernel lays out its blocks.
+#[test]
+fn a_saved_sequence_goes_on_under_any_instruction_set() {
+    let on = |isa| Cpu::with_executor(Arc::new(Serial)).with_isa(isa).ok();
+    for (dtype, lean) in [(Dtype::Bf16, Dtype::F16), (Dtype::F32, Dtype::Bf16)] {
+        let config = config(dtype, lean);
+        let mut cache = on(Isa::Portable).unwrap().create(config.clone()).unwrap();
+        let id = cache.add_sequence();
+        step(&mut cache, id, 1, 77);
+        let mut saved = Vec::new();
+        cache.save(id, &mut saved).unwrap();
+
+        for cpu in Isa::ALL.into_iter().filter_map(on) {
+            let mut restored = cpu.create(config.clone()).unwrap();
+            let back = restored.restore(&mut &saved[..]).unwrap();
+            let mut again = Vec::new();
+            restored.save(back, &mut again).unwrap();
+            assert!(again == saved, "{:?}", cpu.isa());
+
+            let mut native = cpu.create(config.clone()).unwrap();
+            let own = native.add_sequence();
+            step(&mut native, own, 1, 77);
+            let outputs = [step(&mut restored, back, 1, 3), step(&mut native, own, 1, 3)];
+            assert_eq!(outputs[0], outputs[1], "{:?}", cpu.isa());
+        }
+    }
+}
+
 /// Appends tokens of a story without attention; values with all kinds of bits.
 fn store(cache: &mut CpuCache, id: SequenceId, entry: StepEntry) {
     let (_, kv_heads, head_dim) = SHAPE;

@@ -33,7 +33,7 @@ pub(super) struct Injected {
     pub(super) threads: usize,
 }
 
-// SAFETY: the header says that `run` is called with `user` on whatever thread attends.
+// SAFETY: the header says that `run` is called with `user` on whatever thread uses the cache.
 unsafe impl Send for Injected {}
 // SAFETY: as above; and that caches that share it may do so at the same time.
 unsafe impl Sync for Injected {}

@@ -93,6 +93,7 @@ fn panics_become_a_status() {
 
 const TOKENS: usize = 2048;
 const SHAPE: (usize, usize, usize) = (4, 2, 64);
+const CHUNK: usize = 256;
 
 fn numbers(seed: usize, len: usize) -> Vec<f32> {
     (0..len).map(|i| ((seed * 7919 + i * 104_729) % 2003) as f32 / 1000.0 - 1.0).collect()
@@ -169,15 +170,19 @@ impl Scene {
         assert_eq!(abi!(leank_cache_add_sequence(cache, &mut sequence)), Status::Ok);
         let (k, q) = (numbers(1, TOKENS * kv_heads * head_dim), numbers(2, query_heads * head_dim));
         let mut scene = Self { cache, sequence, k, out: vec![0.0; q.len()], q };
-        scene.append(TOKENS, 0);
-        assert_eq!(abi!(leank_cache_commit(cache)), Status::Ok);
-        scene.append(1, 1);
+        // In steps too small for threads: only `attend` is to need them.
+        for start in (0..TOKENS).step_by(CHUNK) {
+            scene.append(start, CHUNK.min(TOKENS - start), 0);
+            assert_eq!(abi!(leank_cache_commit(cache)), Status::Ok);
+        }
+        scene.append(0, 1, 1);
         scene
     }
 
-    fn append(&mut self, tokens: usize, attend: i32) {
+    /// Plans a step, and appends rows from `start` on.
+    fn append(&mut self, start: usize, tokens: usize, attend: i32) {
         let entry = Entry { sequence: self.sequence, tokens, attend };
-        let k = view(&self.k, tokens, SHAPE.1);
+        let k = view(&self.k[start * SHAPE.1 * SHAPE.2..], tokens, SHAPE.1);
         assert_eq!(abi!(leank_cache_plan(self.cache, &entry, 1)), Status::Ok);
         assert_eq!(abi!(leank_cache_append(self.cache, 0, &k, &k)), Status::Ok);
     }
