@@ -25,11 +25,11 @@ pub(crate) const DEPTH_MULTIPLE: usize = 2;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Section {
     /// Bytes before it.
-    pub(crate) offset: usize,
+    offset: usize,
     /// Rows.
     pub(crate) depth: usize,
     /// Elements of a row.
-    pub(crate) lanes: usize,
+    lanes: usize,
     /// Type of the elements.
     pub(crate) dtype: Dtype,
 }
@@ -309,7 +309,7 @@ mod tests {
     }
 
     impl<T: Element> Loops for WriteLanes<'_, T> {
-        fn run(mut self, simd: impl Simd) {
+        fn run<S: Simd>(mut self, simd: S) {
             self.to.write_lanes(simd, self.first, self.columns);
         }
     }

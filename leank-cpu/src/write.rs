@@ -170,7 +170,7 @@ impl Writer<'_> {
 
 impl Loops for Appending<'_> {
     #[inline(always)]
-    fn run(self, simd: impl Simd) {
+    fn run<S: Simd>(self, simd: S) {
         let Self { writer, run, bytes, views: [k, v], scratch } = self;
         let Run { place, .. } = run;
         let kept = writer.config.mask.head(run.layer, run.head).kept();
@@ -225,7 +225,7 @@ impl Writer<'_> {
 
 impl Loops for Packing<'_> {
     #[inline(always)]
-    fn run(self, _: impl Simd) {
+    fn run<S: Simd>(self, _: S) {
         let Self { writer, block: Whole { kept, whole, packed, from }, bytes } = self;
         with_element!(whole.k.dtype, S => {
             with_element!(packed.k.dtype, T => {

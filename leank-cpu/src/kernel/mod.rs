@@ -106,7 +106,7 @@ impl FromStr for Isa {
 /// of their own would be code for any CPU.
 pub(crate) trait Loops {
     /// Runs them.
-    fn run(self, simd: impl Simd);
+    fn run<S: Simd>(self, simd: S);
 }
 
 /// Code for one instruction set.

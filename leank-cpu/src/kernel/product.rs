@@ -178,7 +178,7 @@ pub(crate) struct ToSteps<'a, W, const STEP: usize> {
 
 impl<W: Factor, const STEP: usize> Loops for ToSteps<'_, W, STEP> {
     #[inline(always)]
-    fn run(self, simd: impl Simd) {
+    fn run<S: Simd>(self, simd: S) {
         let Self { from, depth, to } = self;
         let group = MAX_ROWS * depth;
         for (from, to) in from.chunks(group).zip(to[..from.len()].chunks_mut(group)) {

@@ -54,20 +54,15 @@ pub(crate) struct Take<'a, W> {
 
 impl<W: Factor> Loops for Take<'_, W> {
     #[inline(always)]
-    fn run(self, simd: impl Simd) {
+    fn run<S: Simd>(self, simd: S) {
         let Self { logits, mut softmax } = self;
-        take(simd, logits, &mut softmax);
-    }
-}
-
-#[inline(always)]
-fn take<S: Simd, W: Factor>(simd: S, logits: &[f32], softmax: &mut Softmax<'_, W>) {
-    assert!(softmax.stride.is_multiple_of(MAX_LANES), "rows of whole vectors");
-    for (row, logits) in logits.chunks_exact(softmax.stride).enumerate() {
-        for (v, logits) in logits.chunks_exact(S::LANES).enumerate() {
-            // SAFETY: the chunk has `LANES` elements.
-            let logits = unsafe { simd.load(logits.as_ptr()) };
-            softmax.vectors(simd, row, v * S::LANES, [[logits]]);
+        assert!(softmax.stride.is_multiple_of(MAX_LANES), "rows of whole vectors");
+        for (row, logits) in logits.chunks_exact(softmax.stride).enumerate() {
+            for (v, logits) in logits.chunks_exact(S::LANES).enumerate() {
+                // SAFETY: the chunk has `LANES` elements.
+                let logits = unsafe { simd.load(logits.as_ptr()) };
+                softmax.vectors(simd, row, v * S::LANES, [[logits]]);
+            }
         }
     }
 }

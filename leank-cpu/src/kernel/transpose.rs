@@ -51,11 +51,8 @@ mod tests {
     struct Check;
 
     impl Loops for Check {
-        fn run(self, simd: impl Simd) {
-            fn lanes<S: Simd>(_: S) -> usize {
-                S::LANES
-            }
-            let (lanes, stride) = (lanes(simd), 19);
+        fn run<S: Simd>(self, simd: S) {
+            let (lanes, stride) = (S::LANES, 19);
             // Every bit pattern is a word: these are NaN.
             let from: Vec<u32> = (0..16 * 19).map(|i| 0x7f80_0001 + i).collect();
             let mut rows = 0;
