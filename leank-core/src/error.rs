@@ -66,6 +66,24 @@ pub enum Error {
         /// Bytes of the allocation that failed.
         bytes: u64,
     },
+    /// A device failed at something. A cache that it was working for is poisoned.
+    #[error("{device}: {action} failed: {why}")]
+    Device {
+        /// The device.
+        device: String,
+        /// What was being done.
+        action: &'static str,
+        /// The driver's reason.
+        why: String,
+    },
+    /// A cache whose device failed at an earlier call: what it holds may be wrong.
+    #[error(
+        "the cache is poisoned, since its device failed earlier ({why}): drop it, and make another one on a device that works"
+    )]
+    Poisoned {
+        /// The earlier failure.
+        why: String,
+    },
     /// A sequence id that this cache does not hold (any more).
     #[error("sequence {0} is not in this cache: it was released or belongs to another cache")]
     UnknownSequence(u64),

@@ -8,10 +8,25 @@ use crate::{CacheConfig, HeadFormat, KvHead, Layer, Result};
 pub struct LayoutRules {
     /// Stored channels of K per live head are a multiple of this.
     pub k_channel_multiple: usize,
+    /// Stored tokens of K per block are a multiple of this.
+    pub k_token_multiple: usize,
+    /// Stored channels of V per live head are a multiple of this.
+    pub v_channel_multiple: usize,
     /// Stored tokens of V per block are a multiple of this.
     pub v_token_multiple: usize,
     /// K and V of each head start at a multiple of this many bytes.
     pub section_align: usize,
+}
+
+impl LayoutRules {
+    /// No padding at all.
+    pub const PACKED: Self = Self {
+        k_channel_multiple: 1,
+        k_token_multiple: 1,
+        v_channel_multiple: 1,
+        v_token_multiple: 1,
+        section_align: 1,
+    };
 }
 
 /// One KV head inside a lean block.
@@ -80,9 +95,11 @@ impl CacheLayout {
         let element = config.dtype.bytes();
         let align = |bytes: usize| bytes.next_multiple_of(rules.section_align);
         let full_channels = shape.head_dim.next_multiple_of(rules.k_channel_multiple);
+        let k_tokens = config.block.next_multiple_of(rules.k_token_multiple);
         let stored_tokens = config.block.next_multiple_of(rules.v_token_multiple);
-        let full_k_section = align(config.block * full_channels * element);
-        let full_v_section = align(stored_tokens * shape.head_dim * element);
+        let stored_v_channels = shape.head_dim.next_multiple_of(rules.v_channel_multiple);
+        let full_k_section = align(k_tokens * full_channels * element);
+        let full_v_section = align(stored_tokens * stored_v_channels * element);
         let layers = shape.layer_indices().map(|layer| {
             let mut offset = 0;
             let lean = shape.kv_head_indices().map(|head| {
@@ -90,8 +107,8 @@ impl CacheLayout {
                 let stored = kept.next_multiple_of(rules.k_channel_multiple);
                 let format = config.format(layer, head);
                 let k_offset = offset;
-                let v_offset = k_offset + align(format.k.bytes(config.block, stored));
-                let v_channels = if kept == 0 { 0 } else { shape.head_dim };
+                let v_offset = k_offset + align(format.k.bytes(k_tokens, stored));
+                let v_channels = if kept == 0 { 0 } else { stored_v_channels };
                 offset = v_offset + align(format.v.bytes(stored_tokens, v_channels));
                 LeanHead { kept, stored, k_offset, v_offset, format }
             });

@@ -19,7 +19,7 @@
 //! let heads = vec![ChannelMask::new(64, (0..16).collect())?, ChannelMask::none(64)];
 //! let config = CacheConfig::new(shape, ModelMask::new(1, 2, 64, heads)?)?;
 //!
-//! let rules = LayoutRules { k_channel_multiple: 1, v_token_multiple: 1, section_align: 64 };
+//! let rules = LayoutRules { section_align: 64, ..LayoutRules::PACKED };
 //! let footprint = Planner::new(&config, rules)?.footprint(32_768)?;
 //! assert!(footprint.whole_kv_ratio().unwrap() < 0.32);
 //! # Ok::<(), leank_core::Error>(())

@@ -139,7 +139,7 @@ mod tests {
     use crate::{ChannelMask, ModelMask, ModelShape};
 
     const RULES: LayoutRules =
-        LayoutRules { k_channel_multiple: 4, v_token_multiple: 1, section_align: 32 };
+        LayoutRules { k_channel_multiple: 4, section_align: 32, ..LayoutRules::PACKED };
 
     fn planner(block: usize, windows: Windows, kept: u16) -> Planner {
         let shape = ModelShape::new(1, 1, 1, 16).unwrap();

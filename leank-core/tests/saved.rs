@@ -13,8 +13,12 @@ use leank_core::{
 };
 use proptest::prelude::*;
 
-const RULES: LayoutRules =
-    LayoutRules { k_channel_multiple: 4, v_token_multiple: 2, section_align: 32 };
+const RULES: LayoutRules = LayoutRules {
+    k_channel_multiple: 4,
+    v_token_multiple: 2,
+    section_align: 32,
+    ..LayoutRules::PACKED
+};
 
 /// Storage of whole blocks of rows; a block has some exactly when it has storage.
 #[derive(Default)]

@@ -137,6 +137,7 @@ impl Backend for Cpu {
             k_channel_multiple: multiple,
             v_token_multiple: multiple,
             section_align: SECTION_ALIGN,
+            ..LayoutRules::PACKED
         }
     }
 

@@ -114,7 +114,7 @@ fn head_kind() -> impl Strategy<Value = HeadKind> {
 }
 
 fn shape() -> impl Strategy<Value = ModelShape> {
-    let head_dim = prop::sample::select(vec![1usize, 3, 8, 20, 33, 64, 80, 96, 128]);
+    let head_dim = prop::sample::select(vec![1usize, 3, 8, 20, 33, 64, 80, 96, 128, 192, 256]);
     (1usize..3, 1usize..9, 1usize..4, head_dim).prop_map(|(layers, group, kv_heads, head_dim)| {
         ModelShape::new(layers, group * kv_heads, kv_heads, head_dim).expect("in range")
     })
@@ -151,11 +151,11 @@ fn steps(block: usize, sequences: usize) -> impl Strategy<Value = Vec<Vec<Load>>
     prop::collection::vec(step, 1..8)
 }
 
-/// Random cases whose storage types are among `dtypes`.
+/// Random cases whose storage types are among `dtypes`; `mixed`: of several in one cache.
 ///
 /// # Panics
 /// When `dtypes` is empty.
-pub(crate) fn cases(dtypes: &[Dtype]) -> impl Strategy<Value = Case> + use<> {
+pub(crate) fn cases(dtypes: &[Dtype], mixed: bool) -> impl Strategy<Value = Case> + use<> {
     let dtype = prop::sample::select(dtypes.to_vec());
     let block = prop::sample::select(vec![1usize, 3, 8, 16, 32, 64]);
     (shape(), block, 1usize..4).prop_flat_map(move |(shape, block, sequences)| {
@@ -165,7 +165,7 @@ pub(crate) fn cases(dtypes: &[Dtype]) -> impl Strategy<Value = Case> + use<> {
             prop::collection::vec(head_kind(), heads),
             windows(),
             dtype.clone(),
-            prop::option::weighted(0.3, formats),
+            prop::option::weighted(0.3, formats).prop_map(move |formats| formats.filter(|_| mixed)),
             prop::option::weighted(0.3, 0.05f32..0.5),
             prop::option::weighted(0.2, 5.0f32..50.0),
             steps(block, sequences),

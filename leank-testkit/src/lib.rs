@@ -79,6 +79,17 @@ pub trait Subject {
         &Dtype::ALL
     }
 
+    /// Whether lean blocks may have other types than full ones, head by head.
+    fn mixes_types(&self) -> bool {
+        true
+    }
+
+    /// Whether a sequence gives the same beside others as alone, bit for bit; where not, as close as
+    /// the arithmetic is to the oracle.
+    fn rounds_alike_in_any_batch(&self) -> bool {
+        true
+    }
+
     /// Largest error against the oracle *on the stored values*, as a share of the largest |v|: the
     /// accuracy of the backend's arithmetic.
     fn arithmetic_error(&self, _dtype: Dtype) -> f64 {

@@ -11,8 +11,12 @@ use leank_core::{
 use proptest::prelude::*;
 use world::World;
 
-const RULES: LayoutRules =
-    LayoutRules { k_channel_multiple: 4, v_token_multiple: 2, section_align: 32 };
+const RULES: LayoutRules = LayoutRules {
+    k_channel_multiple: 4,
+    v_token_multiple: 2,
+    section_align: 32,
+    ..LayoutRules::PACKED
+};
 
 fn config(block: usize, windows: Windows, kept: [u16; 4]) -> CacheConfig {
     let shape = ModelShape::new(2, 4, 2, 16).unwrap();
