@@ -9,6 +9,8 @@ use cudarc::{
 };
 use leank_core::{Error, Result};
 
+use crate::compile::check_nvrtc;
+
 /// Least compute capability: bf16 and asynchronous copies.
 const LEAST_CAPABILITY: (i32, i32) = (8, 0);
 
@@ -37,7 +39,7 @@ fn unavailable(why: impl Into<String>) -> Error {
     Error::Unavailable { what: "CUDA", why: why.into() }
 }
 
-fn driver(error: DriverError) -> Error {
+pub(crate) fn driver(error: DriverError) -> Error {
     unavailable(format!("the driver says {error}; check that `nvidia-smi` works"))
 }
 
@@ -63,27 +65,23 @@ pub fn probe(ordinal: usize) -> Result<Device> {
         let why = format!("{name} has compute capability {major}.{minor}; 8.0 is the least");
         return Err(unavailable(why));
     }
-    if !libraries::has_nvrtc() {
-        return Err(unavailable(
-            "libnvrtc was not found; install the CUDA toolkit's NVRTC (PyPI: nvidia-cuda-nvrtc)",
-        ));
-    }
+    check_nvrtc()?;
     let memory = context.total_mem().map_err(driver)?;
     Ok(Device { ordinal, name, compute_capability, memory })
 }
 
 /// cudarc's own look at whether a library can be loaded.
-#[allow(unsafe_code)]
-mod libraries {
+#[allow(unsafe_code, reason = "loads libraries")]
+pub(crate) mod libraries {
     use super::nvrtc;
 
-    pub(super) fn has_driver() -> bool {
+    pub(crate) fn has_driver() -> bool {
         // SAFETY: loads and unloads libcuda, whose constructors are NVIDIA's and take no part in
         // Rust's invariants; nothing else is required.
         unsafe { cudarc::driver::sys::is_culib_present() }
     }
 
-    pub(super) fn has_nvrtc() -> bool {
+    pub(crate) fn has_nvrtc() -> bool {
         // SAFETY: as for the driver, with libnvrtc.
         unsafe { nvrtc::sys::is_culib_present() }
     }

@@ -24,7 +24,7 @@ impl Device {
             #[cfg(feature = "cpu")]
             Self::Cpu => Ok(()),
             #[cfg(feature = "cuda")]
-            Self::Cuda(ordinal) => Err(cuda_is_missing(leank_cuda::probe(ordinal))),
+            Self::Cuda(ordinal) => leank_cuda::probe(ordinal).map(drop),
             #[cfg(not(all(feature = "cpu", feature = "cuda")))]
             missing => Err(missing.not_compiled_in()),
         }
@@ -59,16 +59,6 @@ impl Device {
     }
 }
 
-/// Why a probed device cannot run a cache: whatever the probe finds, there is no cache for it.
-#[cfg(feature = "cuda")]
-fn cuda_is_missing(probed: Result<leank_cuda::Device>) -> Error {
-    let no_cache = |device| Error::Unavailable {
-        what: "the CUDA backend",
-        why: format!("{device} could run it, but leank-cuda has only its probe so far"),
-    };
-    probed.map_or_else(|error| error, no_cache)
-}
-
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -89,21 +79,6 @@ mod tests {
             Device::first_available(&[Device::Cuda(9_999), Device::Cpu]).unwrap();
         assert_eq!(device, Device::Cpu);
         assert!(matches!(skipped[..], [(Device::Cuda(9_999), Error::Unavailable { .. })]));
-    }
-
-    #[test]
-    #[cfg(feature = "cuda")]
-    fn a_device_without_a_cache_is_not_available() {
-        let found = leank_cuda::Device {
-            ordinal: 0,
-            name: "Some GPU".into(),
-            compute_capability: (9, 0),
-            memory: 1 << 36,
-        };
-        let error = cuda_is_missing(Ok(found));
-        assert!(matches!(error, Error::Unavailable { what: "the CUDA backend", .. }), "{error}");
-        assert!(error.to_string().contains("Some GPU"), "{error}");
-        assert!(Device::Cuda(0).check().is_err());
     }
 
     #[test]

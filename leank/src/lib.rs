@@ -11,7 +11,7 @@
 //! |---|---|
 //! | (none) | [`leank_core`]: masks and their files, caches' configuration, bookkeeping, the oracle |
 //! | `cpu` (default) | the CPU backend, [`cpu`] |
-//! | `cuda` | the CUDA backend, `leank::cuda` (a probe so far) |
+//! | `cuda` | the CUDA backend, `leank::cuda` |
 //! | `train` | mask learning, `leank::train` |
 //! | `candle` | Llama-family models on candle, `leank::candle` |
 //! | `interop` | LeanK's `.pth`, `.npy` and `.tsv` masks |

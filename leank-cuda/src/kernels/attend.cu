@@ -1,0 +1,810 @@
+// Decode attention over full and lean blocks: one launch for all sequences and KV heads of a layer.
+//
+// Work. Items (sequence, KV head, tile of query rows) lie one behind the other; `cut` gave every
+// worker (a thread block, one per multiprocessor) a stretch of the same number of bytes. Where an
+// item is shared by workers, the first of them merges what the others leave for it, in their order:
+// results do not depend on who was faster.
+//
+// A worker's warps take its slices in turn, each through a ring of its own in shared memory that
+// is filled as far ahead as it is long, across items: while warps merge, memory stays busy. Per
+// slice a warp computes S = K q (rows are tokens, columns query rows), the online softmax, and
+// O += V^T P. K and V come from memory as the operands of mma, so nothing is rearranged; P becomes
+// an operand by a transposition of 8 x 8 elements between lanes.
+//
+// Constants from the host: NV, BF16, CAP (logits have a soft-cap), NT (tiles of 8 query rows), WARPS,
+// STAGES, SHARED_BYTES.
+
+constexpr u32 ROWS = 8 * NT;
+constexpr u32 WIDTH = NV * TILE;
+// Floats from one query row to the next in `sums`: rows start in other banks.
+constexpr u32 PITCH = WIDTH + 4;
+constexpr u32 ALL = 0xffffffff;
+#define NONE (-__int_as_float(0x7f800000))
+// Logits may exceed the maximum that weights are relative to by so much (base 2) before it moves:
+// moving it rescales the sums.
+constexpr float SLACK = 8;
+
+struct Attend {
+    Blocks blocks;
+    const Sequence* sequences;
+    const u64* tables;
+    const Start* starts;
+    const Head* heads;
+    const u16* channels;
+    View q;
+    View out;
+    // What workers leave for others, [workers, ROWS, WIDTH / 4]: sums, and beside each four of them
+    // maximum and sum of weights. `ABSENT` where there is nothing, which between launches is
+    // everywhere.
+    float4* partial;
+    float2* partial_weight;
+    u32 workers;
+    u32 kv_heads;
+    u32 group;
+    u32 head_dim;
+    // Scale times log2(e), cap times log2(e).
+    float scale;
+    float cap;
+    float inverse_cap;
+};
+
+struct Shared {
+    alignas(128) u8 ring[WARPS][STAGES][FULL_SLICE];
+    union {
+        // At the end of an item.
+        alignas(16) float sums[WARPS][8][PITCH];
+        // While its slices are read.
+        struct {
+            // As stored; rows and channels that are not there are 0.
+            u16 q[ROWS][WIDTH + 2];
+            // Kept channels, then 0.
+            alignas(4) u16 kept[WIDTH];
+        };
+    };
+    // Maximum and sum of weights of each query row.
+    float2 weights[WARPS][8];
+    u64 filled[WARPS][STAGES];
+};
+
+static_assert(sizeof(Shared) == SHARED_BYTES, "the host counts otherwise");
+
+// ---- Copies into the ring -------------------------------------------------------------------
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return u32(__cvta_generic_to_shared(pointer));
+}
+
+#if __CUDA_ARCH__ >= 900
+
+// One lane asks the copy engine for a whole slice; the barrier counts its bytes.
+struct Ring {
+    static __device__ __forceinline__ void init(u64* filled) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(filled)));
+    }
+
+    static __device__ __forceinline__ void publish() {
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+
+    static __device__ __forceinline__ void
+    fill(u8* to, u64 from, u32 bytes, u64* filled, u32 owner, u32 lane) {
+        if (lane != owner) return;
+        u32 barrier = shared_address(filled);
+        asm volatile(
+            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+            : "memory"
+        );
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+            ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(barrier)
+            : "memory"
+        );
+    }
+
+    static __device__ __forceinline__ void skip() {}
+
+    static __device__ __forceinline__ void wait(u64* filled, u32 round) {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "again:\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+            "@!done bra again;\n"
+            "}\n" ::"r"(shared_address(filled)), "r"(round & 1)
+            : "memory"
+        );
+    }
+};
+
+#else
+
+// Every lane copies 16 bytes at a time; groups of copies end in the order in which they began.
+struct Ring {
+    static __device__ __forceinline__ void init(u64*) {}
+    static __device__ __forceinline__ void publish() {}
+
+    static __device__ __forceinline__ void
+    fill(u8* to, u64 from, u32 bytes, u64*, u32 owner, u32 lane) {
+        from = __shfl_sync(ALL, from, owner);
+        bytes = __shfl_sync(ALL, bytes, owner);
+        for (u32 at = lane * 16; at < bytes; at += 512) {
+            asm volatile(
+                "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + at)),
+                "l"(from + at)
+                : "memory"
+            );
+        }
+        skip();
+    }
+
+    // A group without copies, so that they can be counted.
+    static __device__ __forceinline__ void skip() {
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+
+    static __device__ __forceinline__ void wait(u64*, u32) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+        __syncwarp();
+    }
+};
+
+#endif
+
+// ---- The launch before ------------------------------------------------------------------------
+
+// This launch may begin before the one before it in the stream has ended. What that one writes may
+// be new tokens, queries, or a use of `partial` and `arrived`; whatever is older is there.
+
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// ---- Matrices -------------------------------------------------------------------------------
+
+__device__ __forceinline__ void multiply(float (&sum)[4], const uint4& a, u32 b0, u32 b1) {
+    if (BF16) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+    }
+}
+
+__device__ __forceinline__ u32 transpose(u32 x) {
+    u32 y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+__device__ __forceinline__ float two_to(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// What weights are relative to: infinitely small logits alone must give weights of 0, not NaN.
+__device__ __forceinline__ float base_of(float maximum) { return maximum == NONE ? 0 : maximum; }
+
+// ---- Walking over the work ------------------------------------------------------------------
+
+// An item and a worker's slices of it.
+struct Stretch {
+    Sequence sequence;
+    Head head;
+    Extent extent;
+    u32 item;
+    u32 sequence_index;
+    u32 head_index;
+    u32 tile;
+    // Slices: from, to.
+    u32 begin;
+    u32 end;
+
+    __device__ __forceinline__ bool whole() const { return begin == 0 && end == extent.total; }
+
+    __device__ __forceinline__ bool lean(u32 slice) const {
+        return slice - extent.sink < extent.lean;
+    }
+};
+
+struct Walk {
+    Stretch at;
+    u32 worker;
+    u32 last_item;
+    u32 last_slice;
+
+    __device__ __forceinline__ void set_end() {
+        at.end = at.item == last_item ? last_slice : at.extent.total;
+    }
+
+    // False where the worker has nothing to do.
+    __device__ __forceinline__ bool start(const Attend& args) {
+        // Thread blocks begin in the order of their numbers. First workers of items wait for those
+        // behind them, so these must begin earlier: where not all find room at once, none waits for
+        // one that cannot begin.
+        worker = args.workers - 1 - blockIdx.x;
+        const Start& own = args.starts[worker];
+        const Start& next = args.starts[worker + 1];
+        last_item = next.item;
+        last_slice = next.slice;
+        at.item = own.item;
+        at.begin = own.slice;
+        at.sequence_index = own.sequence;
+        at.head_index = own.head;
+        at.tile = own.tile;
+        at.sequence = own.its_sequence;
+        at.head = own.its_head;
+        at.extent = own.its_extent;
+        set_end();
+        return at.item != last_item || at.begin != last_slice;
+    }
+
+    // Workers that share the item, whose first this one is.
+    __device__ __forceinline__ u32 sharers(const Attend& args) const {
+        return args.starts[worker + 1].sharers;
+    }
+
+    // Whether there is an item after this one.
+    __device__ __forceinline__ bool has_more() const {
+        return at.item + 1 < last_item || (at.item + 1 == last_item && last_slice > 0);
+    }
+
+    // The next item; false where there is none.
+    __device__ __forceinline__ bool next(const Attend& args) {
+        if (!has_more()) return false;
+        at.item += 1;
+        at.begin = 0;
+        at.tile += 1;
+        if (at.tile == at.sequence.tiles) {
+            at.tile = 0;
+            at.head_index += 1;
+            if (at.head_index == args.kv_heads) {
+                at.head_index = 0;
+                at.sequence_index += 1;
+                at.sequence = args.sequences[at.sequence_index];
+            }
+        }
+        at.head = args.heads[at.head_index];
+        at.extent = extent(
+            at.sequence, at.head, at.tile, ROWS, args.group, args.blocks.block, args.blocks.slices
+        );
+        set_end();
+        return true;
+    }
+};
+
+// What a warp reads, in the order in which it will use it: addresses of 32 slices at a time, one
+// per lane.
+struct Feed {
+    Walk walk;
+    // The warp's next slice.
+    u32 slice;
+    // The next slice's lane.
+    u32 turn;
+    // Slices that were asked for.
+    u32 count;
+    bool more;
+    u64 from;
+    u32 bytes;
+
+    __device__ __forceinline__ void start(const Attend& args, u32 warp, u32 lane) {
+        count = 0;
+        more = walk.start(args);
+        if (more) {
+            slice = walk.at.begin + warp;
+            look(args, warp, lane);
+        }
+    }
+
+    // Addresses from `slice` on.
+    __device__ __forceinline__ void look(const Attend& args, u32 warp, u32 lane) {
+        while (slice >= walk.at.end) {
+            more = walk.next(args);
+            if (!more) return;
+            slice = walk.at.begin + warp;
+        }
+        turn = 0;
+        u32 own = slice + lane * WARPS;
+        if (own < walk.at.end) {
+            const Extent& extent = walk.at.extent;
+            u32 physical = own < extent.sink ? own : own + extent.skipped;
+            u32 index = physical / args.blocks.slices;
+            u32 within = physical - index * args.blocks.slices;
+            u64 block = address(args.blocks, args.tables[walk.at.sequence.table + index]);
+            if (walk.at.lean(own)) {
+                bytes = lean_slice_bytes(walk.at.head);
+                from = block + walk.at.head.offset + u64(within) * bytes;
+            } else {
+                bytes = FULL_SLICE;
+                from = block + u64(walk.at.head_index) * args.blocks.full_head +
+                       within * FULL_SLICE;
+            }
+        }
+    }
+
+    // Whether the next slice may hold tokens of this step.
+    __device__ __forceinline__ bool is_new(const Attend& args) const {
+        const Extent& extent = walk.at.extent;
+        u32 physical = slice < extent.sink ? slice : slice + extent.skipped;
+        u32 index = physical / args.blocks.slices;
+        u32 within = (physical - index * args.blocks.slices + 1) * TILE;
+        return index * args.blocks.block + within > walk.at.sequence.start;
+    }
+
+    __device__ __forceinline__ void ask(const Attend& args, Shared& shared, u32 warp, u32 lane) {
+        if (!more) {
+            Ring::skip();
+            return;
+        }
+        u32 stage = count % STAGES;
+        Ring::fill(
+            shared.ring[warp][stage], from, bytes, &shared.filled[warp][stage], turn, lane
+        );
+        count += 1;
+        turn += 1;
+        slice += WARPS;
+        if (turn == 32 || slice >= walk.at.end) look(args, warp, lane);
+    }
+};
+
+// ---- One warp's share of an item --------------------------------------------------------------
+
+struct Sums {
+    // Per tile of 8 query rows and of 16 channels. Lane l has channels l / 4 (and 8 more) of query
+    // rows l % 4 * 2 and one more; of the rows' maxima and weights the same rows.
+    float out[NT][NV][4];
+    float maximum[NT][2];
+    float weight[NT][2];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (u32 n = 0; n < NT; n++) {
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                maximum[n][i] = NONE;
+                weight[n][i] = 0;
+            }
+#pragma unroll
+            for (u32 m = 0; m < NV; m++) {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) out[n][m][i] = 0;
+            }
+        }
+    }
+};
+
+// Reads the queries of an item, and which channels it keeps, to shared memory.
+template <u32 DTYPE>
+__device__ __forceinline__ void read_queries(const Attend& args, Shared& shared, const Stretch& at) {
+    u32 rows = at.sequence.tokens * args.group;
+    if (threadIdx.x < WIDTH / 2) {
+        ((u32*)shared.kept)[threadIdx.x] = ((const u32*)(args.channels + at.head.channels))[threadIdx.x];
+    }
+#pragma unroll 4
+    for (u32 i = threadIdx.x; i < ROWS * WIDTH; i += WARPS * 32) {
+        u32 row = at.tile * ROWS + i / WIDTH, channel = i % WIDTH;
+        bool is_there = row < rows && channel < args.head_dim;
+        // What is not there is read from elsewhere, so that nothing but the data decides which loads
+        // there are: they all begin at once.
+        u32 token = is_there ? row / args.group : 0;
+        u32 head = is_there ? at.head_index * args.group + row - token * args.group : 0;
+        u64 index = u64(at.sequence.row + token) * args.q.token_stride +
+                    u64(head) * args.q.head_stride + (is_there ? channel : 0);
+        u16 x = load_stored<DTYPE>(args.q, index);
+        shared.q[i / WIDTH][channel] = is_there ? x : u16(0);
+    }
+}
+
+__device__ __forceinline__ void read_queries(const Attend& args, Shared& shared, const Stretch& at) {
+    if (args.q.dtype == F32) {
+        read_queries<F32>(args, shared, at);
+    } else if (args.q.dtype == F16) {
+        read_queries<F16>(args, shared, at);
+    } else {
+        read_queries<B16>(args, shared, at);
+    }
+    __syncthreads();
+}
+
+// Query rows as B operands: lane l has of each tile of 16 channels those of number l % 4 * 2, one
+// more, and 8 more than these, of query row l / 4.
+struct Queries {
+    u32 q[NT][NV][2];
+
+    // All channels, or the kept ones and zeros.
+    __device__ __forceinline__ void load(const Shared& shared, const Head& head, bool lean, u32 lane) {
+#pragma unroll
+        for (u32 n = 0; n < NT; n++) {
+            const u16* row = shared.q[n * 8 + lane / 4];
+#pragma unroll
+            for (u32 k = 0; k < NV; k++) {
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    u32 c = k * TILE + lane % 4 * 2 + i * 8;
+                    if (lean) {
+                        // Behind the kept channels the list goes on with 0, so that there is always
+                        // something to read.
+                        u32 pair = *(const u32*)&shared.kept[c];
+                        u32 low = row[pair & 0xffff], high = row[pair >> 16];
+                        low = c < head.kept ? low : 0;
+                        high = c + 1 < head.kept ? high : 0;
+                        q[n][k][i] = low | high << 16;
+                    } else {
+                        q[n][k][i] = *(const u32*)&row[c];
+                    }
+                }
+            }
+        }
+    }
+};
+
+// Tokens of a slice that not every query row sees.
+struct Edge {
+    // The first token's position, and how many tokens the slice has in its block.
+    u32 position;
+    u32 tokens;
+    // First query token of the tile, its position, and how many the tile has.
+    u32 first;
+    u32 first_position;
+    u32 count;
+
+    // Tokens of the slice that query token `first + i` sees.
+    __device__ __forceinline__ u32 seen(u32 i) const {
+        u32 until = first_position + i + 1;
+        return until <= position ? 0 : min(tokens, until - position);
+    }
+};
+
+// The elements of tokens from `seen` on become 0: they may be anything, and 0 times infinity is
+// not 0.
+__device__ __forceinline__ uint4 hide(uint4 v, u32 seen, u32 lane) {
+    u32 token = lane % 4 * 2;
+    u32 low = token < seen ? (token + 1 < seen ? ALL : 0xffff) : 0;
+    u32 high = token + 8 < seen ? (token + 9 < seen ? ALL : 0xffff) : 0;
+    return make_uint4(v.x & low, v.y & low, v.z & high, v.w & high);
+}
+
+template <bool EDGE>
+__device__ __forceinline__ void take(
+    const Attend& args, const u8* ring, u32 k_tiles, const Queries& queries, Sums& sums,
+    const Edge& edge, u32 row, u32 lane
+) {
+    const uint4* k = (const uint4*)ring + lane;
+    float even[NT][4] = {};
+    float odd[NT][4] = {};
+#pragma unroll
+    for (u32 t = 0; t < NV; t++) {
+        if (t < k_tiles) {
+            uint4 a = k[t * 32];
+#pragma unroll
+            for (u32 n = 0; n < NT; n++) {
+                multiply(t % 2 ? odd[n] : even[n], a, queries.q[n][t][0], queries.q[n][t][1]);
+            }
+        }
+    }
+
+    // Weights of tokens l / 4 and 8 more, of query rows l % 4 * 2 and one more.
+    u32 weights[NT][2];
+#pragma unroll
+    for (u32 n = 0; n < NT; n++) {
+        float x[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            x[i] = (even[n][i] + odd[n][i]) * args.scale;
+            if constexpr (CAP) x[i] = args.cap * tanhf(x[i] * args.inverse_cap);
+            if (EDGE) {
+                u32 token = (row + n * 8 + lane % 4 * 2 + i % 2) / args.group - edge.first;
+                bool sees = lane / 4 + i / 2 * 8 < edge.seen(token);
+                x[i] = sees ? x[i] : NONE;
+            }
+        }
+        float most[2] = {fmaxf(x[0], x[2]), fmaxf(x[1], x[3])};
+#pragma unroll
+        for (u32 step = 4; step < 32; step *= 2) {
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                most[i] = fmaxf(most[i], __shfl_xor_sync(ALL, most[i], step));
+            }
+        }
+        bool moves = most[0] > sums.maximum[n][0] + SLACK || most[1] > sums.maximum[n][1] + SLACK;
+        if (__any_sync(ALL, moves)) {
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                float maximum = fmaxf(sums.maximum[n][i], most[i]);
+                float factor = two_to(sums.maximum[n][i] - base_of(maximum));
+                sums.maximum[n][i] = maximum;
+                sums.weight[n][i] *= factor;
+#pragma unroll
+                for (u32 m = 0; m < NV; m++) {
+                    sums.out[n][m][i] *= factor;
+                    sums.out[n][m][i + 2] *= factor;
+                }
+            }
+        }
+        float p[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) p[i] = two_to(x[i] - base_of(sums.maximum[n][i % 2]));
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            u32 pair = pack(p[2 * i], p[2 * i + 1]);
+            // What is divided by at the end are the weights as they were used.
+            sums.weight[n][0] += low_of(pair);
+            sums.weight[n][1] += high_of(pair);
+            weights[n][i] = transpose(pair);
+        }
+    }
+
+    const uint4* v = k + k_tiles * 32;
+    if constexpr (!EDGE) {
+#pragma unroll
+        for (u32 m = 0; m < NV; m++) {
+            uint4 a = v[m * 32];
+#pragma unroll
+            for (u32 n = 0; n < NT; n++) multiply(sums.out[n][m], a, weights[n][0], weights[n][1]);
+        }
+    } else {
+        // One query token after the other, each with the tokens that it sees.
+        for (u32 i = 0; i < edge.count; i++) {
+            u32 seen = edge.seen(i);
+            if (seen == 0) continue;
+#pragma unroll
+            for (u32 n = 0; n < NT; n++) {
+                bool own = (row + n * 8 + lane / 4) / args.group - edge.first == i;
+                u32 b0 = own ? weights[n][0] : 0;
+                u32 b1 = own ? weights[n][1] : 0;
+#pragma unroll
+                for (u32 m = 0; m < NV; m++) {
+                    multiply(sums.out[n][m], hide(v[m * 32], seen, lane), b0, b1);
+                }
+            }
+        }
+    }
+}
+
+// ---- The end of an item -----------------------------------------------------------------------
+
+__device__ __forceinline__ void write(
+    const Attend& args, const Stretch& at, u32 tile_row, u32 channel, float4 sum, float weight
+) {
+    u32 row = at.tile * ROWS + tile_row;
+    u32 token = row / args.group;
+    u32 head = at.head_index * args.group + row - token * args.group;
+    u64 index = u64(at.sequence.row + token) * args.out.token_stride +
+                u64(head) * args.out.head_stride + channel;
+    float x[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        if (channel + i < args.head_dim) store(args.out, index + i, x[i] / weight);
+    }
+}
+
+// Query rows of a tile.
+__device__ __forceinline__ u32 rows_of(const Attend& args, const Stretch& at) {
+    return min(ROWS, at.sequence.tokens * args.group - at.tile * ROWS);
+}
+
+// What is no result: a NaN that no arithmetic gives.
+#define ABSENT 0xffffffffu
+
+__device__ __forceinline__ float present(float x) {
+    return __float_as_uint(x) == ABSENT ? __uint_as_float(0x7fffffff) : x;
+}
+
+// From a worker's partial results to the next one's, in units of four sums.
+constexpr u64 STRIDE = ROWS * (WIDTH / 4);
+
+// Four sums of a query row, relative to `maximum`.
+struct Part {
+    float4 sum;
+    float maximum;
+    float weight;
+
+    __device__ __forceinline__ void add(const Part& other) {
+        float most = fmaxf(maximum, other.maximum);
+        float own = two_to(maximum - base_of(most));
+        float factor = two_to(other.maximum - base_of(most));
+        maximum = most;
+        weight = weight * own + other.weight * factor;
+        sum.x = sum.x * own + other.sum.x * factor;
+        sum.y = sum.y * own + other.sum.y * factor;
+        sum.z = sum.z * own + other.sum.z * factor;
+        sum.w = sum.w * own + other.sum.w * factor;
+    }
+
+    // Leaves it to the first worker of the item.
+    __device__ __forceinline__ void leave(const Attend& args, u64 place) const {
+        args.partial_weight[place] = make_float2(present(maximum), present(weight));
+        args.partial[place] =
+            make_float4(present(sum.x), present(sum.y), present(sum.z), present(sum.w));
+    }
+
+    // What another worker may have left by now. Volatile: it is asked for until it is there.
+    static __device__ __forceinline__ Part look(const float4* sums, const float2* weights) {
+        Part x;
+        asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(x.sum.x), "=f"(x.sum.y), "=f"(x.sum.z), "=f"(x.sum.w)
+                     : "l"(sums)
+                     : "memory");
+        asm volatile("ld.volatile.global.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(x.maximum), "=f"(x.weight)
+                     : "l"(weights)
+                     : "memory");
+        return x;
+    }
+
+    // Adds what the `count` workers behind the one at `place` leave, and takes it away.
+    __device__ __forceinline__ void collect(const Attend& args, u64 place, u32 count) {
+        // Results that are asked for before the first is used.
+        constexpr u32 AHEAD = 8;
+        float4* sums = args.partial + place;
+        float2* weights = args.partial_weight + place;
+        for (u32 w = 0; w < count; w += AHEAD) {
+            Part parts[AHEAD];
+#pragma unroll
+            for (u32 j = 0; j < AHEAD; j++) {
+                if (w + j < count) parts[j] = look(&sums[(j + 1) * STRIDE], &weights[(j + 1) * STRIDE]);
+            }
+#pragma unroll
+            for (u32 j = 0; j < AHEAD; j++) {
+                if (w + j < count) {
+                    float4* sum = &sums[(j + 1) * STRIDE];
+                    float2* weight = &weights[(j + 1) * STRIDE];
+                    while (!parts[j].is_there()) parts[j] = look(sum, weight);
+                    float absent = __uint_as_float(ABSENT);
+                    *weight = make_float2(absent, absent);
+                    *sum = make_float4(absent, absent, absent, absent);
+                    add(parts[j]);
+                }
+            }
+            sums += AHEAD * STRIDE;
+            weights += AHEAD * STRIDE;
+        }
+    }
+
+    // Words come one by one, so each says for itself whether it is there, and no fence is needed.
+    __device__ __forceinline__ bool is_there() const {
+        return __float_as_uint(sum.x) != ABSENT && __float_as_uint(sum.y) != ABSENT &&
+               __float_as_uint(sum.z) != ABSENT && __float_as_uint(sum.w) != ABSENT &&
+               __float_as_uint(maximum) != ABSENT && __float_as_uint(weight) != ABSENT;
+    }
+};
+
+// Joins what the warps have, and what other workers have of the item.
+__device__ __forceinline__ void
+finish(const Attend& args, Shared& shared, const Walk& walk, Sums& sums, u32 warp, u32 lane) {
+    const Stretch& at = walk.at;
+    u32 rows = rows_of(args, at);
+    u32 others = at.begin == 0 && !at.whole() ? walk.sharers(args) - 1 : 0;
+#pragma unroll
+    for (u32 n = 0; n < NT; n++) {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+#pragma unroll
+            for (u32 step = 4; step < 32; step *= 2) {
+                sums.weight[n][i] += __shfl_xor_sync(ALL, sums.weight[n][i], step);
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            u32 row = lane % 4 * 2 + i;
+            if (lane < 4) {
+                shared.weights[warp][row] = make_float2(sums.maximum[n][i], sums.weight[n][i]);
+            }
+#pragma unroll
+            for (u32 m = 0; m < NV; m++) {
+                float* to = &shared.sums[warp][row][m * TILE + lane / 4];
+                to[0] = sums.out[n][m][i];
+                to[8] = sums.out[n][m][i + 2];
+            }
+        }
+        __syncthreads();
+        // Four channels of a row per thread.
+        for (u32 i = threadIdx.x; i < 8 * (WIDTH / 4); i += WARPS * 32) {
+            u32 row = i / (WIDTH / 4), four = i % (WIDTH / 4);
+            if (n * 8 + row < rows) {
+                Part all = {make_float4(0, 0, 0, 0), NONE, 0};
+#pragma unroll
+                for (u32 w = 0; w < WARPS; w++) {
+                    float2 weights = shared.weights[w][row];
+                    float4 sum = *(const float4*)&shared.sums[w][row][four * 4];
+                    all.add(Part{sum, weights.x, weights.y});
+                }
+                u64 place = walk.worker * STRIDE + (n * 8 + row) * (WIDTH / 4) + four;
+                if (at.begin > 0) {
+                    all.leave(args, place);
+                } else {
+                    all.collect(args, place, others);
+                    write(args, at, n * 8 + row, four * 4, all.sum, all.weight);
+                }
+            }
+        }
+        // Lanes may have waited for others' results for different times; barriers are for whole warps.
+        __syncwarp();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_constant__ Attend args) {
+    extern __shared__ u8 memory[];
+    Shared& shared = *(Shared*)memory;
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) {
+        for (u32 stage = 0; stage < STAGES; stage++) Ring::init(&shared.filled[warp][stage]);
+        Ring::publish();
+    }
+    __syncwarp();
+
+    Feed feed;
+    feed.start(args, warp, lane);
+    bool waited = false;
+    for (u32 stage = 0; stage < STAGES; stage++) {
+        if (!waited && feed.more && feed.is_new(args)) {
+            wait_for_launch_before();
+            waited = true;
+        }
+        feed.ask(args, shared, warp, lane);
+    }
+    if (!waited) wait_for_launch_before();
+    let_next_launch_begin();
+
+    Walk walk;
+    Sums sums;
+    Queries queries;
+    u32 used = 0;
+    for (bool more = walk.start(args); more; more = walk.next(args)) {
+        const Stretch& at = walk.at;
+        // Before, all threads must be done with the sums of the item before.
+        __syncthreads();
+        read_queries(args, shared, at);
+        sums.clear();
+        u32 row = at.tile * ROWS;
+        Edge edge;
+        edge.first = row / args.group;
+        edge.first_position = at.sequence.start + edge.first;
+        edge.count = (row + rows_of(args, at) - 1) / args.group - edge.first + 1;
+        // Slices before this one have 16 tokens that all queries see. Where blocks end within a slice,
+        // none is taken for one.
+        u32 plain = 0;
+        if (args.blocks.block % TILE == 0) plain = (edge.first_position + 1) / TILE - at.extent.skipped;
+        // Which channels the queries have: 2: none yet.
+        u32 loaded = 2;
+        for (u32 s = at.begin + warp; s < at.end; s += WARPS) {
+            bool lean = at.lean(s);
+            if (loaded != lean) {
+                queries.load(shared, at.head, lean, lane);
+                loaded = lean;
+            }
+            u32 stage = used % STAGES;
+            Ring::wait(&shared.filled[warp][stage], used / STAGES);
+            const u8* ring = shared.ring[warp][stage];
+            u32 k_tiles = lean ? at.head.tiles : NV;
+            if (s < plain) {
+                take<false>(args, ring, k_tiles, queries, sums, edge, row, lane);
+            } else {
+                u32 physical = s < at.extent.sink ? s : s + at.extent.skipped;
+                u32 index = physical / args.blocks.slices;
+                u32 within = (physical - index * args.blocks.slices) * TILE;
+                edge.position = index * args.blocks.block + within;
+                edge.tokens = min(TILE, args.blocks.block - within);
+                take<true>(args, ring, k_tiles, queries, sums, edge, row, lane);
+            }
+            __syncwarp();
+            used += 1;
+            feed.ask(args, shared, warp, lane);
+        }
+        finish(args, shared, walk, sums, warp, lane);
+    }
+}

@@ -1,0 +1,207 @@
+//! Activations in device memory.
+
+use std::{marker::PhantomData, sync::Arc};
+
+use cudarc::driver::{CudaContext, CudaSlice, DevicePtr as _, DevicePtrMut as _};
+use half::{bf16, f16};
+use leank_core::{Dtype, Error, Result, ViewShape};
+
+use crate::records;
+
+/// Element types of activations.
+pub trait Element: sealed::Sealed {
+    /// The type's name in leank.
+    const DTYPE: Dtype;
+}
+
+impl Element for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+}
+
+impl Element for f16 {
+    const DTYPE: Dtype = Dtype::F16;
+}
+
+impl Element for bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    address: u64,
+    dtype: Dtype,
+    shape: ViewShape,
+    /// The context of the memory, where it is known.
+    context: Option<usize>,
+}
+
+impl Place {
+    fn record(&self) -> records::View {
+        let bytes = self.dtype.bytes() as u64;
+        let strides = [self.shape.token_stride, self.shape.head_stride].map(|stride| stride as u64);
+        let aligned = self.address.is_multiple_of(16)
+            && strides.iter().all(|stride| (stride * bytes).is_multiple_of(16));
+        records::View {
+            data: self.address,
+            token_stride: strides[0],
+            head_stride: strides[1],
+            dtype: match self.dtype {
+                Dtype::F32 => 0,
+                Dtype::F16 => 1,
+                Dtype::Bf16 => 2,
+            },
+            aligned: u32::from(aligned),
+        }
+    }
+
+    fn check_context(&self, what: &'static str, context: &Arc<CudaContext>) -> Result<()> {
+        if self.context.is_some_and(|own| own != context.cu_ctx() as usize) {
+            let expected = format!("memory of the cache's context (device {})", context.ordinal());
+            return Err(Error::mismatch(what, expected, "memory of another context"));
+        }
+        Ok(())
+    }
+}
+
+fn check_length(shape: ViewShape, elements: usize) -> Result<()> {
+    match shape.span() {
+        Some(span) if span <= elements => Ok(()),
+        _ => Err(Error::mismatch("elements under a view", format!("those of {shape:?}"), elements)),
+    }
+}
+
+macro_rules! view {
+    ($name:ident) => {
+        impl $name<'_> {
+            /// A view of memory at an address that is not a [`CudaSlice`].
+            ///
+            /// # Safety
+            /// While the view and the work that was given to the cache's stream with it live, the
+            /// address is that of device memory of the cache's context that holds the whole
+            /// [span](ViewShape::span) of elements, aligned to their size, and nothing else writes
+            /// it; of a mutable view, nothing else reads it either.
+            #[must_use]
+            pub unsafe fn from_address(address: u64, dtype: Dtype, shape: ViewShape) -> Self {
+                Self { place: Place { address, dtype, shape, context: None }, life: PhantomData }
+            }
+
+            /// Axes and strides.
+            #[must_use]
+            pub fn shape(&self) -> ViewShape {
+                self.place.shape
+            }
+
+            /// Element type.
+            #[must_use]
+            pub fn dtype(&self) -> Dtype {
+                self.place.dtype
+            }
+
+            /// The same memory as elements of another type of the same size.
+            ///
+            /// # Errors
+            /// [`Error::Mismatch`] for a type of another size.
+            pub fn with_dtype(mut self, dtype: Dtype) -> Result<Self> {
+                let (own, wanted) = (self.place.dtype.bytes(), dtype.bytes());
+                if own != wanted {
+                    return Err(Error::mismatch("bytes of an element", own, wanted));
+                }
+                self.place.dtype = dtype;
+                Ok(self)
+            }
+
+            pub(crate) fn record(&self) -> records::View {
+                self.place.record()
+            }
+
+            pub(crate) fn check_context(
+                &self,
+                what: &'static str,
+                context: &Arc<CudaContext>,
+            ) -> Result<()> {
+                self.place.check_context(what, context)
+            }
+        }
+    };
+}
+
+/// Activations `[tokens, heads, head_dim]` in device memory, read only.
+///
+/// The cache works on its own stream. What other streams write to the memory must be there before
+/// (an event, or one stream for all), and must not be overwritten before the cache's stream is done
+/// with it.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceView<'a> {
+    place: Place,
+    life: PhantomData<&'a ()>,
+}
+
+/// Activations in device memory, written. See [`DeviceView`].
+#[derive(Debug)]
+pub struct DeviceViewMut<'a> {
+    place: Place,
+    life: PhantomData<&'a mut ()>,
+}
+
+view!(DeviceView);
+view!(DeviceViewMut);
+
+impl<'a> DeviceView<'a> {
+    /// A view of a slice.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] when the slice is shorter than the shape spans.
+    pub fn new<T: Element>(data: &'a CudaSlice<T>, shape: ViewShape) -> Result<Self> {
+        check_length(shape, data.len())?;
+        let (address, _written) = data.device_ptr(data.stream());
+        let context = Some(data.context().cu_ctx() as usize);
+        let place = Place { address, dtype: T::DTYPE, shape, context };
+        Ok(Self { place, life: PhantomData })
+    }
+}
+
+impl<'a> DeviceViewMut<'a> {
+    /// A view of a slice.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] when the slice is shorter than the shape spans.
+    pub fn new<T: Element>(data: &'a mut CudaSlice<T>, shape: ViewShape) -> Result<Self> {
+        check_length(shape, data.len())?;
+        let (context, stream) = (data.context().cu_ctx() as usize, Arc::clone(data.stream()));
+        let (address, _written) = data.device_ptr_mut(&stream);
+        let place = Place { address, dtype: T::DTYPE, shape, context: Some(context) };
+        Ok(Self { place, life: PhantomData })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alignment_is_that_of_every_row() {
+        let record = |address, token_stride, dtype| {
+            let shape = ViewShape { token_stride, ..ViewShape::contiguous(4, 2, 64) };
+            Place { address, dtype, shape, context: None }.record()
+        };
+        assert_eq!(record(4096, 128, Dtype::F16).aligned, 1);
+        assert_eq!(record(4098, 128, Dtype::F16).aligned, 0);
+        assert_eq!(record(4096, 132, Dtype::F16).aligned, 0);
+        assert_eq!(record(4096, 132, Dtype::F32).aligned, 1);
+        assert_eq!(record(4096, 128, Dtype::Bf16).dtype, 2);
+    }
+
+    #[test]
+    fn a_short_slice_is_told() {
+        let shape = ViewShape::contiguous(4, 2, 64);
+        assert!(check_length(shape, 512).is_ok());
+        assert!(matches!(check_length(shape, 511), Err(Error::Mismatch { .. })));
+    }
+}

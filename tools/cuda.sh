@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Compiles every CUDA kernel for compute capabilities 8.0, 9.0 and 10.0 with NVRTC, which takes no GPU,
+# and prints registers; fails where one does not compile or spills registers to memory.
+#
+#     tools/cuda.sh
+#
+# Needs Rust. Takes NVRTC from where the system has it, or else from PyPI, below target/ (90 MB); exits
+# with 3 where that does not work.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+target=$(tools/target_dir.sh)
+packages=$target/nvrtc
+# Pinned, so that the numbers are those of one compiler.
+version=13.0.88
+
+if ! ldconfig -p | grep -q 'libnvrtc\.so'; then
+    library=$packages/nvidia/cu13/lib
+    if [ ! -e "$library/libnvrtc.so.13" ]; then
+        python3 -m pip install --quiet --root-user-action=ignore --no-deps --target "$packages" \
+            "nvidia-cuda-nvrtc==$version" || exit 3
+    fi
+    export LD_LIBRARY_PATH=$library${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+fi
+cargo build --quiet --package leank-cuda --example compile
+"$target/debug/examples/compile" 8.0 9.0 10.0
