@@ -44,6 +44,9 @@ pub enum Error {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// The CUDA device or its compiler failed.
+    #[error("the CUDA device: {0}")]
+    Device(String),
     /// A figure cannot be drawn.
     #[error("the figure could not be drawn: {why}")]
     Figure {

@@ -29,15 +29,18 @@
 //! - [`stats`]: medians over rounds, ratios within a round.
 //! - [`worker`]: a cache that answers a line protocol, to be timed beside other libraries.
 //! - [`cpu`]: the measurement that `leank-bench cpu` runs; [`table`] prints it, [`figure`] draws it.
+//! - [`cuda`]: decode attention on a CUDA device.
 //! - [`accuracy`]: the error against f64, on random data and on a model's activations.
 //! - [`steps`]: many short sequences against a long one, and a busy core.
 //!
 //! Criterion benches of single operations are in `benches/`.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod accuracy;
 pub mod bandwidth;
 pub mod cpu;
+#[allow(unsafe_code, reason = "launches kernels")]
+pub mod cuda;
 mod error;
 pub mod figure;
 pub mod setting;

@@ -15,6 +15,7 @@ use clap::{Args, Parser, Subcommand};
 use leank_bench::{
     accuracy::{self, AccuracyOptions},
     cpu::{self, CpuOptions},
+    cuda::{self, Batch, CudaOptions, Model},
     figure,
     setting::HeadShape,
     steps::{self, Busy, StepsOptions},
@@ -24,6 +25,7 @@ use leank_bench::{
 };
 use leank_core::{DEFAULT_BLOCK, Dtype};
 use leank_cpu::{Cpu, DEFAULT_SPIN, Isa, Pool};
+use leank_cuda::Cuda;
 
 /// Measure what a lean cache is worth on this machine.
 ///
@@ -38,6 +40,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Cpu(CpuArgs),
+    Cuda(CudaArgs),
     Steps(StepsArgs),
     Error(ErrorArgs),
     #[command(hide = true)]
@@ -132,6 +135,72 @@ struct CpuArgs {
     /// Also draw time against context, as SVG.
     #[arg(long, value_name = "FILE")]
     figure: Option<PathBuf>,
+}
+
+/// Decode attention of one layer on a CUDA device, dense and lean, beside the read bandwidth.
+///
+/// One token per sequence, random data, cold memory, blocks in no order, CUDA graphs; everything is
+/// included. The lean cache has LeanK's published masks (sink 128, recent 768), and its time is the
+/// mean over the model's layers.
+#[derive(Debug, Args)]
+struct CudaArgs {
+    /// Number of the device.
+    #[arg(long, value_name = "N", default_value = "0")]
+    device: usize,
+    /// Models whose heads and masks are taken.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "llama,qwen")]
+    models: Vec<Model>,
+    /// Sequences and tokens that each query sees.
+    #[arg(
+        long,
+        value_name = "SEQUENCESxCONTEXT,...",
+        value_delimiter = ',',
+        default_value = "1x32768,1x131072,8x32768,64x8192,64x32768"
+    )]
+    batches: Vec<Batch>,
+    /// Storage type of K and V: f16, bf16.
+    #[arg(long, value_name = "TYPE", default_value = "bf16")]
+    dtype: Dtype,
+    /// Leave the lean cache out.
+    #[arg(long)]
+    dense: bool,
+    /// Also compare so many sequences of lengths between 1024 and 65536 with as many of one length.
+    #[arg(long, value_name = "SEQUENCES")]
+    mixed: Option<NonZeroUsize>,
+    /// Most different layers of each mask; all by default.
+    #[arg(long, value_name = "N")]
+    layers: Option<usize>,
+    /// Rounds behind each median.
+    #[arg(long, value_name = "N", default_value = "5")]
+    rounds: NonZeroUsize,
+    /// Milliseconds per round.
+    #[arg(long, value_name = "MS", default_value = "10")]
+    ms: u64,
+    /// Print the report as JSON; the table otherwise.
+    #[arg(long)]
+    json: bool,
+}
+
+impl CudaArgs {
+    fn run(&self) -> Result<(), Box<dyn std::error::Error>> {
+        let cuda = Cuda::new(self.device)?;
+        if let Some(problem) = cuda.kernel_cache_problem() {
+            eprintln!("leank-bench: compiled kernels cannot be kept: {problem}");
+        }
+        let options = CudaOptions {
+            models: self.models.clone(),
+            batches: self.batches.clone(),
+            dtype: self.dtype,
+            lean: !self.dense,
+            layers: self.layers,
+            mixed: self.mixed.map(NonZeroUsize::get),
+            rounds: self.rounds.get(),
+            millis: self.ms as f64,
+        };
+        eprintln!("{}", cuda::HEADER);
+        let report = cuda::measure(&cuda, &options, |row, read| eprint!("{}", row.lines(read)))?;
+        print(self.json, &report, report.to_string())
+    }
 }
 
 /// Many short sequences in a step against one long one, and the long one beside a process that
@@ -325,6 +394,7 @@ impl CpuArgs {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Cpu(args) => args.run(),
+        Command::Cuda(args) => args.run(),
         Command::Steps(args) => args.run(),
         Command::Error(args) => args.run(),
         Command::Spin => {
