@@ -12,16 +12,12 @@ use leank_core::{
 use crate::{
     element::plain,
     executor::Executor,
-    kernel::{Kernel, MAX_LANES},
+    kernel::{Ahead, Kernel, MAX_LANES},
     panels::{DEPTH_MULTIPLE, HeadPlace},
     running::{Arena, Extent, Merging, Queries, Running},
     store::{HeadStore, Store},
     work::{Job, Piece, Work},
 };
-
-/// Bytes of a section that are asked for while the one before it is worked on; the hardware's
-/// prefetchers go on from there.
-const AHEAD: usize = 2048;
 
 /// Everything that the pieces of one layer read.
 #[derive(Clone, Copy)]
@@ -141,24 +137,20 @@ impl<'a> LayerView<'a> {
                 next = blocks.get(job.table[index + 1]);
             }
             let Some((place, bytes)) = current else { continue };
+            let ahead = Ahead::of(bytes, next.map(|(_, next)| next));
             let (k, v) = (place.k.of(bytes), place.v.of(bytes));
             let queries = if place.lean { &*lean } else { &*full };
             let start = index * block;
             let tokens = (job.position + job.tokens - start).min(block);
             if index < whole {
-                self.kernel.weigh(&mut running, (queries, k), scale, v.dtype());
+                self.kernel.weigh(&mut running, queries, (k, ahead), scale, v.dtype());
             } else {
-                self.kernel.logits(&mut running, queries, k, tokens);
+                self.kernel.logits(&mut running, queries, (k, ahead), tokens);
                 let scale = self.cap(running.logits) * LOG2_E;
                 self.hide(job, start, &mut running);
                 self.kernel.soften(&mut running, scale, v.dtype());
             }
-            if let Some((_, next)) = next
-                && next.as_ptr() != bytes.as_ptr_range().end
-            {
-                self.kernel.prefetch(&next[..AHEAD.min(next.len())]);
-            }
-            self.kernel.sum(&mut running, v, tokens);
+            self.kernel.sum(&mut running, (v, ahead), tokens);
         }
         running
     }

@@ -40,6 +40,7 @@ use crate::{
     running::{Line, Running},
 };
 use left::Factor;
+pub(crate) use product::Ahead;
 use product::{Bf16Pairs, ByRow, ByStep, F16s, F32s, Finish, Lanes, Order, Product, Sums, ToSteps};
 use softmax::{Softmax, Take};
 
@@ -287,11 +288,6 @@ impl Kernel {
         }
     }
 
-    /// Asks for memory that will be read soon.
-    pub(crate) fn prefetch(self, bytes: &[u8]) {
-        on_engine!(self, (simd: S) => prefetch::<S>(simd, bytes));
-    }
-
     /// Bytes of an element on the left of products with this type.
     pub(crate) fn left_bytes(self, dtype: Dtype) -> usize {
         on_engine!(self, (simd: S) => on_lanes!(dtype, S, L => {
@@ -317,14 +313,14 @@ impl Kernel {
         self,
         running: &mut Running<'_>,
         queries: &[Line],
-        k: Matrix<'_>,
+        (k, ahead): (Matrix<'_>, Ahead),
         tokens: usize,
     ) {
         let Running { bases, logits, stride, .. } = running;
         let sums = Sums { out: logits, stride: *stride, accumulate: false };
         let left = (queries, bases.len(), ByStep);
         on_engine!(self, (simd: S) => on_lanes!(k.dtype(), S, L => {
-            simd.product::<L, _>(product(left, k, (k.depth(), tokens)), sums);
+            simd.product::<L, _>(product(left, (k, ahead), (k.depth(), tokens)), sums);
         }));
     }
 
@@ -344,25 +340,31 @@ impl Kernel {
     pub(crate) fn weigh(
         self,
         running: &mut Running<'_>,
-        (queries, k): (&[Line], Matrix<'_>),
+        queries: &[Line],
+        (k, ahead): (Matrix<'_>, Ahead),
         scale: f32,
         v: Dtype,
     ) {
         let (left, tokens) = ((queries, running.bases.len(), ByStep), running.stride);
         on_engine!(self, (simd: S) => on_lanes!(k.dtype(), S, L => on_lanes!(v, S, W => {
             let (_, softmax) = softmax::<LeftOf<W, S>>(running, scale);
-            simd.product::<L, _>(product(left, k, (k.depth(), tokens)), softmax);
+            simd.product::<L, _>(product(left, (k, ahead), (k.depth(), tokens)), softmax);
         })));
     }
 
     /// Adds V of a block's first `tokens` tokens, weighted.
-    pub(crate) fn sum(self, running: &mut Running<'_>, v: Matrix<'_>, tokens: usize) {
+    pub(crate) fn sum(
+        self,
+        running: &mut Running<'_>,
+        (v, ahead): (Matrix<'_>, Ahead),
+        tokens: usize,
+    ) {
         let Running { bases, sums, head_dim, weights, stride, .. } = running;
         let (rows, stride) = (bases.len(), *stride);
         let out = Sums { out: sums, stride: *head_dim, accumulate: true };
         on_engine!(self, (simd: S) => on_lanes!(v.dtype(), S, L => {
             let left = (&**weights, rows, ByRow(stride));
-            simd.product::<L, _>(product(left, v, (tokens, *head_dim)), out);
+            simd.product::<L, _>(product(left, (v, ahead), (tokens, *head_dim)), out);
         }));
     }
 
@@ -377,11 +379,11 @@ impl Kernel {
 #[inline(always)]
 fn product<'a, L: Factor, T: Element, O>(
     (left, rows, order): (&'a [Line], usize, O),
-    right: Matrix<'a>,
+    (right, ahead): (Matrix<'a>, Ahead),
     (depth, lanes): (usize, usize),
 ) -> Product<'a, L, T, O> {
     let left = bytemuck::cast_slice(left);
-    Product { left, order, rows, depth, right: right.panels(), lanes }
+    Product { left, order, rows, depth, right: right.panels(), lanes, ahead }
 }
 
 /// The logits of a block, and where their softmax goes.

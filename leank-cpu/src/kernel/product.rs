@@ -16,6 +16,7 @@ use super::{
 use crate::{
     element::Element,
     panels::{PANEL, Panels},
+    running::Line,
 };
 
 /// Most rows that one pass over a panel takes.
@@ -198,6 +199,40 @@ impl<W: Factor, const STEP: usize> Loops for ToSteps<'_, W, STEP> {
     }
 }
 
+/// What will be read after the right side of a product, for it to ask for in time: hardware
+/// prefetchers know nothing of how far ahead is enough, and stop where memory is not contiguous.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ahead {
+    /// Bytes from what is read to what is asked for.
+    distance: usize,
+    /// Where what is read after the right side ends.
+    end: *const u8,
+    /// Where reading goes on then.
+    next: *const u8,
+}
+
+impl Ahead {
+    /// Most bytes from what is read to what is asked for. From 6 to 12 KiB it makes no difference
+    /// (Zen 5); more would push what is used again and again out of the first-level cache.
+    const DISTANCE: usize = 8 << 10;
+
+    /// While `bytes` are read, in order, and `next` after them.
+    pub(crate) fn of(bytes: &[u8], next: Option<&[u8]>) -> Self {
+        let end = bytes.as_ptr_range().end;
+        // Of blocks that are shorter than that, no more than the next one is asked for.
+        let distance = Self::DISTANCE.min(bytes.len());
+        Self { distance, end, next: next.map_or(end, <[u8]>::as_ptr) }
+    }
+
+    /// What to ask for while `from` is read.
+    #[inline(always)]
+    fn ask_for(self, from: *const u8) -> *const u8 {
+        let to = from.wrapping_add(self.distance);
+        let beyond = (to as usize).wrapping_sub(self.end as usize);
+        if to < self.end { to } else { self.next.wrapping_add(beyond) }
+    }
+}
+
 /// The two sides of a product.
 pub(crate) struct Product<'a, L, T, O> {
     pub(crate) left: &'a [L],
@@ -210,6 +245,8 @@ pub(crate) struct Product<'a, L, T, O> {
     pub(crate) right: Panels<'a, T>,
     /// Lanes that are wanted, from the start. Others may be computed too, of anything.
     pub(crate) lanes: usize,
+    /// What comes after the right side.
+    pub(crate) ahead: Ahead,
 }
 
 /// Takes the results of a product while they are in registers.
@@ -289,6 +326,8 @@ struct Pass<L, T, O> {
     /// What its first result is.
     row: usize,
     lane: usize,
+    /// Where it is the first pass over a panel: later ones find what it asked for.
+    ahead: Option<Ahead>,
 }
 
 /// The product.
@@ -301,7 +340,7 @@ pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
     args: Product<'_, L::Left, L::Stored, O>,
     finish: &mut impl Finish<S>,
 ) {
-    let Product { left, order, rows, depth, right, lanes } = args;
+    let Product { left, order, rows, depth, right, lanes, ahead } = args;
     let steps = depth.div_ceil(L::STEP);
     assert!(steps * L::STEP <= right.depth && lanes <= right.lanes, "right side is too small");
     assert!(right.data.len() >= right.depth * right.lanes, "right side is too short");
@@ -329,6 +368,7 @@ pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
                     steps,
                     row,
                     lane: first + lane,
+                    ahead: (row == 0 && lane == 0).then_some(ahead),
                 };
                 // SAFETY: the assertions above and the loop's conditions keep every row, step and
                 // vector inside the slices.
@@ -419,6 +459,13 @@ unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
 ) -> [[S::F32; V]; R] {
     let mut sums = [[simd.splat(0.0); V]; R];
     for step in 0..args.steps {
+        if let Some(ahead) = args.ahead {
+            let from = args.right.wrapping_add(step * args.right_stride).cast();
+            let to = ahead.ask_for(from);
+            for offset in (0..PANEL * L::STEP * size_of::<L::Stored>()).step_by(size_of::<Line>()) {
+                simd.prefetch(to.wrapping_add(offset));
+            }
+        }
         // SAFETY: the caller's promise, for this step and each vector.
         let wide: [L::Wide; V] = std::array::from_fn(|v| unsafe {
             L::load(
