@@ -14,6 +14,7 @@ use crate::{
     executor::Executor,
     kernel::{Ahead, Kernel, MAX_LANES},
     panels::{DEPTH_MULTIPLE, HeadPlace},
+    prefetch::Prefetch,
     running::{Arena, Extent, Merging, Queries, Running},
     store::{HeadStore, Store},
     work::{Job, Piece, Work},
@@ -26,6 +27,7 @@ pub(crate) struct LayerView<'a> {
     pub(crate) layout: &'a CacheLayout,
     pub(crate) store: &'a Store,
     pub(crate) kernel: Kernel,
+    pub(crate) prefetch: Prefetch,
     pub(crate) layer: Layer,
 }
 
@@ -137,7 +139,7 @@ impl<'a> LayerView<'a> {
                 next = blocks.get(job.table[index + 1]);
             }
             let Some((place, bytes)) = current else { continue };
-            let ahead = Ahead::of(bytes, next.map(|(_, next)| next));
+            let ahead = Ahead::of(self.prefetch, bytes, next.map(|(_, next)| next));
             let (k, v) = (place.k.of(bytes), place.v.of(bytes));
             let queries = if place.lean { &*lean } else { &*full };
             let start = index * block;

@@ -15,6 +15,7 @@ use crate::{
     attend::{LayerView, Workspace},
     executor::Executor,
     kernel::Kernel,
+    prefetch::Prefetch,
     rows::{Restoring, read_rows},
     store::Store,
     write::Writer,
@@ -27,6 +28,7 @@ pub struct CpuCache {
     ledger: Ledger,
     store: Store,
     kernel: Kernel,
+    prefetch: Prefetch,
     executor: Arc<dyn Executor>,
     /// What the pieces of a step work in.
     workspace: Workspace,
@@ -47,7 +49,7 @@ impl CpuCache {
     pub(crate) fn new(
         config: CacheConfig,
         rules: LayoutRules,
-        kernel: Kernel,
+        (kernel, prefetch): (Kernel, Prefetch),
         executor: Arc<dyn Executor>,
     ) -> Result<Self> {
         let layout = CacheLayout::new(&config, rules)?;
@@ -65,7 +67,7 @@ impl CpuCache {
         let store = Store::new(&layout, config.shape);
         let appended = vec![false; config.shape.layers];
         let workspace = Workspace::default();
-        Ok(Self { config, layout, ledger, store, kernel, executor, workspace, appended })
+        Ok(Self { config, layout, ledger, store, kernel, prefetch, executor, workspace, appended })
     }
 
     /// The longest length up to `tokens` and the shortest from `tokens` on that a sequence can be
@@ -172,6 +174,7 @@ impl Cache for CpuCache {
             layout: &self.layout,
             store: &self.store,
             kernel: self.kernel,
+            prefetch: self.prefetch,
             layer,
         };
         view.attend(&self.ledger, &*self.executor, &mut self.workspace, q, out)

@@ -53,6 +53,7 @@ mod kernel;
 mod panels;
 #[allow(unsafe_code, reason = "lends a closure to threads")]
 mod pool;
+mod prefetch;
 mod rows;
 mod running;
 #[allow(unsafe_code, reason = "gives pages back to the system")]
@@ -66,6 +67,7 @@ pub use executor::Rayon;
 pub use executor::{Executor, Serial};
 pub use kernel::Isa;
 pub use pool::{DEFAULT_SPIN, Pool};
+pub use prefetch::Prefetch;
 
 use std::sync::Arc;
 
@@ -81,6 +83,7 @@ const SECTION_ALIGN: usize = 64;
 pub struct Cpu {
     isa: Isa,
     kernel: Kernel,
+    prefetch: Prefetch,
     executor: Arc<dyn Executor>,
 }
 
@@ -106,7 +109,7 @@ impl Cpu {
     #[must_use]
     pub fn with_executor(executor: Arc<dyn Executor>) -> Self {
         let isa = Isa::best();
-        Self { isa, kernel: Kernel::best(), executor }
+        Self { isa, kernel: Kernel::best(), prefetch: Prefetch::best(), executor }
     }
 
     /// The same backend with the kernel for another instruction set.
@@ -115,6 +118,12 @@ impl Cpu {
     /// [`leank_core::Error::Unavailable`] where this CPU lacks it.
     pub fn with_isa(self, isa: Isa) -> Result<Self> {
         Ok(Self { isa, kernel: Kernel::new(isa)?, ..self })
+    }
+
+    /// The same backend with memory asked for in another way than [`Prefetch::best`].
+    #[must_use]
+    pub fn with_prefetch(self, prefetch: Prefetch) -> Self {
+        Self { prefetch, ..self }
     }
 
     /// The kernel's instruction set.
@@ -143,7 +152,8 @@ impl Backend for Cpu {
 
     fn create(&self, config: CacheConfig) -> Result<Self::Cache> {
         let executor = Arc::clone(&self.executor);
-        CpuCache::new(config, self.layout_rules(), self.kernel, executor)
+        let kernel = (self.kernel, self.prefetch);
+        CpuCache::new(config, self.layout_rules(), kernel, executor)
     }
 }
 

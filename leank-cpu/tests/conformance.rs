@@ -3,7 +3,7 @@
 use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 use leank_core::{Cache, Dtype, Layer, Result};
-use leank_cpu::{Cpu, CpuCache, Executor, Isa, Pool, Serial};
+use leank_cpu::{Cpu, CpuCache, Executor, Isa, Pool, Prefetch, Serial};
 use leank_testkit::{Rows, Subject};
 
 struct OnCpu(Cpu);
@@ -82,7 +82,11 @@ impl Executor for Backwards {
 
 mod backwards {
     use super::*;
-    leank_testkit::conformance!(OnCpu(Cpu::with_executor(Arc::new(Backwards))));
+    fn cpu() -> Cpu {
+        Cpu::with_executor(Arc::new(Backwards)).with_prefetch(Prefetch::Everything)
+    }
+
+    leank_testkit::conformance!(OnCpu(cpu()));
 }
 
 mod pool {
@@ -91,7 +95,7 @@ mod pool {
     fn cpu() -> Cpu {
         let threads = NonZeroUsize::new(3).expect("3");
         let pool = Pool::with_spin(threads, Duration::from_micros(20)).expect("three threads");
-        Cpu::with_executor(Arc::new(pool))
+        Cpu::with_executor(Arc::new(pool)).with_prefetch(Prefetch::Jumps)
     }
 
     leank_testkit::conformance!(OnCpu(cpu()));

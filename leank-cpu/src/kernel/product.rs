@@ -16,6 +16,7 @@ use super::{
 use crate::{
     element::Element,
     panels::{PANEL, Panels},
+    prefetch::Prefetch,
     running::Line,
 };
 
@@ -199,10 +200,10 @@ impl<W: Factor, const STEP: usize> Loops for ToSteps<'_, W, STEP> {
     }
 }
 
-/// What will be read after the right side of a product, for it to ask for in time: hardware
-/// prefetchers know nothing of how far ahead is enough, and stop where memory is not contiguous.
+/// What will be read after the right side of a product, for it to ask for in time.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ahead {
+    prefetch: Prefetch,
     /// Bytes from what is read to what is asked for.
     distance: usize,
     /// Where what is read after the right side ends.
@@ -212,24 +213,30 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
-    /// Most bytes from what is read to what is asked for. From 6 to 12 KiB it makes no difference
-    /// (Zen 5); more would push what is used again and again out of the first-level cache.
-    const DISTANCE: usize = 8 << 10;
-
     /// While `bytes` are read, in order, and `next` after them.
-    pub(crate) fn of(bytes: &[u8], next: Option<&[u8]>) -> Self {
+    pub(crate) fn of(prefetch: Prefetch, bytes: &[u8], next: Option<&[u8]>) -> Self {
         let end = bytes.as_ptr_range().end;
+        let next = next.map_or(end, <[u8]>::as_ptr);
+        // Hardware prefetchers go on from 2 KiB. Where they are not relied on, from 6 to 12 KiB make no
+        // difference (Zen 5); more would push what is used again and again out of the first-level
+        // cache.
+        let distance = match prefetch {
+            Prefetch::Jumps if next == end => 0,
+            Prefetch::Jumps => 2 << 10,
+            Prefetch::Everything => 8 << 10,
+        };
         // Of blocks that are shorter than that, no more than the next one is asked for.
-        let distance = Self::DISTANCE.min(bytes.len());
-        Self { distance, end, next: next.map_or(end, <[u8]>::as_ptr) }
+        Self { prefetch, distance: distance.min(bytes.len()), end, next }
     }
 
     /// What to ask for while `from` is read.
     #[inline(always)]
-    fn ask_for(self, from: *const u8) -> *const u8 {
+    fn ask_for(self, from: *const u8) -> Option<*const u8> {
         let to = from.wrapping_add(self.distance);
-        let beyond = (to as usize).wrapping_sub(self.end as usize);
-        if to < self.end { to } else { self.next.wrapping_add(beyond) }
+        if to < self.end {
+            return (self.prefetch == Prefetch::Everything).then_some(to);
+        }
+        Some(self.next.wrapping_add((to as usize).wrapping_sub(self.end as usize)))
     }
 }
 
@@ -459,9 +466,8 @@ unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
 ) -> [[S::F32; V]; R] {
     let mut sums = [[simd.splat(0.0); V]; R];
     for step in 0..args.steps {
-        if let Some(ahead) = args.ahead {
-            let from = args.right.wrapping_add(step * args.right_stride).cast();
-            let to = ahead.ask_for(from);
+        let from = args.right.wrapping_add(step * args.right_stride).cast();
+        if let Some(to) = args.ahead.and_then(|ahead| ahead.ask_for(from)) {
             for offset in (0..PANEL * L::STEP * size_of::<L::Stored>()).step_by(size_of::<Line>()) {
                 simd.prefetch(to.wrapping_add(offset));
             }
