@@ -387,7 +387,7 @@ impl CudaCache {
             heads: self.constants.heads,
             channels: self.constants.channels,
             kv_heads: shape.kv_heads as u32,
-            block: self.config.block as u32,
+            padding: 0,
         };
         let grid = (count as u32, shape.kv_heads as u32, shape.layers as u32);
         // SAFETY: these are the parameters of both kernels; the pairs are entries of blocks that

@@ -134,5 +134,5 @@ pub(crate) struct Move {
     pub(crate) heads: u64,
     pub(crate) channels: u64,
     pub(crate) kv_heads: u32,
-    pub(crate) block: u32,
+    pub(crate) padding: u32,
 }

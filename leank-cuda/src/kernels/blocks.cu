@@ -181,8 +181,6 @@ struct Move {
     const Head* heads;
     const u16* channels;
     u32 kv_heads;
-    // Tokens of a block.
-    u32 block;
 };
 
 constexpr u32 MOVE_THREADS = 256;
