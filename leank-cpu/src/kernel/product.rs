@@ -466,12 +466,6 @@ unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
 ) -> [[S::F32; V]; R] {
     let mut sums = [[simd.splat(0.0); V]; R];
     for step in 0..args.steps {
-        let from = args.right.wrapping_add(step * args.right_stride).cast();
-        if let Some(to) = args.ahead.and_then(|ahead| ahead.ask_for(from)) {
-            for offset in (0..PANEL * L::STEP * size_of::<L::Stored>()).step_by(size_of::<Line>()) {
-                simd.prefetch(to.wrapping_add(offset));
-            }
-        }
         // SAFETY: the caller's promise, for this step and each vector.
         let wide: [L::Wide; V] = std::array::from_fn(|v| unsafe {
             L::load(
@@ -486,6 +480,13 @@ unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
             };
             for v in 0..V {
                 sums[r][v] = L::mul_add(simd, factor, wide[v], sums[r][v]);
+            }
+        }
+        // After the step's own loads, which would wait behind these.
+        let from = args.right.wrapping_add(step * args.right_stride).cast();
+        if let Some(to) = args.ahead.and_then(|ahead| ahead.ask_for(from)) {
+            for offset in (0..PANEL * L::STEP * size_of::<L::Stored>()).step_by(size_of::<Line>()) {
+                simd.prefetch(to.wrapping_add(offset));
             }
         }
     }
