@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles every CUDA kernel for compute capabilities 8.0, 9.0 and 10.0 with NVRTC, which takes no GPU,
+# Compiles every CUDA kernel for compute capabilities 8.0 to 12.0 with NVRTC, which takes no GPU,
 # and prints registers; fails where one does not compile or spills registers to memory.
 #
 #     tools/cuda.sh
@@ -23,4 +23,4 @@ if ! ldconfig -p | grep -q 'libnvrtc\.so'; then
     export LD_LIBRARY_PATH=$library${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
 cargo build --quiet --package leank-cuda --example compile
-"$target/debug/examples/compile" 8.0 9.0 10.0
+"$target/debug/examples/compile" 8.0 8.6 9.0 10.0 12.0

@@ -26,14 +26,16 @@ use crate::{
 
 /// A lean KV cache in device memory. Made by [`crate::Cuda`].
 ///
-/// All work is given to one stream and not waited for, except by [`Cache::save`] and
-/// [`Cache::restore`]. A failure of the device may therefore show at a later call; from then on
-/// every call says that the cache is poisoned.
+/// All work is given to one stream and not waited for, except by [`Cache::save`], [`Cache::restore`],
+/// and where memory is given back or tables grow, which is seldom. A failure of the device may
+/// therefore show at a later call; from then on every call that needs the device says that the cache
+/// is poisoned.
 ///
 /// # CUDA graphs
-/// `append` and `attend` may be captured, between `plan` and `commit` and after each was called
-/// once. A captured graph may be replayed in later steps, in place of the calls, as long as
-/// [`CudaCache::capture_key`] after `plan` is what it was when the graph was captured; then
+/// `append` and `attend` may be captured, between `plan` and `commit`; make the views before
+/// `begin_capture`. A captured graph holds the addresses of the views: they and the cache must live
+/// as long as it. It may be replayed on the cache's stream in later steps, in place of the calls, as
+/// long as [`CudaCache::capture_key`] after `plan` is what it was when the graph was captured; then
 /// [`CudaCache::mark_appended`] tells the cache that the tokens are there.
 pub struct CudaCache {
     config: CacheConfig,
@@ -57,6 +59,9 @@ pub struct CudaCache {
     poisoned: OnceLock<String>,
     /// Layers appended to in the step under way.
     appended: Vec<bool>,
+    /// Whether an `append` of this step was launched: then the tables of the step are there, and
+    /// `attend` may begin early.
+    launched: bool,
 }
 
 /// What the device knows of the mask: never changes.
@@ -181,6 +186,7 @@ impl CudaCache {
         let ledger = Ledger::new(&layout, config.windows, config.limit);
         Ok(Self {
             appended: vec![false; config.shape.layers],
+            launched: false,
             config,
             layout,
             ledger,
@@ -238,7 +244,8 @@ impl CudaCache {
         let mut hash = DefaultHasher::new();
         self.device.addresses().hash(&mut hash);
         let Tables { attending, writing, rows, slices, .. } = &self.tables;
-        (attending.is_empty(), writing.len(), rows, slices).hash(&mut hash);
+        let tokens = self.ledger.step().map(|step| step.tokens);
+        (attending.is_empty(), writing.len(), rows, slices, tokens).hash(&mut hash);
         CaptureKey(hash.finish())
     }
 
@@ -247,6 +254,7 @@ impl CudaCache {
     /// # Errors
     /// [`Error::Order`] outside a step.
     pub fn mark_appended(&mut self) -> Result<()> {
+        self.check_sound()?;
         if self.ledger.step().is_none() {
             return Err(Error::Order { call: "mark_appended", when: "without a plan".into() });
         }
@@ -317,9 +325,7 @@ impl CudaCache {
                 self.check("filling a block", self.store.poison(&self.stream, block))?;
             }
         }
-        self.write_tables().inspect_err(|_| {
-            self.ledger.cancel();
-        })
+        self.write_tables()
     }
 
     fn write_tables(&mut self) -> Result<()> {
@@ -421,7 +427,10 @@ impl Cache for CudaCache {
         self.check_sound()?;
         self.ledger.plan(entries)?;
         self.appended.fill(false);
-        self.follow_plan()
+        self.launched = false;
+        self.follow_plan().inspect_err(|_| {
+            self.ledger.cancel();
+        })
     }
 
     fn append(&mut self, layer: Layer, k: DeviceView<'_>, v: DeviceView<'_>) -> Result<()> {
@@ -429,7 +438,7 @@ impl Cache for CudaCache {
         let shape = self.config.shape;
         for (what, view) in [("K of a step", &k), ("V of a step", &v)] {
             self.check_view(what, view.shape(), shape.kv_heads)?;
-            view.check_context(what, self.stream.context())?;
+            view.check_stream(what, &self.stream)?;
         }
         let addresses = self.device.addresses();
         let parameters = records::Append {
@@ -450,6 +459,7 @@ impl Cache for CudaCache {
         let launched = unsafe { self.kernels.append.launch(&self.stream, grid, &parameters) };
         self.check("appending", launched)?;
         self.appended[layer.0] = true;
+        self.launched = true;
         Ok(())
     }
 
@@ -462,8 +472,8 @@ impl Cache for CudaCache {
         let shape = self.config.shape;
         self.check_view("q of a step", q.shape(), shape.query_heads)?;
         self.check_view("output of a step", out.shape(), shape.query_heads)?;
-        q.check_context("q of a step", self.stream.context())?;
-        out.check_context("output of a step", self.stream.context())?;
+        q.check_stream("q of a step", &self.stream)?;
+        out.check_stream("output of a step", &self.stream)?;
         if self.tables.items == 0 {
             return Ok(());
         }
@@ -500,7 +510,13 @@ impl Cache for CudaCache {
         let grid = (self.workers as u32, 1, 1);
         // SAFETY: these are the parameters of `attend`; the work was cut for so many workers, the
         // buffers were sized for them, and the views hold rows for all tokens of the step.
-        let launched = unsafe { kernel.launch(&self.stream, grid, &parameters) };
+        let launched = if self.launched {
+            // SAFETY: as above; the launch before is not `cut`.
+            unsafe { kernel.launch_early(&self.stream, grid, &parameters) }
+        } else {
+            // SAFETY: as above.
+            unsafe { kernel.launch(&self.stream, grid, &parameters) }
+        };
         self.check("attending", launched)
     }
 
@@ -553,6 +569,9 @@ impl Cache for CudaCache {
         let mut restoring = Restoring { store, stream, image, dirty: None, poison: *poison };
         let restored = saved::restore(ledger, config, &mut restoring, input);
         let written = restoring.flush();
+        if let Err(error @ Error::Device { .. }) = &restored {
+            self.poisoned.get_or_init(|| error.to_string());
+        }
         let sequence = restored?;
         if let Err(error) = written {
             self.ledger.release(sequence)?;

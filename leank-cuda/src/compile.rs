@@ -7,6 +7,9 @@ use leank_core::{Error, Result};
 
 use crate::probe::libraries;
 
+/// Least major version of NVRTC.
+const LEAST_MAJOR: i32 = 12;
+
 /// Machine code of one source for one architecture.
 #[derive(Clone, Debug)]
 pub(crate) struct Compiled {
@@ -39,6 +42,11 @@ pub(crate) fn nvrtc_version() -> Result<(i32, i32)> {
     // SAFETY: the library is there, and writes two integers.
     let status = unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) };
     status.result().map_err(|error| unavailable(format!("NVRTC says {error}")))?;
+    if major < LEAST_MAJOR {
+        let why =
+            format!("NVRTC {major}.{minor} was found; {LEAST_MAJOR}.0 is the least: update it");
+        return Err(unavailable(why));
+    }
     Ok((major, minor))
 }
 
@@ -78,7 +86,7 @@ impl Program {
 /// [`Error::Unavailable`] where NVRTC is missing or does not know the architecture; with the
 /// compiler's words where it does not like the source.
 pub(crate) fn compile(source: &str, name: &str, options: &[String]) -> Result<Compiled> {
-    check_nvrtc()?;
+    nvrtc_version()?;
     let c_string = |text: &str| CString::new(text).map_err(|error| unavailable(error.to_string()));
     let (source, c_name) = (c_string(source)?, c_string(name)?);
     let says = |error| unavailable(format!("NVRTC says {error} about {name}"));

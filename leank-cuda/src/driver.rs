@@ -36,7 +36,7 @@ impl Buffer {
     /// Memory that nothing was written to, at a multiple of 256 bytes.
     pub(crate) fn new(context: &Arc<CudaContext>, bytes: usize) -> Driver<Self> {
         context.bind_to_thread()?;
-        // SAFETY: the context is current; what is in the memory is not read before it is written.
+        // SAFETY: the context is current. Any bytes are valid: what kernels read unwritten they mask.
         let allocation = unsafe { result::malloc_sync(bytes.max(1)) }?;
         let context = Arc::clone(context);
         Ok(Self { context, allocation, address: allocation, bytes })
@@ -125,7 +125,9 @@ impl Drop for Buffer {
             return;
         }
         self.context.record_err(self.context.bind_to_thread());
-        // SAFETY: the allocation is ours and freed once; the driver waits for work that uses it.
+        // Seldom: a cache goes, a table grew, no block of a slab is in use.
+        self.context.record_err(self.context.synchronize());
+        // SAFETY: the allocation is ours and freed once; the device is done with it.
         let freed = unsafe { result::free_sync(self.allocation) };
         self.context.record_err(freed);
     }
@@ -158,8 +160,10 @@ impl Pinned {
     fn new(context: &Arc<CudaContext>, bytes: usize) -> Driver<Self> {
         context.bind_to_thread()?;
         let copied = context.new_event(None)?;
-        // SAFETY: the context is current; the memory is written before it is read.
-        let memory = unsafe { result::malloc_host(bytes, 0) }?.cast();
+        // SAFETY: the context is current.
+        let memory: *mut u8 = unsafe { result::malloc_host(bytes, 0) }?.cast();
+        // SAFETY: `bytes` bytes were just allocated, and nobody else has them.
+        unsafe { memory.write_bytes(0, bytes) };
         Ok(Self { memory, bytes, copied })
     }
 }
@@ -203,8 +207,8 @@ impl Staging {
         }
         let Some(pinned) = slot else { return Ok(()) };
         pinned.copied.synchronize()?;
-        // SAFETY: `bytes` bytes were allocated, nobody else has them, and the device is done with
-        // them. What no part covers is whatever it was, and nothing reads it.
+        // SAFETY: `bytes` bytes were allocated and written, nobody else has them, and the device is
+        // done with them.
         let memory = unsafe { std::slice::from_raw_parts_mut(pinned.memory, bytes) };
         for (offset, part) in parts {
             memory[*offset..offset + part.len()].copy_from_slice(part);
@@ -235,8 +239,7 @@ impl Kernel {
         Ok(Self { function, threads, shared, early: false })
     }
 
-    /// Whether launches may begin before the launch before them in the stream has ended; the kernel
-    /// waits for it where it must.
+    /// Whether the device can begin [`Kernel::launch_early`] early.
     pub(crate) fn beginning_early(self, early: bool) -> Self {
         Self { early, ..self }
     }
@@ -252,6 +255,35 @@ impl Kernel {
         stream: &CudaStream,
         grid: (u32, u32, u32),
         parameters: &P,
+    ) -> Driver<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(stream, grid, parameters, false) }
+    }
+
+    /// Launches the kernel, which may begin before the launch before it in the stream has ended,
+    /// where the device can do that; the kernel waits for it where it must.
+    ///
+    /// # Safety
+    /// As [`Kernel::launch`]; and what the kernel reads before it waits was written by launches that
+    /// came before the one before this.
+    pub(crate) unsafe fn launch_early<P: Pod>(
+        &self,
+        stream: &CudaStream,
+        grid: (u32, u32, u32),
+        parameters: &P,
+    ) -> Driver<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_with(stream, grid, parameters, self.early) }
+    }
+
+    /// # Safety
+    /// As [`Kernel::launch`], or as [`Kernel::launch_early`] where it is early.
+    unsafe fn launch_with<P: Pod>(
+        &self,
+        stream: &CudaStream,
+        grid: (u32, u32, u32),
+        parameters: &P,
+        early: bool,
     ) -> Driver<()> {
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
@@ -273,7 +305,7 @@ impl Kernel {
             sharedMemBytes: self.shared,
             hStream: stream.cu_stream(),
             attrs: &raw mut attribute,
-            numAttrs: u32::from(self.early),
+            numAttrs: u32::from(early),
         };
         let function = self.function.cu_function();
         // SAFETY: the function's module is loaded as long as `self` lives; the driver copies

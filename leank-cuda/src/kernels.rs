@@ -62,7 +62,7 @@ struct Rings {
 }
 
 impl Rings {
-    /// As many warps with rings of at least three slices as fit, with rings of up to eight.
+    /// As many warps with rings of three to eight slices as fit; of two where it must be.
     fn new(variant: Variant, rows: usize, limit: usize) -> Option<Self> {
         let slice = 2 * variant.tiles * crate::tiles::TILE_BYTES;
         let shared = |warps: usize, stages: usize| {

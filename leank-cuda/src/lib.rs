@@ -63,7 +63,9 @@ use std::{path::PathBuf, sync::Arc};
 
 use cudarc::driver::{CudaContext, CudaStream, sys::CUdevice_attribute};
 use etcetera::BaseStrategy as _;
-use leank_core::{Backend, CacheConfig, Dtype, Error, LayoutRules, LeanFormat, Result};
+use leank_core::{
+    Backend, CacheConfig, CacheLayout, Dtype, Error, LayoutRules, LeanFormat, Result,
+};
 
 use cubins::CubinCache;
 use kernels::{Loader, MOST_TILES, Target, Variant};
@@ -199,6 +201,14 @@ impl Cuda {
                     }
                 }
             }
+        }
+        let layout = CacheLayout::new(config, layout_rules())?;
+        if u32::try_from(layout.full_bytes).is_err() {
+            let why = format!(
+                "a block of one layer takes {} bytes; 4 GiB is the most",
+                layout.full_bytes
+            );
+            return unavailable("this block size", why);
         }
         let soft_cap = config.soft_cap.is_some();
         Ok(Variant { tiles: shape.head_dim.div_ceil(tiles::TILE), dtype, soft_cap })

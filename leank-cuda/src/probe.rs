@@ -14,6 +14,9 @@ use crate::compile::check_nvrtc;
 /// Least compute capability: bf16 and asynchronous copies.
 const LEAST_CAPABILITY: (i32, i32) = (8, 0);
 
+/// Least CUDA version of the driver, times 1000.
+const LEAST_DRIVER: i32 = 12_080;
+
 /// A CUDA device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
@@ -52,6 +55,14 @@ pub fn probe(ordinal: usize) -> Result<Device> {
     if !libraries::has_driver() {
         return Err(unavailable("libcuda was not found; install the NVIDIA driver"));
     }
+    let driver_version = libraries::driver_version().map_err(driver)?;
+    if driver_version < LEAST_DRIVER {
+        let version = |number: i32| format!("{}.{}", number / 1000, number % 1000 / 10);
+        let (found, least) = (version(driver_version), version(LEAST_DRIVER));
+        return Err(unavailable(format!(
+            "the driver knows CUDA {found}; {least} is the least: update it"
+        )));
+    }
     let count = CudaContext::device_count().map_err(driver)?;
     if ordinal >= usize::try_from(count).unwrap_or(0) {
         let why = format!("there is no device {ordinal}: the driver lists {count}");
@@ -73,12 +84,20 @@ pub fn probe(ordinal: usize) -> Result<Device> {
 /// cudarc's own look at whether a library can be loaded.
 #[allow(unsafe_code, reason = "loads libraries")]
 pub(crate) mod libraries {
-    use super::nvrtc;
+    use super::{DriverError, nvrtc};
 
     pub(crate) fn has_driver() -> bool {
         // SAFETY: loads and unloads libcuda, whose constructors are NVIDIA's and take no part in
         // Rust's invariants; nothing else is required.
         unsafe { cudarc::driver::sys::is_culib_present() }
+    }
+
+    /// CUDA version of the driver, times 1000; the library is there.
+    pub(crate) fn driver_version() -> Result<i32, DriverError> {
+        let mut version = 0;
+        // SAFETY: the driver writes one integer.
+        unsafe { cudarc::driver::sys::cuDriverGetVersion(&raw mut version) }.result()?;
+        Ok(version)
     }
 
     pub(crate) fn has_nvrtc() -> bool {

@@ -136,3 +136,10 @@ pub(crate) struct Move {
     pub(crate) kv_heads: u32,
     pub(crate) padding: u32,
 }
+
+// The kernels assert the same sizes.
+const _: () = {
+    assert!(size_of::<View>() == 32 && size_of::<Sequence>() == 32 && size_of::<Head>() == 16);
+    assert!(size_of::<Blocks>() == 40 && size_of::<Pair>() == 16 && size_of::<Move>() == 40);
+    assert!(size_of::<Cut>() == 56 && size_of::<Attend>() == 192 && size_of::<Append>() == 144);
+};

@@ -85,6 +85,7 @@ impl Tables {
                 tiles: 0,
             };
             number(sequence.start + sequence.tokens)?;
+            number(sequence.tokens.saturating_mul(group))?;
             tables.entries.extend(ledger.table(sequence.id)?.iter().map(|&block| entry(block)));
             tables.writing.push(Sequence { before: number(tables.slices)?, ..common });
             tables.slices += most_slices(sequence.tokens, block);

@@ -82,6 +82,15 @@ impl Slots {
         Ok(())
     }
 
+    /// Bytes of the slab that block `id` lies in, or will.
+    fn next_allocation(&self, id: usize) -> u64 {
+        let log = self.places.get(id).map_or_else(
+            || slab_log(self.places.len(), self.bytes),
+            |place| self.slabs[place.slab].log,
+        );
+        self.bytes << log
+    }
+
     /// Takes the storage of block `id`. Memory goes back when no block of its slab has any.
     fn free(&mut self, id: usize) {
         let Some(place) = self.places.get_mut(id) else { return };
@@ -182,7 +191,7 @@ impl Store {
     pub(crate) fn allocate(&mut self, block: Block) -> Result<()> {
         let context = Arc::clone(&self.context);
         let (slots, id) = self.kind_mut(block);
-        let bytes = slots.bytes;
+        let bytes = slots.next_allocation(id as usize);
         slots.allocate(&context, id as usize).map_err(|error| {
             if is_out_of_memory(error) {
                 let what = "blocks of the cache on the CUDA device";

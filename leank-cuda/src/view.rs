@@ -2,7 +2,7 @@
 
 use std::{marker::PhantomData, sync::Arc};
 
-use cudarc::driver::{CudaContext, CudaSlice, DevicePtr as _, DevicePtrMut as _};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr as _, DevicePtrMut as _};
 use half::{bf16, f16};
 use leank_core::{Dtype, Error, Result, ViewShape};
 
@@ -38,16 +38,17 @@ struct Place {
     address: u64,
     dtype: Dtype,
     shape: ViewShape,
-    /// The context of the memory, where it is known.
-    context: Option<usize>,
+    /// The stream that the memory belongs to, where it is known.
+    stream: Option<usize>,
 }
 
 impl Place {
     fn record(&self) -> records::View {
         let bytes = self.dtype.bytes() as u64;
         let strides = [self.shape.token_stride, self.shape.head_stride].map(|stride| stride as u64);
+        let unit = 16 / bytes;
         let aligned = self.address.is_multiple_of(16)
-            && strides.iter().all(|stride| (stride * bytes).is_multiple_of(16));
+            && strides.iter().all(|stride| stride.is_multiple_of(unit));
         records::View {
             data: self.address,
             token_stride: strides[0],
@@ -61,20 +62,24 @@ impl Place {
         }
     }
 
-    fn check_context(&self, what: &'static str, context: &Arc<CudaContext>) -> Result<()> {
-        if self.context.is_some_and(|own| own != context.cu_ctx() as usize) {
-            let expected = format!("memory of the cache's context (device {})", context.ordinal());
-            return Err(Error::mismatch(what, expected, "memory of another context"));
+    fn check_stream(&self, what: &'static str, stream: &CudaStream) -> Result<()> {
+        if self.stream.is_some_and(|own| own != stream.cu_stream() as usize) {
+            let expected =
+                "memory of the cache's stream (CudaCache::stream), whose work it waits for";
+            let found = "a slice of another stream; allocate it there, or use `from_address`";
+            return Err(Error::mismatch(what, expected, found));
         }
         Ok(())
     }
 }
 
 fn check_length(shape: ViewShape, elements: usize) -> Result<()> {
-    match shape.span() {
-        Some(span) if span <= elements => Ok(()),
-        _ => Err(Error::mismatch("elements under a view", format!("those of {shape:?}"), elements)),
+    let span = shape.span();
+    if span.is_some_and(|span| span <= elements) {
+        return Ok(());
     }
+    let needed = span.map_or("more than memory".to_owned(), |span| format!("at least {span}"));
+    Err(Error::mismatch("elements under a view", needed, elements))
 }
 
 macro_rules! view {
@@ -89,7 +94,7 @@ macro_rules! view {
             /// it; of a mutable view, nothing else reads it either.
             #[must_use]
             pub unsafe fn from_address(address: u64, dtype: Dtype, shape: ViewShape) -> Self {
-                Self { place: Place { address, dtype, shape, context: None }, life: PhantomData }
+                Self { place: Place { address, dtype, shape, stream: None }, life: PhantomData }
             }
 
             /// Axes and strides.
@@ -121,12 +126,12 @@ macro_rules! view {
                 self.place.record()
             }
 
-            pub(crate) fn check_context(
+            pub(crate) fn check_stream(
                 &self,
                 what: &'static str,
-                context: &Arc<CudaContext>,
+                stream: &CudaStream,
             ) -> Result<()> {
-                self.place.check_context(what, context)
+                self.place.check_stream(what, stream)
             }
         }
     };
@@ -134,9 +139,8 @@ macro_rules! view {
 
 /// Activations `[tokens, heads, head_dim]` in device memory, read only.
 ///
-/// The cache works on its own stream. What other streams write to the memory must be there before
-/// (an event, or one stream for all), and must not be overwritten before the cache's stream is done
-/// with it.
+/// A slice must belong to the cache's stream, so that whatever is done to it there, freeing it
+/// included, comes after the cache's work. Memory of other streams comes in by its address.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceView<'a> {
     place: Place,
@@ -161,8 +165,8 @@ impl<'a> DeviceView<'a> {
     pub fn new<T: Element>(data: &'a CudaSlice<T>, shape: ViewShape) -> Result<Self> {
         check_length(shape, data.len())?;
         let (address, _written) = data.device_ptr(data.stream());
-        let context = Some(data.context().cu_ctx() as usize);
-        let place = Place { address, dtype: T::DTYPE, shape, context };
+        let stream = Some(data.stream().cu_stream() as usize);
+        let place = Place { address, dtype: T::DTYPE, shape, stream };
         Ok(Self { place, life: PhantomData })
     }
 }
@@ -174,9 +178,10 @@ impl<'a> DeviceViewMut<'a> {
     /// [`Error::Mismatch`] when the slice is shorter than the shape spans.
     pub fn new<T: Element>(data: &'a mut CudaSlice<T>, shape: ViewShape) -> Result<Self> {
         check_length(shape, data.len())?;
-        let (context, stream) = (data.context().cu_ctx() as usize, Arc::clone(data.stream()));
+        let stream = Arc::clone(data.stream());
         let (address, _written) = data.device_ptr_mut(&stream);
-        let place = Place { address, dtype: T::DTYPE, shape, context: Some(context) };
+        let stream = Some(stream.cu_stream() as usize);
+        let place = Place { address, dtype: T::DTYPE, shape, stream };
         Ok(Self { place, life: PhantomData })
     }
 }
@@ -189,7 +194,7 @@ mod tests {
     fn alignment_is_that_of_every_row() {
         let record = |address, token_stride, dtype| {
             let shape = ViewShape { token_stride, ..ViewShape::contiguous(4, 2, 64) };
-            Place { address, dtype, shape, context: None }.record()
+            Place { address, dtype, shape, stream: None }.record()
         };
         assert_eq!(record(4096, 128, Dtype::F16).aligned, 1);
         assert_eq!(record(4098, 128, Dtype::F16).aligned, 0);

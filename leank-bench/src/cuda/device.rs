@@ -139,8 +139,9 @@ impl Device {
         self.stream.begin_capture(mode).map_err(driver)?;
         let recorded = record();
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = self.stream.end_capture(flags).map_err(driver)?;
+        let graph = self.stream.end_capture(flags).map_err(driver);
         recorded?;
+        let graph = graph?;
         let graph = graph.ok_or_else(|| Error::Device("nothing was captured".into()))?;
         self.time_calls(millis, rounds, &mut || graph.launch().map_err(driver))
     }

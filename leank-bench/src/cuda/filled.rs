@@ -43,12 +43,8 @@ impl Filler<'_> {
         let dtype = config.dtype;
         let mut cache = self.cuda.create(config)?;
         let width = shape.kv_heads * shape.head_dim;
-        let mut rows = [0, 1].map(|_| None);
-        for rows in &mut rows {
-            let seed = self.random.next_u64();
-            *rows = Some(self.device.random(dtype, CHUNK * width, seed, 1.0)?);
-        }
-        let [Some(mut k), Some(mut v)] = rows else { unreachable!("both were made") };
+        let mut rows = || self.device.random(dtype, CHUNK * width, self.random.next_u64(), 1.0);
+        let (mut k, mut v) = (rows()?, rows()?);
 
         let total: usize = lengths.iter().sum();
         let guest = (total / GUESTS).next_multiple_of(DEFAULT_BLOCK);
@@ -105,7 +101,7 @@ impl Filler<'_> {
             }
             let seed = self.random.next_u64();
             self.device.fill(dtype, k, seed, 1.0)?;
-            self.device.fill(dtype, v, seed + 1, 1.0)?;
+            self.device.fill(dtype, v, seed.wrapping_add(1), 1.0)?;
             let rows = ViewShape::contiguous(tokens, shape.kv_heads, shape.head_dim);
             cache.plan(&entries)?;
             for layer in shape.layer_indices() {

@@ -125,7 +125,7 @@ pub struct Row {
     pub dense_us: f64,
     /// Bytes that such a call reads.
     pub dense_bytes: f64,
-    /// Microseconds per layer on the lean cache, mean over the model's layers.
+    /// Microseconds per layer on the lean cache, mean over the layers that were measured.
     pub lean_us: Option<f64>,
     /// Bytes that a layer reads, mean over the layers.
     pub lean_bytes: Option<f64>,

@@ -67,6 +67,7 @@ struct Shared {
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the host counts otherwise");
+static_assert(sizeof(Attend) == 192, "the host counts otherwise");
 
 // ---- Copies into the ring -------------------------------------------------------------------
 
@@ -152,8 +153,9 @@ struct Ring {
 
 // ---- The launch before ------------------------------------------------------------------------
 
-// This launch may begin before the one before it in the stream has ended. What that one writes may
-// be new tokens, queries, or a use of `partial` and `arrived`; whatever is older is there.
+// This launch may begin before the one before it in the stream has ended. That one is an `append` or
+// an `attend` of the step, or the engine's: what it writes may be new tokens, queries, or a use of
+// `partial`; whatever is older, the tables of the step among it, is there.
 
 __device__ __forceinline__ void wait_for_launch_before() {
 #if __CUDA_ARCH__ >= 900
@@ -390,8 +392,8 @@ struct Sums {
 template <u32 DTYPE>
 __device__ __forceinline__ void read_queries(const Attend& args, Shared& shared, const Stretch& at) {
     u32 rows = at.sequence.tokens * args.group;
-    if (threadIdx.x < WIDTH / 2) {
-        ((u32*)shared.kept)[threadIdx.x] = ((const u32*)(args.channels + at.head.channels))[threadIdx.x];
+    for (u32 i = threadIdx.x; i < WIDTH / 2; i += WARPS * 32) {
+        ((u32*)shared.kept)[i] = ((const u32*)(args.channels + at.head.channels))[i];
     }
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < ROWS * WIDTH; i += WARPS * 32) {
@@ -738,7 +740,7 @@ finish(const Attend& args, Shared& shared, const Walk& walk, Sums& sums, u32 war
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_constant__ Attend args) {
-    extern __shared__ u8 memory[];
+    extern __shared__ __align__(128) u8 memory[];
     Shared& shared = *(Shared*)memory;
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (lane == 0) {

@@ -183,6 +183,10 @@ struct Move {
     u32 kv_heads;
 };
 
+static_assert(sizeof(Append) == 144, "the host counts otherwise");
+static_assert(sizeof(Move) == 40, "the host counts otherwise");
+static_assert(sizeof(Pair) == 16, "the host counts otherwise");
+
 constexpr u32 MOVE_THREADS = 256;
 
 // Full blocks to lean ones. Grid: [pairs, KV heads, layers].

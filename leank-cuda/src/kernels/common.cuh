@@ -195,6 +195,12 @@ struct Start {
     Extent its_extent;
 };
 
+static_assert(sizeof(View) == 32, "the host counts otherwise");
+static_assert(sizeof(Sequence) == 32, "the host counts otherwise");
+static_assert(sizeof(Head) == 16, "the host counts otherwise");
+static_assert(sizeof(Blocks) == 40, "the host counts otherwise");
+static_assert(sizeof(Start) == 96, "the host counts otherwise");
+
 // `rows` query rows per tile, `group` query heads per KV head.
 __device__ __forceinline__ Extent extent(
     const Sequence& sequence, const Head& head, u32 tile, u32 rows, u32 group, u32 block, u32 slices

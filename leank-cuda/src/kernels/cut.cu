@@ -8,7 +8,6 @@ constexpr u64 ITEM_BYTES = 24576;
 constexpr u64 LEAST_BYTES = 2 * (ITEM_BYTES + FULL_SLICE);
 constexpr u32 THREADS = 1024;
 
-static_assert(sizeof(Start) == 96, "the host counts otherwise");
 
 struct Cut {
     const Sequence* sequences;
@@ -26,6 +25,8 @@ struct Cut {
     u32 block;
     u32 slices;
 };
+
+static_assert(sizeof(Cut) == 56, "the host counts otherwise");
 
 // An item's place, found once and then counted on.
 struct Place {
