@@ -91,7 +91,7 @@ pub trait Subject {
     }
 
     /// Largest error against the oracle *on the stored values*, as a share of the largest |v|: the
-    /// accuracy of the backend's arithmetic.
+    /// accuracy of the backend's arithmetic; up to 128 channels, in proportion to them beyond.
     fn arithmetic_error(&self, _dtype: Dtype) -> f64 {
         2e-5
     }
