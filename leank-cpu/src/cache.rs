@@ -8,7 +8,7 @@ use std::{
 
 use leank_core::{
     Cache, CacheConfig, CacheLayout, Error, HostView, HostViewMut, Layer, LayoutRules, LeanFormat,
-    Ledger, Memory, Result, SequenceId, StepEntry, ViewShape, saved,
+    Ledger, Memory, Progress, Result, SequenceId, StepEntry, saved,
 };
 
 use crate::{
@@ -33,7 +33,7 @@ pub struct CpuCache {
     /// What the pieces of a step work in.
     workspace: Workspace,
     /// Layers appended to in the step under way.
-    appended: Vec<bool>,
+    progress: Progress,
 }
 
 impl fmt::Debug for CpuCache {
@@ -65,9 +65,9 @@ impl CpuCache {
         }
         let ledger = Ledger::new(&layout, config.windows, config.limit);
         let store = Store::new(&layout, config.shape);
-        let appended = vec![false; config.shape.layers];
+        let progress = Progress::new(config.shape);
         let workspace = Workspace::default();
-        Ok(Self { config, layout, ledger, store, kernel, prefetch, executor, workspace, appended })
+        Ok(Self { config, layout, ledger, store, kernel, prefetch, executor, workspace, progress })
     }
 
     /// The longest length up to `tokens` and the shortest from `tokens` on that a sequence can be
@@ -77,28 +77,6 @@ impl CpuCache {
     /// As [`Ledger::nearest_lengths`].
     pub fn nearest_lengths(&self, sequence: SequenceId, tokens: usize) -> Result<(usize, usize)> {
         self.ledger.nearest_lengths(sequence, tokens)
-    }
-
-    fn check_layer(&self, call: &'static str, layer: Layer) -> Result<()> {
-        if self.ledger.step().is_none() {
-            return Err(Error::Order { call, when: "without a plan".into() });
-        }
-        if layer.0 >= self.config.shape.layers {
-            let expected = format!("below {}", self.config.shape.layers);
-            return Err(Error::mismatch("layer", expected, layer));
-        }
-        Ok(())
-    }
-
-    fn check_view(&self, what: &'static str, view: ViewShape, heads: usize) -> Result<()> {
-        let tokens = self.ledger.step().map_or(0, |step| step.tokens);
-        let head_dim = self.config.shape.head_dim;
-        if (view.tokens, view.heads, view.head_dim) == (tokens, heads, head_dim) {
-            return Ok(());
-        }
-        let expected = format!("[{tokens} tokens, {heads} heads, {head_dim} channels]");
-        let found = format!("[{}, {}, {}]", view.tokens, view.heads, view.head_dim);
-        Err(Error::mismatch(what, expected, found))
     }
 
     fn follow_plan(&mut self) -> Result<()> {
@@ -145,30 +123,36 @@ impl Cache for CpuCache {
 
     fn plan(&mut self, entries: &[StepEntry]) -> Result<()> {
         self.ledger.plan(entries)?;
-        self.appended.fill(false);
+        self.progress.begin();
         self.follow_plan()
     }
 
     fn append(&mut self, layer: Layer, k: HostView<'_>, v: HostView<'_>) -> Result<()> {
-        self.check_layer("append", layer)?;
-        self.check_view("K of a step", k.shape(), self.config.shape.kv_heads)?;
-        self.check_view("V of a step", v.shape(), self.config.shape.kv_heads)?;
+        self.progress.check_layer(&self.ledger, "append", layer)?;
+        self.progress.check_view(
+            &self.ledger,
+            "K of a step",
+            k.shape(),
+            self.config.shape.kv_heads,
+        )?;
+        self.progress.check_view(
+            &self.ledger,
+            "V of a step",
+            v.shape(),
+            self.config.shape.kv_heads,
+        )?;
         let Self { config, layout, ledger, store, kernel, executor, .. } = self;
         let writer = Writer { config, layout, kernel: *kernel, executor: &**executor };
         writer.append(ledger, store, layer, [k, v])?;
-        self.appended[layer.0] = true;
+        self.progress.mark(layer);
         Ok(())
     }
 
     fn attend(&mut self, layer: Layer, q: HostView<'_>, out: HostViewMut<'_>) -> Result<()> {
-        self.check_layer("attend", layer)?;
-        if !self.appended[layer.0] {
-            let when = format!("before append of layer {layer}");
-            return Err(Error::Order { call: "attend", when });
-        }
+        self.progress.check_attend(&self.ledger, layer)?;
         let query_heads = self.config.shape.query_heads;
-        self.check_view("q of a step", q.shape(), query_heads)?;
-        self.check_view("output of a step", out.shape(), query_heads)?;
+        self.progress.check_view(&self.ledger, "q of a step", q.shape(), query_heads)?;
+        self.progress.check_view(&self.ledger, "output of a step", out.shape(), query_heads)?;
         let view = LayerView {
             config: &self.config,
             layout: &self.layout,
@@ -181,13 +165,7 @@ impl Cache for CpuCache {
     }
 
     fn commit(&mut self) -> Result<()> {
-        let Some(step) = self.ledger.step() else {
-            return Err(Error::Order { call: "commit", when: "without a plan".into() });
-        };
-        if let Some(layer) = self.appended.iter().position(|appended| !appended) {
-            let when = format!("before append of layer {layer}");
-            return Err(Error::Order { call: "commit", when });
-        }
+        let step = self.progress.check_commit(&self.ledger)?;
         let Self { config, layout, store, kernel, executor, .. } = self;
         let writer = Writer { config, layout, kernel: *kernel, executor: &**executor };
         writer.pack(&step.packs, store);

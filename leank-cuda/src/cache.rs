@@ -9,8 +9,8 @@ use std::{
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError};
 use leank_core::{
-    Block, Cache, CacheConfig, CacheLayout, Error, Layer, Ledger, Memory, Result, SequenceId,
-    StepEntry, ViewShape, saved,
+    Block, Cache, CacheConfig, CacheLayout, Error, Layer, Ledger, Memory, Progress, Result,
+    SequenceId, StepEntry, saved,
 };
 
 use crate::{
@@ -58,7 +58,7 @@ pub struct CudaCache {
     poison: bool,
     poisoned: OnceLock<String>,
     /// Layers appended to in the step under way.
-    appended: Vec<bool>,
+    progress: Progress,
     /// Whether an `append` of this step was launched: then the tables of the step are there, and
     /// `attend` may begin early.
     launched: bool,
@@ -185,7 +185,7 @@ impl CudaCache {
             buffers().map_err(|(bytes, error)| allocation(&context, bytes, error))?;
         let ledger = Ledger::new(&layout, config.windows, config.limit);
         Ok(Self {
-            appended: vec![false; config.shape.layers],
+            progress: Progress::new(config.shape),
             launched: false,
             config,
             layout,
@@ -258,7 +258,7 @@ impl CudaCache {
         if self.ledger.step().is_none() {
             return Err(Error::Order { call: "mark_appended", when: "without a plan".into() });
         }
-        self.appended.fill(true);
+        self.progress.mark_all();
         Ok(())
     }
 
@@ -283,29 +283,6 @@ impl CudaCache {
             self.poisoned.get_or_init(|| error.to_string());
             error
         })
-    }
-
-    fn check_layer(&self, call: &'static str, layer: Layer) -> Result<()> {
-        self.check_sound()?;
-        if self.ledger.step().is_none() {
-            return Err(Error::Order { call, when: "without a plan".into() });
-        }
-        if layer.0 >= self.config.shape.layers {
-            let expected = format!("below {}", self.config.shape.layers);
-            return Err(Error::mismatch("layer", expected, layer));
-        }
-        Ok(())
-    }
-
-    fn check_view(&self, what: &'static str, view: ViewShape, heads: usize) -> Result<()> {
-        let tokens = self.ledger.step().map_or(0, |step| step.tokens);
-        let head_dim = self.config.shape.head_dim;
-        if (view.tokens, view.heads, view.head_dim) == (tokens, heads, head_dim) {
-            return Ok(());
-        }
-        let expected = format!("[{tokens} tokens, {heads} heads, {head_dim} channels]");
-        let found = format!("[{}, {}, {}]", view.tokens, view.heads, view.head_dim);
-        Err(Error::mismatch(what, expected, found))
     }
 
     /// Storage, tables and copies of the step that was planned.
@@ -426,7 +403,7 @@ impl Cache for CudaCache {
     fn plan(&mut self, entries: &[StepEntry]) -> Result<()> {
         self.check_sound()?;
         self.ledger.plan(entries)?;
-        self.appended.fill(false);
+        self.progress.begin();
         self.launched = false;
         self.follow_plan().inspect_err(|_| {
             self.ledger.cancel();
@@ -434,10 +411,11 @@ impl Cache for CudaCache {
     }
 
     fn append(&mut self, layer: Layer, k: DeviceView<'_>, v: DeviceView<'_>) -> Result<()> {
-        self.check_layer("append", layer)?;
+        self.check_sound()?;
+        self.progress.check_layer(&self.ledger, "append", layer)?;
         let shape = self.config.shape;
         for (what, view) in [("K of a step", &k), ("V of a step", &v)] {
-            self.check_view(what, view.shape(), shape.kv_heads)?;
+            self.progress.check_view(&self.ledger, what, view.shape(), shape.kv_heads)?;
             view.check_stream(what, &self.stream)?;
         }
         let addresses = self.device.addresses();
@@ -458,29 +436,28 @@ impl Cache for CudaCache {
         // memory.
         let launched = unsafe { self.kernels.append.launch(&self.stream, grid, &parameters) };
         self.check("appending", launched)?;
-        self.appended[layer.0] = true;
+        self.progress.mark(layer);
         self.launched = true;
         Ok(())
     }
 
     fn attend(&mut self, layer: Layer, q: DeviceView<'_>, out: DeviceViewMut<'_>) -> Result<()> {
-        self.check_layer("attend", layer)?;
-        if !self.appended[layer.0] {
-            let when = format!("before append of layer {layer}");
-            return Err(Error::Order { call: "attend", when });
-        }
+        self.check_sound()?;
+        self.progress.check_attend(&self.ledger, layer)?;
         let shape = self.config.shape;
-        self.check_view("q of a step", q.shape(), shape.query_heads)?;
-        self.check_view("output of a step", out.shape(), shape.query_heads)?;
+        self.progress.check_view(&self.ledger, "q of a step", q.shape(), shape.query_heads)?;
+        self.progress.check_view(
+            &self.ledger,
+            "output of a step",
+            out.shape(),
+            shape.query_heads,
+        )?;
         q.check_stream("q of a step", &self.stream)?;
         out.check_stream("output of a step", &self.stream)?;
         if self.tables.items == 0 {
             return Ok(());
         }
-        let Some(kernel) = self.kernels.attend(self.tables.rows) else {
-            let why = format!("no kernel for items of {} rows", self.tables.rows);
-            return Err(Error::invalid("step", why));
-        };
+        let kernel = self.kernels.attend(self.tables.rows);
         let addresses = self.device.addresses();
         let starts = self.workers + 1;
         let width = self.variant.tiles * crate::tiles::TILE;
@@ -522,13 +499,7 @@ impl Cache for CudaCache {
 
     fn commit(&mut self) -> Result<()> {
         self.check_sound()?;
-        if self.ledger.step().is_none() {
-            return Err(Error::Order { call: "commit", when: "without a plan".into() });
-        }
-        if let Some(layer) = self.appended.iter().position(|appended| !appended) {
-            let when = format!("before append of layer {layer}");
-            return Err(Error::Order { call: "commit", when });
-        }
+        self.progress.check_commit(&self.ledger)?;
         self.move_blocks(Moves::Packs)?;
         self.ledger.commit()
     }

@@ -3,9 +3,9 @@
 use std::ffi::{CString, c_char, c_int};
 
 use cudarc::nvrtc::{result, sys};
-use leank_core::{Error, Result};
+use leank_core::Result;
 
-use crate::probe::libraries;
+use crate::probe::{libraries, unavailable};
 
 /// Least major version of NVRTC.
 const LEAST_MAJOR: i32 = 12;
@@ -16,10 +16,6 @@ pub(crate) struct Compiled {
     pub(crate) cubin: Vec<u8>,
     /// What the compiler said: warnings, and the assembler's account of registers and spills.
     pub(crate) log: String,
-}
-
-fn unavailable(why: impl Into<String>) -> Error {
-    Error::Unavailable { what: "CUDA", why: why.into() }
 }
 
 /// Fails where NVRTC is missing.

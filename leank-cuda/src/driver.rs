@@ -121,9 +121,6 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.allocation == 0 {
-            return;
-        }
         self.context.record_err(self.context.bind_to_thread());
         // Seldom: a cache goes, a table grew, no block of a slab is in use.
         self.context.record_err(self.context.synchronize());

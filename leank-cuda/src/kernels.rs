@@ -140,14 +140,14 @@ pub(crate) struct Kernels {
     pub(crate) pack: Kernel,
     pub(crate) copy: Kernel,
     pub(crate) cut: Kernel,
-    /// For items of 8 query rows, and of 16 where registers suffice.
-    attend: [Option<Kernel>; 2],
+    /// For items of 8 query rows, and of 16 where registers suffice; of 8 again where not.
+    attend: [Kernel; 2],
 }
 
 impl Kernels {
     /// Attention for items of so many query rows, as [`Variant::rows`] says.
-    pub(crate) fn attend(&self, rows: usize) -> Option<&Kernel> {
-        self.attend[usize::from(rows > 8)].as_ref()
+    pub(crate) fn attend(&self, rows: usize) -> &Kernel {
+        &self.attend[usize::from(rows > 8)]
     }
 }
 
@@ -212,21 +212,20 @@ impl Loader {
         };
         let blocks = self.module(&Unit::new("blocks.cu", variant, self.target, &[]))?;
         let cut = self.module(&Unit::new("cut.cu", variant, self.target, &[]))?;
-        let attend = |rows| -> Result<Option<Kernel>> {
-            if variant.rows(rows) != rows {
-                return Ok(None);
-            }
+        let attend = |rows| -> Result<Kernel> {
             let (unit, rings) = attend_unit(variant, rows, self.target)?;
             let threads = 32 * rings.warps as u32;
             let kernel = kernel(&self.module(&unit)?, "attend", threads, rings.shared)?;
-            Ok(Some(kernel.beginning_early(self.target.capability >= (9, 0))))
+            Ok(kernel.beginning_early(self.target.capability >= (9, 0)))
         };
+        let eight = attend(8)?;
+        let more = if variant.rows(16) == 16 { attend(16)? } else { eight.clone() };
         let kernels = Arc::new(Kernels {
             append: kernel(&blocks, "append", THREADS.0, 0)?,
             pack: kernel(&blocks, "pack", THREADS.1, 0)?,
             copy: kernel(&blocks, "copy", THREADS.1, 0)?,
             cut: kernel(&cut, "cut", THREADS.2, 0)?,
-            attend: [attend(8)?, attend(16)?],
+            attend: [eight, more],
         });
         loaded.insert(variant, Arc::clone(&kernels));
         Ok(kernels)

@@ -38,7 +38,7 @@ impl fmt::Display for Device {
     }
 }
 
-fn unavailable(why: impl Into<String>) -> Error {
+pub(crate) fn unavailable(why: impl Into<String>) -> Error {
     Error::Unavailable { what: "CUDA", why: why.into() }
 }
 

@@ -92,16 +92,8 @@ append(const __grid_constant__ Append args) {
     __shared__ alignas(16) Rows rows;
     const Blocks& blocks = args.blocks;
     u32 head_index = blockIdx.y;
-    u32 low = 0, high = args.sequence_count;
-    while (high - low > 1) {
-        u32 middle = (low + high) / 2;
-        if (args.sequences[middle].before <= blockIdx.x) {
-            low = middle;
-        } else {
-            high = middle;
-        }
-    }
-    const Sequence sequence = args.sequences[low];
+    u32 which = find_sequence(args.sequences, args.sequence_count, blockIdx.x);
+    const Sequence sequence = args.sequences[which];
     u32 slice = sequence.start / blocks.block * blocks.slices +
                 sequence.start % blocks.block / TILE + blockIdx.x - sequence.before;
     u32 index = slice / blocks.slices;

@@ -126,6 +126,20 @@ struct Sequence {
     u32 tiles;
 };
 
+// Index of the sequence that number `wanted` of the list's items or slices belongs to.
+__device__ __forceinline__ u32 find_sequence(const Sequence* sequences, u32 count, u32 wanted) {
+    u32 low = 0, high = count;
+    while (high - low > 1) {
+        u32 middle = (low + high) / 2;
+        if (sequences[middle].before <= wanted) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
 // A KV head of one layer in lean blocks.
 struct Head {
     // Byte offset in a lean block.

@@ -8,7 +8,6 @@ constexpr u64 ITEM_BYTES = 24576;
 constexpr u64 LEAST_BYTES = 2 * (ITEM_BYTES + FULL_SLICE);
 constexpr u32 THREADS = 1024;
 
-
 struct Cut {
     const Sequence* sequences;
     // [layers, KV heads]
@@ -37,18 +36,9 @@ struct Place {
     Sequence sequence;
 
     __device__ void find(const Cut& args, u32 wanted) {
-        u32 low = 0, high = args.sequence_count;
-        while (high - low > 1) {
-            u32 middle = (low + high) / 2;
-            if (args.sequences[middle].before <= wanted) {
-                low = middle;
-            } else {
-                high = middle;
-            }
-        }
         item = wanted;
-        index = low;
-        sequence = args.sequences[low];
+        index = find_sequence(args.sequences, args.sequence_count, wanted);
+        sequence = args.sequences[index];
         u32 within = wanted - sequence.before;
         head = within / sequence.tiles;
         tile = within % sequence.tiles;
