@@ -2,8 +2,8 @@
 //
 // Work. Items (sequence, KV head, tile of query rows) lie one behind the other; `cut` gave every
 // worker (a thread block, one per multiprocessor) a stretch of the same number of bytes. Where an
-// item is shared by workers, the first of them merges what the others leave for it, in their order:
-// results do not depend on who was faster.
+// item is shared by workers, each leaves its result to one before it; the first has all in the end.
+// Who merges what does not depend on who was faster, and so results do not.
 //
 // A worker's warps take its slices in turn, each through a ring of its own in shared memory that
 // is filled as far ahead as it is long, across items: while warps merge, memory stays busy. Per
@@ -214,8 +214,9 @@ struct Stretch {
     // Slices: from, to.
     u32 begin;
     u32 end;
-
-    __device__ __forceinline__ bool whole() const { return begin == 0 && end == extent.total; }
+    // Workers that share the item, and the number of this one among them.
+    u32 sharers;
+    u32 turn;
 
     __device__ __forceinline__ bool lean(u32 slice) const {
         return slice - extent.sink < extent.lean;
@@ -250,13 +251,10 @@ struct Walk {
         at.sequence = own.its_sequence;
         at.head = own.its_head;
         at.extent = own.its_extent;
+        at.sharers = own.sharers;
+        at.turn = own.turn;
         set_end();
         return at.item != last_item || at.begin != last_slice;
-    }
-
-    // Workers that share the item, whose first this one is.
-    __device__ __forceinline__ u32 sharers(const Attend& args) const {
-        return args.starts[worker + 1].sharers;
     }
 
     // Whether there is an item after this one.
@@ -283,6 +281,8 @@ struct Walk {
         at.extent = extent(
             at.sequence, at.head, at.tile, ROWS, args.group, args.blocks.block, args.blocks.slices
         );
+        at.turn = 0;
+        at.sharers = at.item == last_item ? args.starts[worker + 1].sharers : 1;
         set_end();
         return true;
     }
@@ -302,9 +302,11 @@ struct Feed {
     u64 from;
     u32 bytes;
 
-    __device__ __forceinline__ void start(const Attend& args, u32 warp, u32 lane) {
+    __device__ __forceinline__ void
+    start(const Attend& args, const Walk& from_here, bool any, u32 warp, u32 lane) {
+        walk = from_here;
         count = 0;
-        more = walk.start(args);
+        more = any;
         if (more) {
             slice = walk.at.begin + warp;
             look(args, warp, lane);
@@ -388,13 +390,17 @@ struct Sums {
     }
 };
 
-// Reads the queries of an item, and which channels it keeps, to shared memory.
-template <u32 DTYPE>
-__device__ __forceinline__ void read_queries(const Attend& args, Shared& shared, const Stretch& at) {
-    u32 rows = at.sequence.tokens * args.group;
+// Reads which channels an item keeps to shared memory.
+__device__ __forceinline__ void read_kept(const Attend& args, Shared& shared, const Stretch& at) {
     for (u32 i = threadIdx.x; i < WIDTH / 2; i += WARPS * 32) {
         ((u32*)shared.kept)[i] = ((const u32*)(args.channels + at.head.channels))[i];
     }
+}
+
+// Reads the queries of an item to shared memory.
+template <u32 DTYPE>
+__device__ __forceinline__ void read_queries(const Attend& args, Shared& shared, const Stretch& at) {
+    u32 rows = at.sequence.tokens * args.group;
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < ROWS * WIDTH; i += WARPS * 32) {
         u32 row = at.tile * ROWS + i / WIDTH, channel = i % WIDTH;
@@ -418,7 +424,6 @@ __device__ __forceinline__ void read_queries(const Attend& args, Shared& shared,
     } else {
         read_queries<B16>(args, shared, at);
     }
-    __syncthreads();
 }
 
 // Query rows as B operands: lane l has of each tile of 16 channels those of number l % 4 * 2, one
@@ -605,6 +610,11 @@ __device__ __forceinline__ float present(float x) {
     return __float_as_uint(x) == ABSENT ? __uint_as_float(0x7fffffff) : x;
 }
 
+// Of the workers that share an item, each one whose number is a multiple of this merges what the
+// workers up to the next such leave; the first, then, what these leave. Workers wait for those behind
+// them alone.
+constexpr u32 FAN = 8;
+
 // From a worker's partial results to the next one's, in units of four sums.
 constexpr u64 STRIDE = ROWS * (WIDTH / 4);
 
@@ -626,53 +636,70 @@ struct Part {
         sum.w = sum.w * own + other.sum.w * factor;
     }
 
-    // Leaves it to the first worker of the item.
+    __device__ __forceinline__ void put(const Attend& args, u64 place) const {
+        args.partial_weight[place] = make_float2(maximum, weight);
+        args.partial[place] = sum;
+    }
+
+    // Leaves it to a worker before this one.
     __device__ __forceinline__ void leave(const Attend& args, u64 place) const {
-        args.partial_weight[place] = make_float2(present(maximum), present(weight));
-        args.partial[place] =
-            make_float4(present(sum.x), present(sum.y), present(sum.z), present(sum.w));
+        float4 there = {present(sum.x), present(sum.y), present(sum.z), present(sum.w)};
+        Part{there, present(maximum), present(weight)}.put(args, place);
     }
 
-    // What another worker may have left by now. Volatile: it is asked for until it is there.
-    static __device__ __forceinline__ Part look(const float4* sums, const float2* weights) {
-        Part x;
-        asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(x.sum.x), "=f"(x.sum.y), "=f"(x.sum.z), "=f"(x.sum.w)
-                     : "l"(sums)
-                     : "memory");
-        asm volatile("ld.volatile.global.v2.f32 {%0, %1}, [%2];"
-                     : "=f"(x.maximum), "=f"(x.weight)
-                     : "l"(weights)
-                     : "memory");
-        return x;
+    static __device__ __forceinline__ Part absent() {
+        float word = __uint_as_float(ABSENT);
+        return Part{make_float4(word, word, word, word), word, word};
     }
 
-    // Adds what the `count` workers behind the one at `place` leave, and takes it away.
-    __device__ __forceinline__ void collect(const Attend& args, u64 place, u32 count) {
-        // Results that are asked for before the first is used.
-        constexpr u32 AHEAD = 8;
-        float4* sums = args.partial + place;
-        float2* weights = args.partial_weight + place;
-        for (u32 w = 0; w < count; w += AHEAD) {
-            Part parts[AHEAD];
+    // What another worker may have left by now, if `wanted`. Volatile: it is asked for until it is
+    // there. A predicate and no branch, so that many are asked for at once.
+    __device__ __forceinline__ void look(const float4* sums, const float2* weights, bool wanted) {
+        asm volatile("{\n"
+                     ".reg .pred wanted;\n"
+                     "setp.ne.u32 wanted, %8, 0;\n"
+                     "@wanted ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%6];\n"
+                     "@wanted ld.volatile.global.v2.f32 {%4, %5}, [%7];\n"
+                     "}\n"
+                     : "+f"(sum.x), "+f"(sum.y), "+f"(sum.z), "+f"(sum.w), "+f"(maximum), "+f"(weight)
+                     : "l"(sums), "l"(weights), "r"(u32(wanted))
+                     : "memory");
+    }
+
+    // Adds what `count` workers leave, every `step`-th behind the one at `place`, and takes it away.
+    __device__ __forceinline__ void collect(const Attend& args, u64 place, u32 count, u32 step) {
+        for (u32 begin = 0; begin < count; begin += FAN) {
+            u64 first = place + (begin + 1) * step * STRIDE;
+            Part parts[FAN];
+            bool wanted[FAN];
 #pragma unroll
-            for (u32 j = 0; j < AHEAD; j++) {
-                if (w + j < count) parts[j] = look(&sums[(j + 1) * STRIDE], &weights[(j + 1) * STRIDE]);
+            for (u32 j = 0; j < FAN; j++) {
+                parts[j] = absent();
+                wanted[j] = begin + j < count;
+            }
+            // All that are not there yet are asked for together: one by one, each would take its own
+            // way to memory and back after the last had come.
+            bool waits = true;
+            while (waits) {
+                waits = false;
+#pragma unroll
+                for (u32 j = 0; j < FAN; j++) {
+                    u64 at = first + j * step * STRIDE;
+                    parts[j].look(args.partial + at, args.partial_weight + at, wanted[j]);
+                }
+#pragma unroll
+                for (u32 j = 0; j < FAN; j++) {
+                    wanted[j] = begin + j < count && !parts[j].is_there();
+                    waits |= wanted[j];
+                }
             }
 #pragma unroll
-            for (u32 j = 0; j < AHEAD; j++) {
-                if (w + j < count) {
-                    float4* sum = &sums[(j + 1) * STRIDE];
-                    float2* weight = &weights[(j + 1) * STRIDE];
-                    while (!parts[j].is_there()) parts[j] = look(sum, weight);
-                    float absent = __uint_as_float(ABSENT);
-                    *weight = make_float2(absent, absent);
-                    *sum = make_float4(absent, absent, absent, absent);
+            for (u32 j = 0; j < FAN; j++) {
+                if (begin + j < count) {
+                    absent().put(args, first + j * step * STRIDE);
                     add(parts[j]);
                 }
             }
-            sums += AHEAD * STRIDE;
-            weights += AHEAD * STRIDE;
         }
     }
 
@@ -689,7 +716,9 @@ __device__ __forceinline__ void
 finish(const Attend& args, Shared& shared, const Walk& walk, Sums& sums, u32 warp, u32 lane) {
     const Stretch& at = walk.at;
     u32 rows = rows_of(args, at);
-    u32 others = at.begin == 0 && !at.whole() ? walk.sharers(args) - 1 : 0;
+    // Results to merge: of the workers behind this one, of those that have merged others'.
+    u32 near = at.turn % FAN == 0 ? min(FAN, at.sharers - at.turn) - 1 : 0;
+    u32 far = at.turn == 0 ? (at.sharers - 1) / FAN : 0;
 #pragma unroll
     for (u32 n = 0; n < NT; n++) {
 #pragma unroll
@@ -726,10 +755,11 @@ finish(const Attend& args, Shared& shared, const Walk& walk, Sums& sums, u32 war
                     all.add(Part{sum, weights.x, weights.y});
                 }
                 u64 place = walk.worker * STRIDE + (n * 8 + row) * (WIDTH / 4) + four;
-                if (at.begin > 0) {
+                all.collect(args, place, near, 1);
+                all.collect(args, place, far, FAN);
+                if (at.turn > 0) {
                     all.leave(args, place);
                 } else {
-                    all.collect(args, place, others);
                     write(args, at, n * 8 + row, four * 4, all.sum, all.weight);
                 }
             }
@@ -749,8 +779,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
     }
     __syncwarp();
 
+    Walk walk;
+    bool more = walk.start(args);
     Feed feed;
-    feed.start(args, warp, lane);
+    feed.start(args, walk, more, warp, lane);
     bool waited = false;
     for (u32 stage = 0; stage < STAGES; stage++) {
         if (!waited && feed.more && feed.is_new(args)) {
@@ -759,18 +791,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
         }
         feed.ask(args, shared, warp, lane);
     }
+    if (more) read_kept(args, shared, walk.at);
     if (!waited) wait_for_launch_before();
     let_next_launch_begin();
 
-    Walk walk;
     Sums sums;
     Queries queries;
     u32 used = 0;
-    for (bool more = walk.start(args); more; more = walk.next(args)) {
+    while (more) {
         const Stretch& at = walk.at;
-        // Before, all threads must be done with the sums of the item before.
-        __syncthreads();
         read_queries(args, shared, at);
+        __syncthreads();
         sums.clear();
         u32 row = at.tile * ROWS;
         Edge edge;
@@ -808,5 +839,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
             feed.ask(args, shared, warp, lane);
         }
         finish(args, shared, walk, sums, warp, lane);
+        more = walk.next(args);
+        // All threads must be done with the sums before something else lies there.
+        __syncthreads();
+        if (more) read_kept(args, shared, at);
     }
 }

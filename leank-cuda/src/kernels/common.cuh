@@ -201,9 +201,10 @@ struct Start {
     u32 sequence;
     u32 head;
     u32 tile;
-    // Workers that have slices of the item.
+    // Workers that have slices of the item, and the number of this one among them.
     u32 sharers;
-    u32 reserved[2];
+    u32 turn;
+    u32 reserved;
     Sequence its_sequence;
     Head its_head;
     Extent its_extent;

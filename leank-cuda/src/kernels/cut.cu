@@ -162,7 +162,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) cut(const __grid_constant_
         start.sequence = place.index;
         start.head = place.head;
         start.tile = place.tile;
-        start.sharers = until - from + (from_start ? 0 : 1);
+        u32 before = from_start ? 0 : 1;
+        start.sharers = until - from + before;
+        start.turn = worker - from + before;
         start.its_sequence = place.sequence;
         start.its_head = heads[place.head];
         start.its_extent = cost.extent;
