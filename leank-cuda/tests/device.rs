@@ -38,14 +38,16 @@ fn config(dtype: Dtype) -> CacheConfig {
     }
 }
 
-/// Numbers in ±1 that depend on who they belong to.
+/// Numbers in ±1 that depend on who they belong to; V rises with the position besides, so that a result
+/// tells which tokens are in it.
 fn numbers(kind: u64, start: usize, tokens: usize, heads: usize) -> Vec<f32> {
     let width = heads * SHAPE.2;
     let number = |i: usize| {
         let mut x = (kind << 48) ^ (start * width + i) as u64;
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        let rising = if kind == 2 { (start + i / width) % 100_000 } else { 0 };
+        (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0 + rising as f32 / 1e5
     };
     (0..tokens * width).map(number).collect()
 }
@@ -125,6 +127,69 @@ fn results_are_the_same_every_time() {
                 assert!(attend(cuda, &mut cache, &q, tokens) == first);
             }
             cache.commit().unwrap();
+        }
+    });
+}
+
+/// Many thread blocks share each head, which merge in two steps; sequences of very different lengths:
+/// beside the CPU backend, which has the same tokens.
+#[test]
+fn large_caches_are_shared_out() {
+    on_device(|cuda| {
+        let (query_heads, kv_heads, head_dim) = SHAPE;
+        let shape = ModelShape::new(1, query_heads, kv_heads, head_dim).unwrap();
+        let dense = CacheConfig { dtype: Dtype::F16, ..CacheConfig::dense(shape).unwrap() };
+        for (config, lengths) in [
+            (dense.clone(), vec![250_000]),
+            (dense, vec![30_000, 64, 150_000, 20_000, 70_000]),
+            (config(Dtype::F16), vec![900_000, 300_000, 100]),
+        ] {
+            let mut cache = cuda.create(config.clone()).unwrap();
+            let mut host = leank_cpu::Cpu::new().create(config).unwrap();
+            let (mut ids, mut on_host) = (Vec::new(), Vec::new());
+            for length in lengths {
+                let id = cache.add_sequence();
+                while cache.sequence_len(id).unwrap() < length {
+                    let piece = (length - cache.sequence_len(id).unwrap()).min(1 << 17);
+                    begin(cuda, &mut cache, StepEntry::store(id, piece));
+                    cache.commit().unwrap();
+                }
+                let mut saved = Vec::new();
+                cache.save(id, &mut saved).unwrap();
+                ids.push(id);
+                on_host.push(host.restore(&mut &saved[..]).unwrap());
+            }
+            for _ in 0..3 {
+                let entries = |ids: &[SequenceId]| {
+                    let entry = |(i, &id)| StepEntry::decode(id, 1 + i % 2);
+                    ids.iter().enumerate().map(entry).collect::<Vec<_>>()
+                };
+                let tokens: usize = entries(&ids).iter().map(|entry| entry.tokens).sum();
+                let (k, v) = (numbers(1, 7, tokens, kv_heads), numbers(2, 7, tokens, kv_heads));
+                let q = numbers(3, 7, tokens, query_heads);
+                let mut out = vec![f32::NAN; q.len()];
+                let view = |data, heads| HostView::new(data, rows(tokens, heads)).unwrap();
+                host.plan(&entries(&on_host)).unwrap();
+                host.append(Layer(0), view(&k[..], kv_heads), view(&v[..], kv_heads)).unwrap();
+                let out_view = HostViewMut::new(&mut out[..], rows(tokens, query_heads)).unwrap();
+                host.attend(Layer(0), view(&q[..], query_heads), out_view).unwrap();
+                host.commit().unwrap();
+
+                let upload = |data: &[f32]| cuda.stream().clone_htod(data).unwrap();
+                let (k, v, q) = (upload(&k), upload(&v), upload(&q));
+                let kv_shape = rows(tokens, kv_heads);
+                cache.plan(&entries(&ids)).unwrap();
+                let k = DeviceView::new(&k, kv_shape).unwrap();
+                cache.append(Layer(0), k, DeviceView::new(&v, kv_shape).unwrap()).unwrap();
+                let first = attend(cuda, &mut cache, &q, tokens);
+                let worst =
+                    out.iter().zip(&first).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
+                assert!(first.iter().all(|x| x.is_finite()) && worst < 1e-4, "{worst}");
+                for _ in 0..100 {
+                    assert!(attend(cuda, &mut cache, &q, tokens) == first);
+                }
+                cache.commit().unwrap();
+            }
         }
     });
 }
