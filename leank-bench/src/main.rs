@@ -25,7 +25,6 @@ use leank_bench::{
 };
 use leank_core::{DEFAULT_BLOCK, Dtype};
 use leank_cpu::{Cpu, DEFAULT_SPIN, Isa, Pool};
-use leank_cuda::Cuda;
 
 /// Measure what a lean cache is worth on this machine.
 ///
@@ -183,7 +182,7 @@ struct CudaArgs {
 
 impl CudaArgs {
     fn run(&self) -> Result<(), Box<dyn std::error::Error>> {
-        let cuda = Cuda::new(self.device)?;
+        let (cuda, start_s) = cuda::start(self.device)?;
         if let Some(problem) = cuda.kernel_cache_problem() {
             eprintln!("leank-bench: compiled kernels cannot be kept: {problem}");
         }
@@ -198,7 +197,8 @@ impl CudaArgs {
             millis: self.ms as f64,
         };
         eprintln!("{}", cuda::HEADER);
-        let report = cuda::measure(&cuda, &options, |row, read| eprint!("{}", row.lines(read)))?;
+        let report =
+            cuda::measure(&cuda, start_s, &options, |row, read| eprint!("{}", row.lines(read)))?;
         print(self.json, &report, report.to_string())
     }
 }

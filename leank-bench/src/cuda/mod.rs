@@ -3,7 +3,7 @@
 mod device;
 mod filled;
 
-use std::{collections::BTreeMap, fmt, str::FromStr};
+use std::{collections::BTreeMap, fmt, str::FromStr, time::Instant};
 
 use leank_core::{
     Backend as _, Cache as _, CacheConfig, ChannelMask, DEFAULT_BLOCK, Dtype, KvHead, Layer,
@@ -141,6 +141,9 @@ pub struct Row {
 pub struct Report {
     /// The device.
     pub device: String,
+    /// Seconds from nothing to a first cache: context, kernels (compiled where no earlier run left them
+    /// on disk) and tables.
+    pub start_s: f64,
     /// 10⁹ bytes per second of a plain read.
     pub read_gb_per_s: f64,
     /// Storage type.
@@ -212,6 +215,7 @@ impl Row {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}; reads {:.0} GB/s", self.device, self.read_gb_per_s)?;
+        writeln!(f, "ready after {:.3} s", self.start_s)?;
         writeln!(f, "{}, median of {} rounds\n\n{HEADER}", self.dtype, self.rounds)?;
         self.rows.iter().try_for_each(|row| f.write_str(&row.lines(self.read_gb_per_s)))?;
         self.mixed.iter().try_for_each(|mixed| writeln!(f, "{mixed}"))
@@ -221,12 +225,26 @@ impl fmt::Display for Report {
 /// Least bytes that calls go through before they come back to the same: many times the L2 cache.
 const COLD_BYTES: f64 = 24.0 * (50 << 20) as f64;
 
-/// Measures; `progress` gets each row as it is done.
+/// The backend on a device, and the seconds until a first cache of Llama's heads stood.
+///
+/// # Errors
+/// Those of the backend.
+pub fn start(device: usize) -> Result<(Cuda, f64)> {
+    let begin = Instant::now();
+    let cuda = Cuda::new(device)?;
+    let (shape, _) = Model::Llama.mask()?;
+    let config = CacheConfig::dense(ModelShape { layers: 1, ..shape })?;
+    cuda.create(CacheConfig { dtype: Dtype::Bf16, ..config })?;
+    Ok((cuda, begin.elapsed().as_secs_f64()))
+}
+
+/// Measures; `start_s` is what [`start`] took, `progress` gets each row as it is done.
 ///
 /// # Errors
 /// Those of the backend and the device.
 pub fn measure(
     cuda: &Cuda,
+    start_s: f64,
     options: &CudaOptions,
     mut progress: impl FnMut(&Row, f64),
 ) -> Result<Report> {
@@ -251,6 +269,7 @@ pub fn measure(
     Ok(Report {
         mixed,
         device: cuda.device().to_string(),
+        start_s,
         read_gb_per_s: read,
         dtype: options.dtype,
         rounds: options.rounds,
