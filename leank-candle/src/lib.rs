@@ -61,10 +61,11 @@ pub use error::{Error, Result};
 pub use lean::{LeanAttention, store_prefix};
 pub use model::{Attention, LoadOptions, Model};
 pub use probe::{LayerProbe, ProbeOptions, SequenceProbe, probe};
+pub use rope::RopeTable;
 pub use tasks::{Task, TaskItem};
 pub use texts::Text;
 pub use tokenizer::{TextStream, Tokenizer};
-pub use weights::Precision;
+pub use weights::{Part, Precision};
 
 /// Compiles the README's examples with the documentation's.
 #[cfg(doctest)]

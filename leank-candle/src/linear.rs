@@ -56,6 +56,23 @@ impl Linear {
         }
     }
 
+    /// The matrix, row after row, widened to f32.
+    pub(crate) fn weight(&self) -> Result<Vec<f32>> {
+        match self {
+            Self::Dense(op) => Ok(op.weight.flatten_all()?.to_vec1()?),
+            Self::Quantized { weight, .. } => widen(weight),
+        }
+    }
+
+    /// The bias, where there is one.
+    pub(crate) fn bias(&self) -> Result<Option<Vec<f32>>> {
+        Ok(match self {
+            Self::Dense(op) => op.bias.as_ref().map(|bias| bias.to_vec()),
+            Self::Quantized { bias: None, .. } => None,
+            Self::Quantized { bias: Some(bias), .. } => Some(bias.flatten_all()?.to_vec1()?),
+        })
+    }
+
     /// `[tokens, out]` gradient of the output to `[tokens, in]` gradient of the input.
     pub(crate) fn backward(&self, grad: &Tensor) -> Result<Tensor> {
         match self {
@@ -63,6 +80,10 @@ impl Linear {
             Self::Quantized { .. } => Err(no_gradient()),
         }
     }
+}
+
+fn widen(matrix: &QTensor) -> Result<Vec<f32>> {
+    Ok(matrix.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
 }
 
 fn no_gradient() -> Error {
@@ -73,6 +94,14 @@ fn no_gradient() -> Error {
 }
 
 impl Matrix {
+    /// The elements, row after row, widened to f32.
+    pub(crate) fn values(&self) -> Result<Vec<f32>> {
+        match self {
+            Self::Dense(matrix) => Ok(matrix.flatten_all()?.to_vec1()?),
+            Self::Quantized(matrix) => widen(matrix),
+        }
+    }
+
     /// Rows `tokens` of the matrix, `[tokens, columns]` f32. The tokens must be in range.
     pub(crate) fn rows(&self, tokens: &[u32]) -> Result<Tensor> {
         match self {

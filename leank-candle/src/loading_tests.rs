@@ -76,6 +76,33 @@ fn quantized_weights_give_the_same_model_in_both_precisions() {
 }
 
 #[test]
+fn parts_come_out_as_they_went_in() {
+    for tiny in [TinyModel::llama(), TinyModel::qwen2()] {
+        let model = tiny.load();
+        for (part, tensor) in &tiny.weights {
+            let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
+            assert_eq!(model.weight(*part).unwrap().unwrap(), values, "{part:?}");
+        }
+        if tiny.tied {
+            let embedding = model.weight(Part::Embedding).unwrap();
+            assert_eq!(model.weight(Part::Output).unwrap(), embedding);
+        }
+        // Quantized parts are widened, in the same order of rows.
+        let stored = load(&tiny.write_gguf(GgmlDType::Q8_0), Precision::AsStored).unwrap();
+        for part in [Part::Query(1), Part::Down(0), Part::Embedding] {
+            let (exact, wide) = (model.weight(part).unwrap(), stored.weight(part).unwrap());
+            let (exact, wide) = (exact.unwrap(), wide.unwrap());
+            let largest = exact.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
+            assert!(largest_difference(&exact, &wide) < largest / 100.0, "{part:?}");
+        }
+        let biased = model.config().qkv_bias;
+        assert_eq!(model.weight(Part::KeyBias(0)).unwrap().is_some(), biased);
+        assert_eq!(stored.weight(Part::KeyBias(0)).unwrap().is_some(), biased);
+        assert!(model.weight(Part::Gate(99)).unwrap().is_none());
+    }
+}
+
+#[test]
 fn chunks_and_single_tokens_equal_one_pass() {
     let model = TinyModel::llama().load();
     let tokens = tokens(100, 3);

@@ -11,7 +11,7 @@ use crate::linear::Linear;
 use crate::ops::{Rope, SwiGlu};
 use crate::rope::RopeTable;
 use crate::tokenizer::Tokenizer;
-use crate::weights::{LayerWeights, Precision, Weights};
+use crate::weights::{LayerWeights, Part, Precision, Weights};
 use crate::{Error, Result, gguf, safetensors};
 
 /// What a model's layers call for attention: dense, lean, or a probe.
@@ -147,6 +147,15 @@ impl Model {
     /// [`Error::Candle`] when the width is not the model's.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.weights.output.forward(&hidden.contiguous()?)
+    }
+
+    /// A part of the weights, row after row, widened to f32, for a forward pass of your own; `None`
+    /// where the model has no such part.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when a quantized matrix cannot be widened.
+    pub fn weight(&self, part: Part) -> Result<Option<Vec<f32>>> {
+        self.weights.values(part)
     }
 
     /// The output layer, for gradients of logits.

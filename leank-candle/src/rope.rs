@@ -6,15 +6,17 @@ use crate::config::RopeScaling;
 ///
 /// Angles are computed in f64 and rounded once, so positions far out are as exact as the first.
 #[derive(Clone, Debug)]
-pub(crate) struct RopeTable {
+pub struct RopeTable {
     half: usize,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
 impl RopeTable {
-    /// Tables for positions `0..positions`.
-    pub(crate) fn new(head_dim: usize, base: f64, scaling: &RopeScaling, positions: usize) -> Self {
+    /// Tables for positions `0..positions` of heads of `head_dim` channels, an even number, with the
+    /// RoPE base `base`.
+    #[must_use]
+    pub fn new(head_dim: usize, base: f64, scaling: &RopeScaling, positions: usize) -> Self {
         let frequencies = frequencies(head_dim, base, scaling);
         let warmth = warmth(scaling);
         let mut cos = Vec::with_capacity(positions * frequencies.len());
@@ -29,13 +31,26 @@ impl RopeTable {
         Self { half: head_dim / 2, cos, sin }
     }
 
+    /// Cosines, `[positions, head_dim / 2]`; YaRN's factor on q and k is in them.
+    #[must_use]
+    pub fn cosines(&self) -> &[f32] {
+        &self.cos
+    }
+
+    /// Sines, as [`RopeTable::cosines`].
+    #[must_use]
+    pub fn sines(&self) -> &[f32] {
+        &self.sin
+    }
+
     /// Channels of a head.
     pub(crate) fn head_dim(&self) -> usize {
         self.half * 2
     }
 
     /// Positions in the table.
-    pub(crate) fn positions(&self) -> usize {
+    #[must_use]
+    pub fn positions(&self) -> usize {
         self.cos.len() / self.half
     }
 

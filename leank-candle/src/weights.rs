@@ -21,23 +21,39 @@ pub enum Precision {
     AsStored,
 }
 
-/// A tensor by its place in the model.
+/// A tensor by its place in the model; the number is that of the layer. Matrices are `[out, in]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Part {
+#[non_exhaustive]
+pub enum Part {
+    /// `[vocab, hidden]`.
     Embedding,
+    /// Weights of the last RMS norm, `[hidden]`.
     OutputNorm,
+    /// `[vocab, hidden]`; the embedding where both are tied.
     Output,
+    /// Weights of the RMS norm before the attention, `[hidden]`.
     AttentionNorm(usize),
+    /// `[query heads * head_dim, hidden]`, channels in Hugging Face's order.
     Query(usize),
+    /// `[query heads * head_dim]`.
     QueryBias(usize),
+    /// `[KV heads * head_dim, hidden]`, channels in Hugging Face's order.
     Key(usize),
+    /// `[KV heads * head_dim]`.
     KeyBias(usize),
+    /// `[KV heads * head_dim, hidden]`.
     Value(usize),
+    /// `[KV heads * head_dim]`.
     ValueBias(usize),
+    /// `[hidden, query heads * head_dim]`.
     AttentionOutput(usize),
+    /// Weights of the RMS norm before the MLP, `[hidden]`.
     MlpNorm(usize),
+    /// `[intermediate, hidden]`.
     Gate(usize),
+    /// `[intermediate, hidden]`.
     Up(usize),
+    /// `[hidden, intermediate]`.
     Down(usize),
 }
 
@@ -163,6 +179,34 @@ impl Weights {
             .collect::<Result<_>>()?;
         let norm = norm(source, config, Part::OutputNorm)?;
         Ok(Self { embedding, layers, norm, output: Linear::new(output, None)? })
+    }
+
+    /// A part, row after row, widened to f32; `None` where the model has no such part.
+    pub(crate) fn values(&self, part: Part) -> Result<Option<Vec<f32>>> {
+        let layer = |l: usize| self.layers.get(l);
+        let matrix = |linear: Option<&Linear>| linear.map(Linear::weight).transpose();
+        let bias = |linear: Option<&Linear>| match linear {
+            Some(linear) => linear.bias(),
+            None => Ok(None),
+        };
+        let norm = |norm: Option<&RmsNorm>| Ok(norm.map(|norm| norm.weight.to_vec()));
+        match part {
+            Part::Embedding => self.embedding.values().map(Some),
+            Part::OutputNorm => norm(Some(&self.norm)),
+            Part::Output => matrix(Some(&self.output)),
+            Part::AttentionNorm(l) => norm(layer(l).map(|layer| &layer.attention_norm)),
+            Part::Query(l) => matrix(layer(l).map(|layer| &layer.query)),
+            Part::QueryBias(l) => bias(layer(l).map(|layer| &layer.query)),
+            Part::Key(l) => matrix(layer(l).map(|layer| &layer.key)),
+            Part::KeyBias(l) => bias(layer(l).map(|layer| &layer.key)),
+            Part::Value(l) => matrix(layer(l).map(|layer| &layer.value)),
+            Part::ValueBias(l) => bias(layer(l).map(|layer| &layer.value)),
+            Part::AttentionOutput(l) => matrix(layer(l).map(|layer| &layer.output)),
+            Part::MlpNorm(l) => norm(layer(l).map(|layer| &layer.mlp_norm)),
+            Part::Gate(l) => matrix(layer(l).map(|layer| &layer.gate)),
+            Part::Up(l) => matrix(layer(l).map(|layer| &layer.up)),
+            Part::Down(l) => matrix(layer(l).map(|layer| &layer.down)),
+        }
     }
 
     /// Weights of all norms, layer after layer and the last norm at the end.
