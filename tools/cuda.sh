@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles every CUDA kernel for compute capabilities 8.0 to 12.0 with NVRTC, which takes no GPU,
-# and prints registers; fails where one does not compile or spills registers to memory.
+# and prints registers; fails where one does not compile or one of leank-cuda spills registers to
+# memory.
 #
 #     tools/cuda.sh
 #
@@ -22,5 +23,7 @@ if ! ldconfig -p | grep -q 'libnvrtc\.so'; then
     fi
     export LD_LIBRARY_PATH=$library${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
-cargo build --quiet --package leank-cuda --example compile
+cargo build --quiet --package leank-cuda --package leank-bench \
+    --example compile --example compile_decoder
 "$target/debug/examples/compile" 8.0 8.6 9.0 10.0 12.0
+"$target/debug/examples/compile_decoder" 8.0 8.6 9.0 10.0 12.0

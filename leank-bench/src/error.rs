@@ -38,6 +38,9 @@ pub enum Error {
     /// A dump of activations cannot be read.
     #[error(transparent)]
     Dump(#[from] leank_train::Error),
+    /// A model cannot be loaded or run.
+    #[error(transparent)]
+    Model(#[from] leank_candle::Error),
     /// The process that keeps a core busy did not start.
     #[error("a process that keeps a core busy could not be started")]
     Busy {

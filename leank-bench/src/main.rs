@@ -1,6 +1,8 @@
 //! The `leank-bench` command.
 #![forbid(unsafe_code)]
 
+mod decode_gpu_args;
+
 use std::{
     any::Any,
     io::{self, Write as _},
@@ -26,6 +28,8 @@ use leank_bench::{
 use leank_core::{DEFAULT_BLOCK, Dtype};
 use leank_cpu::{Cpu, DEFAULT_SPIN, Isa, Pool};
 
+use decode_gpu_args::DecodeGpuArgs;
+
 /// Measure what a lean cache is worth on this machine.
 ///
 /// Exit codes: 0 done, 1 it failed (the reason is on standard error), 2 wrong arguments.
@@ -40,6 +44,7 @@ struct Cli {
 enum Command {
     Cpu(CpuArgs),
     Cuda(CudaArgs),
+    DecodeGpu(DecodeGpuArgs),
     Steps(StepsArgs),
     Error(ErrorArgs),
     #[command(hide = true)]
@@ -395,6 +400,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Cpu(args) => args.run(),
         Command::Cuda(args) => args.run(),
+        Command::DecodeGpu(args) => args.run(),
         Command::Steps(args) => args.run(),
         Command::Error(args) => args.run(),
         Command::Spin => {

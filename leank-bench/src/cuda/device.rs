@@ -23,7 +23,7 @@ pub(super) struct Device {
     read: CudaFunction,
 }
 
-pub(super) fn driver(error: DriverError) -> Error {
+pub(crate) fn driver(error: DriverError) -> Error {
     Error::Device(error.to_string())
 }
 

@@ -15,10 +15,11 @@ use serde::Serialize;
 
 use crate::{Error, Result, setting::Published};
 use device::Device;
+pub(crate) use device::driver;
 use filled::{Filled, Filler};
 
 /// LeanK's windows.
-const WINDOWS: Windows = Windows { sink: 128, recent: 768 };
+pub(crate) const WINDOWS: Windows = Windows { sink: 128, recent: 768 };
 
 /// A model of which LeanK published the mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
