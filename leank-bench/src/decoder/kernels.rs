@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytemuck::Zeroable;
 use cudarc::{
-    cublas::sys::cudaDataType,
+    cublaslt::sys::cudaDataType,
     driver::{
         CudaFunction, CudaSlice, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg as _,
         ValidAsZeroBits,

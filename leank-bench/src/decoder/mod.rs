@@ -24,9 +24,9 @@ pub use kernels::{Number, compile};
 pub use weights::Source;
 
 use crate::{Error, Result, cuda::driver};
-use gemm::{Gemm, Product};
+use gemm::{Gemm, Product, Tuned};
 use kernels::{Kernels, Rotation};
-use weights::Weights;
+use weights::{LayerWeights, Weights};
 
 /// The numbers of a decoder.
 #[derive(Clone, Debug, PartialEq)]
@@ -368,6 +368,37 @@ impl<T: Number> Decoder<T> {
         Ok((logits, tokens))
     }
 
+    /// Has cuBLAS's algorithms timed for steps of as many rows as there is room for, and keeps the
+    /// fastest. What the activations hold is of no use afterwards.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn tune(&self, activations: &Activations<T>) -> Result<Products> {
+        let DecoderConfig { hidden, intermediate, vocab, .. } = self.config;
+        let Activations { capacity: rows, normed, attended, inner, .. } = activations;
+        let query = self.config.query_width();
+        let product = |inputs, outputs| Product { rows: *rows, inputs, outputs };
+        let layers = &self.weights.layers;
+        let each = |matrix: fn(&LayerWeights<T>) -> &CudaSlice<T>| -> Vec<&CudaSlice<T>> {
+            layers.iter().map(matrix).collect()
+        };
+        let (qkv, output) = (each(|layer| &layer.qkv), each(|layer| &layer.output));
+        let (gate_up, down) = (each(|layer| &layer.gate_up), each(|layer| &layer.down));
+        let head = [self.weights.head.as_ref().unwrap_or(&self.weights.embedding)];
+        let size = product(hidden, self.config.qkv_width());
+        let mut products = Products::default();
+        products.add(layers.len(), self.gemm.tune::<T, T>(&qkv, normed, size, false)?);
+        let size = product(query, hidden);
+        products.add(layers.len(), self.gemm.tune::<T, f32>(&output, attended, size, true)?);
+        let size = product(hidden, 2 * intermediate);
+        products.add(layers.len(), self.gemm.tune::<T, T>(&gate_up, normed, size, false)?);
+        let size = product(intermediate, hidden);
+        products.add(layers.len(), self.gemm.tune::<T, f32>(&down, inner, size, true)?);
+        let size = product(hidden, vocab);
+        products.add(1, self.gemm.tune::<T, f32>(&head, normed, size, false)?);
+        Ok(products)
+    }
+
     /// Random K or V of variance 1: `elements` of them.
     ///
     /// # Errors
@@ -376,6 +407,22 @@ impl<T: Number> Decoder<T> {
         let mut noise = self.stream.alloc_zeros(elements).map_err(driver)?;
         self.kernels.noise(&mut noise, seed, 1.0)?;
         Ok(noise)
+    }
+}
+
+/// Milliseconds of all products of a step, one after the other with nothing between them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+pub struct Products {
+    /// By cuBLAS's first choices.
+    pub first_ms: f64,
+    /// By the algorithms that [`Decoder::tune`] found to be the fastest.
+    pub fastest_ms: f64,
+}
+
+impl Products {
+    fn add(&mut self, count: usize, tuned: Tuned) {
+        self.first_ms += 1e3 * tuned.first * count as f64;
+        self.fastest_ms += 1e3 * tuned.fastest * count as f64;
     }
 }
 
