@@ -252,21 +252,18 @@ impl Bench<'_> {
     fn largest(&self, variant: &Variant, most: usize, bytes: u64) -> Result<usize> {
         let fits = |batch| self.bytes(variant, batch).is_ok_and(|needed| needed <= bytes);
         largest(most, fits).ok_or_else(|| {
-            let needed = self.bytes(variant, 1).map_or(u64::MAX, |needed| needed);
+            let needed = self.bytes(variant, 1).unwrap_or(u64::MAX);
             let what = format!("{} for one sequence", MemorySize(needed));
             Error::option("memory", what, MemorySize(bytes))
         })
     }
 
     /// The times of a cache that has the device for itself.
-    fn alone(&self, variant: &Variant, batch: usize) -> Result<(Measured, Vec<f64>)> {
+    fn alone(&self, variant: &Variant, batch: usize) -> Result<Measured> {
         let mut running = Running::new(self, variant, batch)?;
-        let mut times = Vec::new();
-        for _ in 0..self.options.rounds {
-            times.push(running.time(true)?);
-        }
-        let measured = running.finish(&times)?;
-        Ok((measured, times))
+        let rounds = 0..self.options.rounds;
+        let times = rounds.map(|_| running.time(true)).collect::<Result<Vec<_>>>()?;
+        running.finish(&times)
     }
 
     /// Both caches at one batch, in rounds that alternate where there is room for both.
@@ -277,7 +274,7 @@ impl Bench<'_> {
         let needed = self.bytes(dense, batch)? + self.bytes(lean, batch)?;
         let together = needed.saturating_add(RESERVE) <= free;
         if !together {
-            let ((dense, _), (lean, _)) = (self.alone(dense, batch)?, self.alone(lean, batch)?);
+            let (dense, lean) = (self.alone(dense, batch)?, self.alone(lean, batch)?);
             let ratio = dense.ms / lean.ms;
             return Ok((false, [dense, lean], ratio));
         }
@@ -390,14 +387,13 @@ impl<'a> Running<'a> {
 
     /// The report of these rounds, after one without attention.
     fn finish(mut self, times: &[f64]) -> Result<Measured> {
-        let device_bytes = self.bench.decoder_taken + self.taken;
         let (logits, _) = self.bench.decoder.results(&self.activations)?;
         if let Some(wrong) = logits.iter().find(|logit| !logit.is_finite()) {
             return Err(Error::Device(format!("a logit is {wrong}")));
         }
         self.time(false)?;
         let without = self.time(false)?;
-        let Bench { options, decoder, .. } = self.bench;
+        let Bench { options, decoder, decoder_taken, .. } = self.bench;
         let batch = self.entries.len();
         let seconds = median(times.iter().copied()).unwrap_or(f64::NAN);
         let footprint = self.variant.planner.footprint(options.context)?;
@@ -415,7 +411,7 @@ impl<'a> Running<'a> {
             attention_share: 1.0 - without / seconds,
             products: self.products,
             planned_bytes: decoder_bytes + self.bench.bytes(self.variant, batch)?,
-            device_bytes,
+            device_bytes: decoder_taken + self.taken,
             rounds_ms,
         })
     }
@@ -533,7 +529,7 @@ fn in_memory(
     let mut measure = |variant: &Variant| {
         let mut batch = bench.largest(variant, 1 << 16, bytes)?;
         loop {
-            let (measured, _) = bench.alone(variant, batch)?;
+            let measured = bench.alone(variant, batch)?;
             progress(&measured.to_string());
             // The plan does not know of slabs that are not full, and of cuBLAS's code.
             if measured.device_bytes <= memory.0 || batch == 1 {
