@@ -1,7 +1,7 @@
 //! Decode steps of a decoder of Llama-3.1-8B's shape with random weights, on a dense cache and on a
 //! lean one.
 
-use std::fmt;
+mod report;
 
 use cudarc::driver::{
     CudaGraph,
@@ -14,7 +14,7 @@ use leank_core::{
 };
 use leank_cuda::{CaptureKey, Cuda, CudaCache, DeviceView};
 use leank_train::rng::Rng;
-use serde::Serialize;
+pub use report::{HEADER, InMemory, Measured, SpeedReport, TARGETS};
 
 use super::{MaskChoice, MemorySize, check_dtype, dense, fit::largest};
 use crate::{
@@ -37,10 +37,6 @@ const WARM: usize = 3;
 /// Bytes beside a cache's blocks in use that must be free: blocks come in slabs of up to 256 MiB,
 /// lean and full; captured graphs; what a cache is filled from.
 const RESERVE: u64 = 768 << 20;
-
-/// What the project wants to reach: time of a dense step over that of a lean one at one batch, and
-/// tokens per second of lean over dense in one memory.
-pub const TARGETS: (f64, f64) = (1.45, 1.6);
 
 /// What is measured.
 #[derive(Clone, Debug)]
@@ -65,146 +61,6 @@ pub struct SpeedOptions {
     pub rounds: usize,
     /// Whether a step is one launch of a CUDA graph.
     pub graphs: bool,
-}
-
-/// One cache at one batch.
-#[derive(Clone, Debug, Serialize)]
-pub struct Measured {
-    /// `dense` or `lean`.
-    pub cache: &'static str,
-    /// Sequences.
-    pub batch: usize,
-    /// Tokens of each.
-    pub context: usize,
-    /// Bytes of K and V at that context.
-    pub cache_bytes: u64,
-    /// Milliseconds per step, median over rounds.
-    pub ms: f64,
-    /// The fastest round.
-    pub ms_min: f64,
-    /// The slowest round.
-    pub ms_max: f64,
-    /// Tokens per second of all sequences.
-    pub tokens_per_s: f64,
-    /// Share of a step that attention takes: what is saved by leaving it out.
-    pub attention_share: f64,
-    /// Milliseconds of all products of a step for themselves.
-    pub products: Products,
-    /// Bytes of weights, activations and cache at its largest, by plan.
-    pub planned_bytes: u64,
-    /// Bytes of the device that these took, by what was free before and after.
-    pub device_bytes: u64,
-    /// Milliseconds per step of each round.
-    pub rounds_ms: Vec<f64>,
-}
-
-/// Both caches in one memory, each at the largest batch that fits.
-#[derive(Clone, Debug, Serialize)]
-pub struct InMemory {
-    /// Bytes for weights, activations and cache.
-    pub bytes: u64,
-    /// The dense cache.
-    pub dense: Measured,
-    /// The lean cache.
-    pub lean: Measured,
-    /// Tokens per second, lean over dense.
-    pub ratio: f64,
-}
-
-/// What was measured.
-#[derive(Clone, Debug, Serialize)]
-pub struct SpeedReport {
-    /// The device.
-    pub device: String,
-    /// Layers.
-    pub layers: usize,
-    /// Bytes of weights, RoPE table and cuBLAS's workspace.
-    pub decoder_bytes: u64,
-    /// The lean cache's mask.
-    pub mask: String,
-    /// The lean cache's windows.
-    pub windows: Windows,
-    /// Storage type of K and V.
-    pub dtype: Dtype,
-    /// Whether steps were CUDA graphs.
-    pub graphs: bool,
-    /// Steps per round.
-    pub steps: usize,
-    /// Rounds.
-    pub rounds: usize,
-    /// The batch that was asked for.
-    pub asked_batch: usize,
-    /// Whether both caches were there at once, and rounds alternated.
-    pub together: bool,
-    /// The dense cache.
-    pub dense: Measured,
-    /// The lean cache at the same batch.
-    pub lean: Measured,
-    /// Time per step, dense over lean.
-    pub ratio: f64,
-    /// The comparison in one memory.
-    pub in_memory: Option<InMemory>,
-}
-
-impl fmt::Display for Measured {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-        write!(
-            f,
-            "{:<5} {:>5} {:>8} {:>9.2} {:>9.3} {:>9.1} {:>8.1} % {:>8.3} {:>11.2} {:>7.2}",
-            self.cache,
-            self.batch,
-            self.context,
-            gib(self.cache_bytes),
-            self.ms,
-            self.tokens_per_s,
-            self.attention_share * 100.0,
-            self.products.fastest_ms,
-            gib(self.planned_bytes),
-            gib(self.device_bytes),
-        )
-    }
-}
-
-/// The heading of [`Measured`]'s lines.
-pub const HEADER: &str =
-    "cache batch  context cache GiB   ms/step  tokens/s  attention products GiB planned   taken";
-
-impl fmt::Display for SpeedReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Windows { sink, recent } = self.windows;
-        writeln!(f, "{}", self.device)?;
-        writeln!(
-            f,
-            "Llama-3.1-8B's shape, {} layers, random bf16 weights: {}; K and V {}, mask {}, sink {sink}, \
-             recent {recent}",
-            self.layers,
-            MemorySize(self.decoder_bytes),
-            self.dtype,
-            self.mask,
-        )?;
-        writeln!(
-            f,
-            "median of {} rounds of {} steps{}; {}",
-            self.rounds,
-            self.steps,
-            if self.graphs { ", each a CUDA graph" } else { "" },
-            if self.together { "rounds alternate" } else { "one cache after the other" },
-        )?;
-        if self.dense.batch < self.asked_batch {
-            writeln!(
-                f,
-                "the device holds {} of the {} sequences asked for in a dense cache: both are timed at {}",
-                self.dense.batch, self.asked_batch, self.dense.batch
-            )?;
-        }
-        writeln!(f, "\n{HEADER}\n{}\n{}", self.dense, self.lean)?;
-        let (step, rate) = TARGETS;
-        writeln!(f, "time per step, dense over lean: {:.3} (wanted: {step})", self.ratio)?;
-        let Some(InMemory { bytes, dense, lean, ratio }) = &self.in_memory else { return Ok(()) };
-        writeln!(f, "\nin {} each:\n{dense}\n{lean}", MemorySize(*bytes))?;
-        writeln!(f, "tokens per second, lean over dense: {ratio:.3} (wanted: {rate})")
-    }
 }
 
 /// One of the two caches: its name, configuration, and what it will take.
