@@ -13,6 +13,9 @@ use leank_cuda::Cuda;
 
 use crate::print;
 
+/// Windows that leave something between them in a text of a few hundred tokens.
+const SHORT_WINDOWS: Windows = Windows { sink: 32, recent: 32 };
+
 /// Whole decode steps on a CUDA device, on a dense cache and on a lean one.
 ///
 /// Without --model: a decoder of Llama-3.1-8B's shape with random bf16 weights on a cache filled with
@@ -33,7 +36,7 @@ pub(crate) struct DecodeGpuArgs {
     #[arg(long, value_name = "llama|qwen|FILE", default_value = "llama")]
     mask: MaskChoice,
     /// First tokens that are kept whole. By default the windows are the mask file's; those of published
-    /// masks are 128 and 768, with --model 32 and 128.
+    /// masks are 128 and 768, with --model 32 and 32.
     #[arg(long, value_name = "TOKENS", requires = "recent")]
     sink: Option<usize>,
     /// Last tokens that are kept whole.
@@ -79,7 +82,7 @@ pub(crate) struct DecodeGpuArgs {
     #[arg(long, value_name = "FILE", requires = "model")]
     prompts: Option<PathBuf>,
     /// Tokens to generate behind each prompt.
-    #[arg(long, value_name = "N", default_value = "128", requires = "model")]
+    #[arg(long, value_name = "N", default_value = "256", requires = "model")]
     tokens: NonZeroUsize,
 }
 
@@ -131,8 +134,8 @@ impl DecodeGpuArgs {
                 .map_err(|error| format!("{}: reading prompts failed: {error}", path.display()))?;
             prompts.extend(text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned));
         }
-        // A published mask's own windows are longer than prompts are.
-        let published = matches!(self.mask, MaskChoice::Published(_)).then(Windows::default);
+        // A published mask's own windows are longer than these sequences: nothing would become lean.
+        let published = matches!(self.mask, MaskChoice::Published(_)).then_some(SHORT_WINDOWS);
         Ok(TokensOptions {
             model,
             prompts,
@@ -179,9 +182,11 @@ mod tests {
         let args = parse(&format!("--model m.gguf --prompt first --prompts {path}")).unwrap();
         let options = args.tokens("m.gguf".into()).unwrap();
         assert_eq!(options.prompts, ["first", "second", " third"]);
-        assert_eq!((options.tokens, options.dtype), (128, Dtype::F16));
-        assert_eq!(options.windows, Some(Windows::default()));
-        let args = parse("--model m.gguf --mask a.safetensors --prompts no/such/file").unwrap();
+        assert_eq!((options.tokens, options.dtype), (256, Dtype::F16));
+        assert_eq!(options.windows, Some(SHORT_WINDOWS));
+        let args = parse("--model m.gguf --mask a.safetensors --prompt a").unwrap();
+        assert_eq!(args.tokens("m.gguf".into()).unwrap().windows, None, "those of the file");
+        let args = parse("--model m.gguf --prompts no/such/file").unwrap();
         assert!(args.tokens("m.gguf".into()).unwrap_err().to_string().contains("no/such/file"));
     }
 

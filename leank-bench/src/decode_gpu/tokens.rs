@@ -11,7 +11,9 @@
 use std::{fmt, path::PathBuf};
 
 use leank_candle::{LeanAttention, LoadOptions, Model, Part};
-use leank_core::{Backend as _, Cache as _, CacheConfig, Dtype, SequenceId, StepEntry, Windows};
+use leank_core::{
+    Backend as _, BlockCount, Cache as _, CacheConfig, Dtype, SequenceId, StepEntry, Windows,
+};
 use leank_cpu::{Cpu, CpuCache};
 use leank_cuda::{Cuda, CudaCache};
 use serde::Serialize;
@@ -70,7 +72,11 @@ pub struct Comparison {
     pub rows: usize,
     /// Of these, rows of generated tokens.
     pub generated: usize,
-    /// Whole-KV ratio of the cache at the end.
+    /// Full blocks of the cache at the end.
+    pub full_blocks: usize,
+    /// Lean blocks of the cache at the end.
+    pub lean_blocks: usize,
+    /// Whole-KV ratio of the cache at the end: above 1 for a dense one, whose last blocks are not full.
     pub whole_kv_ratio: Option<f64>,
     /// The largest difference of a logit between CPU and device.
     pub largest_difference: f32,
@@ -132,8 +138,9 @@ impl fmt::Display for Comparison {
              {largest_difference:.2e}, bound {bound:.2e} ({FACTOR} x {rounding:.2e})",
             self.largest_logit,
         )?;
+        write!(f, "; {} of {} blocks lean", self.lean_blocks, self.full_blocks + self.lean_blocks)?;
         if let Some(ratio) = self.whole_kv_ratio {
-            write!(f, "; whole-KV ratio {ratio:.3}")?;
+            write!(f, ", whole-KV ratio {ratio:.3}")?;
         }
         for it in differences {
             let [cpu, cuda] = it.tokens;
@@ -336,18 +343,24 @@ impl Sides<'_> {
     }
 }
 
-/// Runs the model on both sides; `progress` gets each cache's comparison as it is done.
-///
-/// # Errors
-/// [`Error::Option`] without a prompt or for one without tokens; those of the model, the caches and
-/// the device.
-pub fn compare(
-    cuda: &Cuda,
-    options: &TokensOptions,
-    mut progress: impl FnMut(&Comparison),
-) -> Result<TokensReport> {
-    check_dtype(options.dtype)?;
-    let model = Model::load(&options.model, LoadOptions::default())?;
+/// Fails where a lean cache of sequences of up to `longest` tokens has no lean block in the last step:
+/// then it is a dense one, and comparing it says nothing about pruning.
+fn check_lean(config: &CacheConfig, longest: usize) -> Result<()> {
+    let before = longest.saturating_sub(1);
+    if BlockCount::at(before, config.block, config.windows).lean > 0 {
+        return Ok(());
+    }
+    let Windows { sink, recent } = config.windows;
+    let expected = format!(
+        "one so long that a block of {} tokens between sink {sink} and recent {recent} becomes lean; \
+         generate more tokens, or take smaller windows",
+        config.block
+    );
+    Err(Error::option("longest sequence", expected, format!("{longest} tokens")))
+}
+
+/// The tokens of the prompts, and those of the longest sequence when all is generated.
+fn encode(model: &Model, options: &TokensOptions) -> Result<(Vec<Vec<u32>>, usize)> {
     let encode = |text: &String| match model.tokenizer().encode(text) {
         Ok(tokens) if tokens.is_empty() => {
             Err(Error::option("prompt", "at least one token", format!("{text:?}")))
@@ -355,9 +368,40 @@ pub fn compare(
         encoded => Ok(encoded?),
     };
     let prompts = options.prompts.iter().map(encode).collect::<Result<Vec<_>>>()?;
-    let longest = prompts.iter().map(Vec::len).max();
-    let longest = longest.ok_or_else(|| Error::option("prompts", "at least one", "none"))?;
-    let config = DecoderConfig::of_model(model.config(), longest + options.tokens);
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let most = model.config().context_length;
+    if options.tokens > most.saturating_sub(longest) {
+        let expected = format!("at most {most} with the longest prompt's {longest}");
+        return Err(Error::option("tokens to generate", expected, options.tokens));
+    }
+    Ok((prompts, longest + options.tokens))
+}
+
+/// Runs the model on both sides; `progress` gets each cache's comparison as it is done.
+///
+/// # Errors
+/// [`Error::Option`] without a prompt, for one without tokens, for more tokens than the model has
+/// positions for, and for so few that no block of the lean cache becomes lean; those of the model, the
+/// mask, the caches and the device.
+pub fn compare(
+    cuda: &Cuda,
+    options: &TokensOptions,
+    mut progress: impl FnMut(&Comparison),
+) -> Result<TokensReport> {
+    check_dtype(options.dtype)?;
+    if options.prompts.is_empty() {
+        return Err(Error::option("prompts", "at least one", "none"));
+    }
+    let model = Model::load(&options.model, LoadOptions::default())?;
+    let (prompts, longest) = encode(&model, options)?;
+    let shape = model.config().shape;
+    let lean = options.mask.config(shape, options.windows, options.dtype)?;
+    if let MaskChoice::File(_) = options.mask {
+        lean.mask.check_model(model.fingerprint())?;
+    }
+    check_lean(&lean, longest)?;
+
+    let config = DecoderConfig::of_model(model.config(), longest);
     let tied = model.config().tied_embeddings;
     let mut source = |part| match part {
         Part::Output if tied => Ok(None),
@@ -365,11 +409,6 @@ pub fn compare(
     };
     let decoder = Decoder::load(cuda, config, &mut source)?;
 
-    let shape = model.config().shape;
-    let lean = options.mask.config(shape, options.windows, options.dtype)?;
-    if let MaskChoice::File(_) = options.mask {
-        lean.mask.check_model(model.fingerprint())?;
-    }
     let windows = lean.windows;
     let mut caches = Vec::new();
     for (name, config) in [("dense", dense(shape, options.dtype)?), ("lean", lean)] {
@@ -378,6 +417,8 @@ pub fn compare(
             cache: name,
             rows: 0,
             generated: 0,
+            full_blocks: 0,
+            lean_blocks: 0,
             whole_kv_ratio: None,
             largest_difference: 0.0,
             rounding: 0.0,
@@ -394,7 +435,9 @@ pub fn compare(
         let generated = generate(&mut sides, &prompts, options.tokens)?;
         let mut comparison = sides.comparison;
         comparison.generated = generated.iter().map(Vec::len).sum();
-        comparison.whole_kv_ratio = sides.device.cache.memory().whole_kv_ratio();
+        let memory = sides.device.cache.memory();
+        BlockCount { full: comparison.full_blocks, lean: comparison.lean_blocks } = memory.blocks;
+        comparison.whole_kv_ratio = memory.whole_kv_ratio();
         let decode = |tokens: &Vec<u32>| model.tokenizer().decode(tokens);
         comparison.texts = generated.iter().map(decode).collect::<Result<_, _>>()?;
         progress(&comparison);
@@ -411,7 +454,7 @@ pub fn compare(
 }
 
 /// Feeds the prompts one after the other and continues all of them in one batch with the CPU's
-/// tokens, which are returned. Every token but the last of each was fed.
+/// tokens, which are returned; they were fed, too.
 fn generate(sides: &mut Sides<'_>, prompts: &[Vec<u32>], tokens: usize) -> Result<Vec<Vec<u32>>> {
     let mut next = Vec::new();
     for (sequence, prompt) in prompts.iter().enumerate() {
@@ -445,6 +488,8 @@ mod tests {
             cache: "dense",
             rows: 0,
             generated: 0,
+            full_blocks: 2,
+            lean_blocks: 0,
             whole_kv_ratio: Some(1.0),
             largest_difference: 0.0,
             rounding: 0.0,
@@ -493,6 +538,18 @@ mod tests {
             assert!(!it.is_explained(), "{cuda:?}");
             assert!(it.to_string().contains("NOT EXPLAINED"), "{it}");
         }
+    }
+
+    #[test]
+    fn a_lean_cache_without_lean_blocks_is_refused() {
+        let shape = leank_core::ModelShape::new(1, 2, 1, 64).unwrap();
+        let windows = Windows { sink: 32, recent: 32 };
+        let config = CacheConfig { windows, block: 64, ..dense(shape, Dtype::F16).unwrap() };
+        // Two blocks before the recent window, of which the first holds the sinks; then one step.
+        assert!(check_lean(&config, 2 * 64 + 32).is_ok());
+        let error = check_lean(&config, 2 * 64 + 31).unwrap_err().to_string();
+        assert!(error.contains("sink 32 and recent 32") && error.contains("159"), "{error}");
+        assert!(check_lean(&dense(shape, Dtype::F16).unwrap(), 1 << 20).is_err());
     }
 
     #[test]
