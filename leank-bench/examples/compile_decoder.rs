@@ -18,9 +18,11 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
-    for capability in std::env::args().skip(1) {
+    for argument in std::env::args().skip(1) {
+        let usage = || format!("`{argument}` is not a compute capability such as 9.0");
+        let (major, minor) = argument.split_once('.').ok_or_else(usage)?;
         // Machine code, so that the assembler has its say.
-        let architecture = format!("sm_{}", capability.replace('.', ""));
+        let architecture = format!("sm_{major}{minor}");
         decoder::compile::<f32>(&architecture)?;
         decoder::compile::<bf16>(&architecture)?;
         println!("{architecture} the decoder's kernels, f32 and bf16");

@@ -6,7 +6,7 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use half::bf16;
 use leank_bench::{
     Error,
-    decoder::{Activations, Decoder, DecoderConfig, Number},
+    decoder::{Activations, Decoder, DecoderConfig, MOST_ROWS, Number},
 };
 use leank_candle::{Part, RopeScaling, RopeTable};
 use leank_core::{
@@ -352,6 +352,60 @@ fn sampled_tokens_are_the_next_steps_input_also_in_graphs() {
 }
 
 /// What steps are refused, before anything is given to the device.
+#[test]
+fn what_would_not_fit_the_decoder_is_refused() {
+    let Some(cuda) = cuda() else { return };
+    let config = tiny(false, RopeScaling::None);
+    let Some(decoder) = decoder::<f32>(&cuda, &config) else { return };
+    for rows in [0, MOST_ROWS + 1] {
+        assert!(matches!(decoder.activations(rows), Err(Error::Option { .. })), "{rows} rows");
+    }
+    let dense = CacheConfig::dense(config.shape).unwrap();
+    let mut cache = cuda.create(dense.clone()).unwrap();
+    let mut activations = decoder.activations(2).unwrap();
+    let error = decoder.forward(&mut activations, &mut cache, true).unwrap_err().to_string();
+    assert!(error.contains("set_rows"), "{error}");
+
+    decoder.set_rows(&mut activations, &[0], &[0]).unwrap();
+    let elsewhere = cuda.clone().on_stream(cuda.stream().context().new_stream().unwrap()).unwrap();
+    let mut other = elsewhere.create(dense).unwrap();
+    let error = decoder.forward(&mut activations, &mut other, true).unwrap_err();
+    assert!(matches!(error, Error::Cache(CoreError::Mismatch { .. })), "{error}");
+
+    let Some(other) = self::decoder::<f32>(&cuda, &config) else { return };
+    let error = other.forward(&mut activations, &mut cache, true).unwrap_err().to_string();
+    assert!(error.contains("another decoder's"), "{error}");
+    assert!(other.set_rows(&mut activations, &[0], &[0]).is_err());
+    assert!(other.results(&activations).is_err() && other.tune(&activations).is_err());
+}
+
+/// Behind the last position that RoPE is there for, that one is used again.
+#[test]
+fn positions_stay_in_the_table() {
+    let Some(cuda) = cuda() else { return };
+    let config = tiny(false, RopeScaling::None);
+    let Some(decoder) = decoder::<f32>(&cuda, &config) else { return };
+    let mut sides =
+        [0, 1].map(|_| Running::new(&cuda, &decoder, CacheConfig::dense(config.shape).unwrap(), 1));
+    let mut logits = Vec::new();
+    for (side, fed) in sides.iter_mut().zip([false, true]) {
+        let mut sampled = vec![7];
+        for step in 0..4 {
+            if fed || step == 0 {
+                decoder.set_rows(&mut side.activations, &sampled, &[299]).unwrap();
+            }
+            side.cache.plan(&side.entries(&[&[0]])).unwrap();
+            side.forward();
+            side.cache.commit().unwrap();
+            let (found, next) = decoder.results(&side.activations).unwrap();
+            logits.push(found);
+            sampled = next;
+        }
+    }
+    assert_eq!(logits[..4], logits[4..]);
+}
+
+/// What rows are refused, before anything is given to the device.
 #[test]
 fn rows_that_kernels_could_not_take_are_refused() {
     let Some(cuda) = cuda() else { return };

@@ -55,12 +55,12 @@ struct Plan {
     /// Of A, B and C.
     layouts: [sys::cublasLtMatrixLayout_t; 3],
     algorithms: Vec<sys::cublasLtMatmulAlgo_t>,
-    /// Once they were timed.
+    /// How fast they are, once they were timed.
     tuned: Option<Tuned>,
 }
 
 /// Seconds of a product: by cuBLAS's first choice, and by the fastest.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Tuned {
     pub(super) first: f64,
     pub(super) fastest: f64,
@@ -259,20 +259,20 @@ impl Gemm {
         product.check(weight.len(), x.len(), y.len())?;
         let kind = Kind { product, types: [T::CUBLAS, O::CUBLAS], add };
         self.stream.context().bind_to_thread().map_err(driver)?;
-        self.plan(kind)?;
-        let plans = self.plans.borrow();
-        let (plan, addresses) = (&plans[&kind], [address(weight), address(x), address(y)]);
+        let mut plans = self.plans.borrow_mut();
+        let plan = self.plan(&mut plans, kind)?;
+        let addresses = [address(weight), address(x), address(y)];
         // SAFETY: the buffers were checked to hold the matrices, whose element types are those of the
         // slices.
         unsafe { self.launch(plan, &plan.algorithms[0], addresses, add) }.map_err(failed)
     }
 
-    /// Makes the plan of a kind of products, where there is none yet.
-    fn plan(&self, kind: Kind) -> Result<()> {
-        if let Entry::Vacant(vacant) = self.plans.borrow_mut().entry(kind) {
-            vacant.insert(Plan::new(self.handle, kind)?);
-        }
-        Ok(())
+    /// The plan of a kind of products, made where there is none yet.
+    fn plan<'a>(&self, plans: &'a mut HashMap<Kind, Plan>, kind: Kind) -> Result<&'a mut Plan> {
+        Ok(match plans.entry(kind) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(vacant) => vacant.insert(Plan::new(self.handle, kind)?),
+        })
     }
 
     /// # Safety
@@ -325,9 +325,8 @@ impl Gemm {
             product.check(weight.len(), x.len(), y.len())?;
         }
         let kind = Kind { product, types: [T::CUBLAS, O::CUBLAS], add };
-        self.plan(kind)?;
         let mut plans = self.plans.borrow_mut();
-        let Some(plan) = plans.get_mut(&kind) else { return Ok(Tuned::default()) };
+        let plan = self.plan(&mut plans, kind)?;
         if let Some(tuned) = plan.tuned {
             return Ok(tuned);
         }

@@ -130,10 +130,10 @@ swiglu(const Number* __restrict__ gate_up, Number* __restrict__ out, u32 width) 
     reinterpret_cast<Four*>(out + u64(blockIdx.y) * width)[i] = inner;
 }
 
-// The token with the largest logit of each row, the first of equals, and the position after. One
-// thread block of 1024 threads per row.
+// The token with the largest logit of each row, the first of equals, and the position after, up to
+// `last`. One thread block of 1024 threads per row.
 extern "C" __global__ void __launch_bounds__(1024)
-argmax(const float* __restrict__ logits, u32* tokens, u32* positions, u32 vocabulary) {
+argmax(const float* __restrict__ logits, u32* tokens, u32* positions, u32 vocabulary, u32 last) {
     __shared__ float values[32];
     __shared__ u32 indices[32];
     const float* row = logits + u64(blockIdx.x) * vocabulary;
@@ -167,7 +167,7 @@ argmax(const float* __restrict__ logits, u32* tokens, u32* positions, u32 vocabu
     if (threadIdx.x == 0) {
         // Of logits that are all NaN none is the largest.
         tokens[blockIdx.x] = min(index, vocabulary - 1);
-        positions[blockIdx.x]++;
+        positions[blockIdx.x] = min(positions[blockIdx.x] + 1, last);
     }
 }
 

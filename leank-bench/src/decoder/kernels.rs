@@ -12,6 +12,7 @@ use cudarc::{
     nvrtc::{self, CompileOptions, Ptx},
 };
 use half::bf16;
+use leank_core::Error as CoreError;
 
 use crate::{Error, Result, cuda::driver};
 
@@ -48,11 +49,9 @@ impl Number for bf16 {
 /// Compiles the kernels for weights of a type and an architecture such as `compute_80` or `sm_90`.
 ///
 /// # Errors
-/// [`Error::Device`] with the compiler's words.
-///
-/// # Panics
-/// Where NVRTC is missing, which [`leank_cuda::probe`] tells.
+/// [`CoreError::Unavailable`] without NVRTC, [`Error::Device`] with the compiler's words.
 pub fn compile<T: Number>(architecture: &str) -> Result<Ptx> {
+    check_nvrtc()?;
     let options = vec![
         format!("--gpu-architecture={architecture}"),
         "--std=c++17".to_owned(),
@@ -60,6 +59,17 @@ pub fn compile<T: Number>(architecture: &str) -> Result<Ptx> {
     ];
     nvrtc::compile_ptx_with_opts(SOURCE, CompileOptions { options, ..Default::default() })
         .map_err(|error| Error::Device(format!("the decoder's kernels do not compile: {error}")))
+}
+
+/// Fails where NVRTC is missing; cudarc would panic.
+fn check_nvrtc() -> Result<()> {
+    // SAFETY: loads and unloads libnvrtc, whose constructors are NVIDIA's and take no part in Rust's
+    // invariants; nothing else is required.
+    if unsafe { nvrtc::sys::is_culib_present() } {
+        return Ok(());
+    }
+    let why = "libnvrtc was not found; install the CUDA toolkit's NVRTC (PyPI: nvidia-cuda-nvrtc)";
+    Err(CoreError::Unavailable { what: "NVRTC", why: why.into() }.into())
 }
 
 /// The kernels on a device.
@@ -156,7 +166,7 @@ impl Kernels {
         launch.arg(qkv).arg(&bias).arg(cosines).arg(sines).arg(positions);
         launch.arg(&heads).arg(&rotated).arg(&head_dim).arg(&stride);
         // SAFETY: these are the kernel's parameters; the decoder sized the buffers for so many rows,
-        // and positions lie in the table, which the decoder checks.
+        // and positions lie in the table: the caller's are checked, `argmax` bounds its own.
         unsafe { launch.launch(grid(blocks as usize, rows, threads)) }.map_err(driver)?;
         Ok(())
     }
@@ -178,17 +188,17 @@ impl Kernels {
         Ok(())
     }
 
-    /// The next token of each row, and its position.
+    /// The next token of each row, and its position, one of `count`.
     pub(super) fn argmax(
         &self,
         logits: &CudaSlice<f32>,
         tokens: &mut CudaSlice<u32>,
         positions: &mut CudaSlice<u32>,
-        (rows, vocab): (usize, usize),
+        (rows, vocab, count): (usize, usize, usize),
     ) -> Result<()> {
-        let vocab = vocab as u32;
+        let (vocab, last) = (vocab as u32, (count - 1) as u32);
         let mut launch = self.stream.launch_builder(&self.argmax);
-        launch.arg(logits).arg(tokens).arg(positions).arg(&vocab);
+        launch.arg(logits).arg(tokens).arg(positions).arg(&vocab).arg(&last);
         // SAFETY: these are the kernel's parameters and its number of threads; the decoder sized the
         // buffers for so many rows.
         unsafe { launch.launch(grid(rows, 1, 1024)) }.map_err(driver)?;
@@ -216,5 +226,22 @@ fn grid(x: usize, y: usize, threads: u32) -> LaunchConfig {
         grid_dim: (x as u32, y as u32, 1),
         block_dim: (threads, 1, 1),
         shared_mem_bytes: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With NVRTC the kernels compile, and what is no architecture is told; without, how to get it.
+    #[test]
+    fn kernels_compile_or_a_typed_error_says_why_not() {
+        match compile::<bf16>("sm_90") {
+            Ok(_) => assert!(matches!(compile::<f32>("sm_1"), Err(Error::Device(_)))),
+            Err(Error::Cache(CoreError::Unavailable { what: "NVRTC", why })) => {
+                assert!(why.contains("nvidia-cuda-nvrtc"), "{why}");
+            }
+            Err(other) => panic!("{other}"),
+        }
     }
 }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr as _};
 use leank_candle::{ModelConfig, RopeScaling, RopeTable};
-use leank_core::{Cache as _, Layer, ModelShape, ViewShape};
+use leank_core::{Cache as _, Error as CoreError, Layer, ModelShape, ViewShape};
 use leank_cuda::{Cuda, CudaCache, DeviceView, DeviceViewMut};
 
 pub use kernels::{Number, compile};
@@ -27,6 +27,12 @@ use crate::{Error, Result, cuda::driver};
 use gemm::{Gemm, Product, Tuned};
 use kernels::{Kernels, Rotation};
 use weights::{LayerWeights, Weights};
+
+/// Most rows of a step: what the second axis of a kernel's grid takes.
+pub const MOST_ROWS: usize = (1 << 16) - 1;
+
+/// Most of what kernels count within a row, or positions: sums of some of them stay within 32 bits.
+const MOST: usize = 1 << 30;
 
 /// The numbers of a decoder.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,24 +114,23 @@ impl DecoderConfig {
 
     fn validate(&self) -> Result<()> {
         self.shape.validate()?;
-        let fours = [("hidden size", self.hidden), ("intermediate size", self.intermediate)];
-        for (what, size) in fours {
-            if size == 0 || !size.is_multiple_of(4) {
-                return Err(Error::option(what, "a multiple of 4", size));
+        for (what, size, unit) in [
+            ("hidden size", self.hidden, 4),
+            ("intermediate size", self.intermediate, 4),
+            ("vocabulary", self.vocab, 1),
+            ("positions", self.positions, 1),
+            ("channels of q, k and v", self.qkv_width(), 1),
+            ("head_dim", self.shape.head_dim, 2),
+        ] {
+            if size == 0 || size > MOST || !size.is_multiple_of(unit) {
+                return Err(Error::option(what, format!("1..=2^30, a multiple of {unit}"), size));
             }
-        }
-        // Kernels count in 32 bits.
-        if self.vocab == 0 || u32::try_from(self.vocab).is_err() {
-            return Err(Error::option("vocabulary", "1..2^32 tokens", self.vocab));
-        }
-        if !self.shape.head_dim.is_multiple_of(2) {
-            return Err(Error::option("head_dim", "an even number", self.shape.head_dim));
         }
         Ok(())
     }
 
-    /// Bytes of device memory that the decoder takes with weights of `element` bytes: weights, the
-    /// RoPE table, and what cuBLAS works in.
+    /// Bytes of device memory that the decoder takes with weights of `element` bytes and a head that is
+    /// not its embedding: weights, the RoPE table, and what cuBLAS works in.
     #[must_use]
     pub fn decoder_bytes(&self, element: usize) -> u64 {
         let rope = 4 * self.positions * self.shape.head_dim;
@@ -149,6 +154,8 @@ fn address<T>(slice: &CudaSlice<T>) -> u64 {
 
 /// What a step writes, for up to so many rows: the new tokens of its sequences.
 pub struct Activations<T> {
+    /// The very value of the decoder that they were made by.
+    config: Arc<DecoderConfig>,
     rows: usize,
     capacity: usize,
     tokens: CudaSlice<u32>,
@@ -166,7 +173,7 @@ pub struct Activations<T> {
 
 /// A decoder on a CUDA device with weights of type `T`: f32 or bf16.
 pub struct Decoder<T> {
-    config: DecoderConfig,
+    config: Arc<DecoderConfig>,
     stream: Arc<CudaStream>,
     weights: Weights<T>,
     cosines: CudaSlice<f32>,
@@ -179,8 +186,8 @@ impl<T: Number> Decoder<T> {
     /// A decoder with random weights, scaled so that activations stay finite.
     ///
     /// # Errors
-    /// [`Error::Option`] for numbers that kernels cannot count, [`leank_core::Error::Unavailable`]
-    /// without cuBLAS, [`Error::Device`].
+    /// [`Error::Option`] for numbers that kernels cannot count, [`CoreError::Unavailable`] without
+    /// cuBLAS, [`Error::Device`].
     pub fn random(cuda: &Cuda, config: DecoderConfig, seed: u64) -> Result<Self> {
         Self::new(cuda, config, |stream, kernels, config| {
             Weights::random(stream, kernels, config, seed)
@@ -213,6 +220,7 @@ impl<T: Number> Decoder<T> {
         let cosines = stream.clone_htod(table.cosines()).map_err(driver)?;
         let sines = stream.clone_htod(table.sines()).map_err(driver)?;
         let weights = weights(&stream, &kernels, &config)?;
+        let config = Arc::new(config);
         Ok(Self { config, stream, weights, cosines, sines, kernels, gemm })
     }
 
@@ -225,13 +233,17 @@ impl<T: Number> Decoder<T> {
     /// Room for steps of up to `capacity` rows.
     ///
     /// # Errors
-    /// [`Error::Device`].
+    /// [`Error::Option`] for none or more than [`MOST_ROWS`], [`Error::Device`].
     pub fn activations(&self, capacity: usize) -> Result<Activations<T>> {
+        if !(1..=MOST_ROWS).contains(&capacity) {
+            return Err(Error::option("rows of a step", format!("1..={MOST_ROWS}"), capacity));
+        }
         let config = &self.config;
         let numbers = |width: usize| self.stream.alloc_zeros::<T>(capacity * width).map_err(driver);
         let floats = |width: usize| self.stream.alloc_zeros(capacity * width).map_err(driver);
         let words = || self.stream.alloc_zeros(capacity).map_err(driver);
         Ok(Activations {
+            config: Arc::clone(config),
             rows: 0,
             capacity,
             tokens: words()?,
@@ -246,18 +258,28 @@ impl<T: Number> Decoder<T> {
         })
     }
 
+    /// Fails for activations of another decoder, whose buffers and rows fit that one alone.
+    fn check_own(&self, activations: &Activations<T>) -> Result<()> {
+        if Arc::ptr_eq(&self.config, &activations.config) {
+            return Ok(());
+        }
+        Err(Error::option("activations", "those that this decoder made", "another decoder's"))
+    }
+
     /// Sets the rows of the next step: tokens and their positions. Without it, each row of the next
-    /// step is the one that follows in the same sequence, with the token that was sampled.
+    /// step is the one that follows in the same sequence, with the token that was sampled; behind the
+    /// last position that RoPE is there for, that one is used again.
     ///
     /// # Errors
-    /// [`Error::Option`] for more rows than there is room for, a token that the model does not have,
-    /// or a position that RoPE is not there for; [`Error::Device`].
+    /// [`Error::Option`] for more rows than there is room for, a token that the model does not have, a
+    /// position that RoPE is not there for, or activations of another decoder; [`Error::Device`].
     pub fn set_rows(
         &self,
         activations: &mut Activations<T>,
         tokens: &[u32],
         positions: &[u32],
     ) -> Result<()> {
+        self.check_own(activations)?;
         let Activations { capacity, .. } = *activations;
         if tokens.is_empty() || tokens.len() > capacity || tokens.len() != positions.len() {
             let found = format!("{} tokens, {} positions", tokens.len(), positions.len());
@@ -281,14 +303,24 @@ impl<T: Number> Decoder<T> {
     /// attention is done, and what comes out is of no use but to be timed.
     ///
     /// # Errors
-    /// Those of [`leank_core::Cache::append`] and `attend`, [`Error::Device`].
+    /// [`Error::Option`] before [`Decoder::set_rows`] and for activations of another decoder;
+    /// [`CoreError::Mismatch`] for a cache of another stream; those of [`leank_core::Cache::append`]
+    /// and `attend`, [`Error::Device`].
     pub fn forward(
         &self,
         activations: &mut Activations<T>,
         cache: &mut CudaCache,
         attend: bool,
     ) -> Result<()> {
-        let DecoderConfig { hidden, intermediate, vocab, epsilon, .. } = self.config;
+        self.check_own(activations)?;
+        if activations.rows == 0 {
+            return Err(Error::option("rows of a step", "those that `set_rows` sets", 0));
+        }
+        if cache.stream() != &self.stream {
+            let (expected, found) = ("that of the decoder's backend", "another stream");
+            return Err(CoreError::mismatch("stream of the cache", expected, found).into());
+        }
+        let DecoderConfig { hidden, intermediate, vocab, epsilon, .. } = *self.config;
         let Activations { rows, x, normed, gate_up, inner, .. } = activations;
         let rows = *rows;
         let product = |inputs, outputs| Product { rows, inputs, outputs };
@@ -325,7 +357,7 @@ impl<T: Number> Decoder<T> {
         let Activations { tokens, positions, logits, .. } = activations;
         let head = self.weights.head.as_ref().unwrap_or(&self.weights.embedding);
         self.gemm.product(head, normed, logits, product(hidden, vocab), false)?;
-        self.kernels.argmax(logits, tokens, positions, (rows, vocab))
+        self.kernels.argmax(logits, tokens, positions, (rows, vocab, self.config.positions))
     }
 
     /// q, k and v of a step as they lie side by side, and where attention goes.
@@ -342,7 +374,7 @@ impl<T: Number> Decoder<T> {
                 ViewShape { token_stride: stride, ..ViewShape::contiguous(rows, heads, head_dim) };
             let at = address(qkv) + (channels_before * size_of::<T>()) as u64;
             // SAFETY: `qkv` has `stride` elements of each of at least `rows` rows, and the heads lie in
-            // them; it belongs to the cache's stream, and so does all other work on it.
+            // them; all work on it is on one stream, which was checked to be the cache's.
             unsafe { DeviceView::from_address(at, T::DTYPE, shape) }
         };
         let out = ViewShape::contiguous(rows, query_heads, head_dim);
@@ -359,8 +391,9 @@ impl<T: Number> Decoder<T> {
     /// Logits of the last step, `[rows, vocab]`, and the tokens that the device sampled. Waits.
     ///
     /// # Errors
-    /// [`Error::Device`].
+    /// [`Error::Option`] for activations of another decoder, [`Error::Device`].
     pub fn results(&self, activations: &Activations<T>) -> Result<(Vec<f32>, Vec<u32>)> {
+        self.check_own(activations)?;
         let Activations { rows, logits, tokens, .. } = activations;
         let logits = logits.slice(..rows * self.config.vocab);
         let logits = self.stream.clone_dtoh(&logits).map_err(driver)?;
@@ -369,12 +402,13 @@ impl<T: Number> Decoder<T> {
     }
 
     /// Has cuBLAS's algorithms timed for steps of as many rows as there is room for, and keeps the
-    /// fastest. What the activations hold is of no use afterwards.
+    /// fastest.
     ///
     /// # Errors
-    /// [`Error::Device`].
+    /// [`Error::Option`] for activations of another decoder, [`Error::Device`].
     pub fn tune(&self, activations: &Activations<T>) -> Result<Products> {
-        let DecoderConfig { hidden, intermediate, vocab, .. } = self.config;
+        self.check_own(activations)?;
+        let DecoderConfig { hidden, intermediate, vocab, .. } = *self.config;
         let Activations { capacity: rows, normed, attended, inner, .. } = activations;
         let query = self.config.query_width();
         let product = |inputs, outputs| Product { rows: *rows, inputs, outputs };
@@ -439,14 +473,12 @@ mod tests {
 
     #[test]
     fn llama_8b_has_eight_billion_weights() {
-        let config = DecoderConfig::llama_8b(32, 0).unwrap();
+        let config = DecoderConfig::llama_8b(32, 64).unwrap();
         config.validate().unwrap();
         // 8.03e9 in bf16, and 1 GiB of it each for embedding and head.
-        let bytes = config.decoder_bytes(2) - gemm::WORKSPACE as u64;
+        let bytes = config.decoder_bytes(2) - (gemm::WORKSPACE + 64 * 128 * 4) as u64;
         let norms = 65 * 4096;
         assert_eq!(bytes, 2 * 8_030_261_248 + 2 * norms, "norms are f32");
-        let table = DecoderConfig::llama_8b(32, 1000).unwrap().decoder_bytes(2);
-        assert_eq!(table - config.decoder_bytes(2), 1000 * 128 * 4);
     }
 
     #[test]
@@ -456,6 +488,10 @@ mod tests {
             DecoderConfig { hidden: 4098, ..good.clone() },
             DecoderConfig { intermediate: 0, ..good.clone() },
             DecoderConfig { vocab: 0, ..good.clone() },
+            DecoderConfig { vocab: 1 << 31, ..good.clone() },
+            DecoderConfig { positions: 0, ..good.clone() },
+            DecoderConfig { positions: 1 << 40, ..good.clone() },
+            DecoderConfig { shape: ModelShape::new(2, 4, 2, 63).unwrap(), ..good.clone() },
         ] {
             assert!(matches!(bad.validate(), Err(Error::Option { .. })), "{bad:?}");
         }
