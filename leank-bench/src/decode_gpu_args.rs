@@ -199,6 +199,8 @@ mod tests {
             ("--prompt a", "--model"),
             ("--model m --batch 4", "cannot be used with"),
             ("--steps 0", "zero"),
+            ("--batch 0", "zero"),
+            ("--context 0", "zero"),
         ] {
             let error = parse(args).unwrap_err().to_string();
             assert!(error.contains(mend), "{args}: {error}");

@@ -20,7 +20,7 @@ use super::{MaskChoice, MemorySize, check_dtype, dense, fit::largest};
 use crate::{
     Error, Result,
     cuda::driver,
-    decoder::{Activations, Decoder, DecoderConfig, Products},
+    decoder::{Activations, Decoder, DecoderConfig, MOST_ROWS, Products},
     stats::median,
 };
 
@@ -87,8 +87,8 @@ struct Bench<'a> {
     cuda: &'a Cuda,
     options: &'a SpeedOptions,
     decoder: Decoder<bf16>,
-    /// Bytes of the device that it took.
-    decoder_taken: u64,
+    /// Free bytes of the device before there was a decoder.
+    free: u64,
 }
 
 /// Free bytes of the device, when all work is done and what was dropped is given back.
@@ -109,14 +109,20 @@ impl Bench<'_> {
         let fits = |batch| self.bytes(variant, batch).is_ok_and(|needed| needed <= bytes);
         largest(most, fits).ok_or_else(|| {
             let needed = self.bytes(variant, 1).unwrap_or(u64::MAX);
-            let what = format!("{} for one sequence", MemorySize(needed));
-            Error::option("memory", what, MemorySize(bytes))
+            let expected = format!("{} for one sequence beside the weights", MemorySize(needed));
+            Error::option("memory", expected, MemorySize(bytes))
         })
+    }
+
+    /// Bytes of the device that were taken since, by the decoder and what cuBLAS loaded, while there is
+    /// no cache.
+    fn taken(&self) -> Result<u64> {
+        Ok(self.free.saturating_sub(free_bytes(self.cuda)?))
     }
 
     /// The times of a cache that has the device for itself.
     fn alone(&self, variant: &Variant, batch: usize) -> Result<Measured> {
-        let mut running = Running::new(self, variant, batch)?;
+        let mut running = Running::new(self, variant, batch, self.taken()?)?;
         let rounds = 0..self.options.rounds;
         let times = rounds.map(|_| running.time(true)).collect::<Result<Vec<_>>>()?;
         running.finish(&times)
@@ -134,8 +140,9 @@ impl Bench<'_> {
             let ratio = dense.ms / lean.ms;
             return Ok((false, [dense, lean], ratio));
         }
-        let mut dense = Running::new(self, dense, batch)?;
-        let mut lean = Running::new(self, lean, batch)?;
+        let taken = self.taken()?;
+        let mut dense = Running::new(self, dense, batch, taken)?;
+        let mut lean = Running::new(self, lean, batch, taken)?;
         let mut times = [Vec::new(), Vec::new()];
         for _ in 0..self.options.rounds {
             times[0].push(dense.time(true)?);
@@ -157,13 +164,32 @@ struct Running<'a> {
     bench: &'a Bench<'a>,
     variant: &'a Variant,
     products: Products,
-    /// Bytes of the device that were taken, by the free ones before and after.
-    taken: u64,
+    taken: Taken,
+}
+
+/// Bytes of the device that a cache and everything it needs take, by how free ones change.
+#[derive(Clone, Copy, Debug)]
+struct Taken {
+    now: i64,
+    most: i64,
+}
+
+impl Taken {
+    fn new(bytes: u64) -> Self {
+        Self { now: bytes as i64, most: bytes as i64 }
+    }
+
+    /// Counts what became of the free bytes.
+    fn count(&mut self, before: u64, after: u64) {
+        self.now += before as i64 - after as i64;
+        self.most = self.most.max(self.now);
+    }
 }
 
 impl<'a> Running<'a> {
-    /// Fills a cache so far that the steps to come end at the context length.
-    fn new(bench: &'a Bench<'a>, variant: &'a Variant, batch: usize) -> Result<Self> {
+    /// Fills a cache so far that the steps to come end at the context length; `taken` bytes of the
+    /// device are taken by what all caches share.
+    fn new(bench: &'a Bench<'a>, variant: &'a Variant, batch: usize, taken: u64) -> Result<Self> {
         let SpeedOptions { context, .. } = *bench.options;
         let stored = context - steps_in_all(bench.options);
         let free = free_bytes(bench.cuda)?;
@@ -179,15 +205,15 @@ impl<'a> Running<'a> {
         let tokens: Vec<u32> = (0..batch).map(|_| random.below(vocab) as u32).collect();
         let positions = vec![stored as u32; batch];
         bench.decoder.set_rows(&mut activations, &tokens, &positions)?;
-        let graphs = [None, None];
+        let (graphs, taken) = ([None, None], Taken::new(taken));
         let mut running =
-            Self { graphs, activations, cache, entries, bench, variant, products, taken: 0 };
+            Self { graphs, activations, cache, entries, bench, variant, products, taken };
         // The first step loads kernels, which cannot be captured.
         running.plan()?;
         bench.decoder.forward(&mut running.activations, &mut running.cache, true)?;
         running.cache.commit()?;
         (1..WARM).try_for_each(|_| running.step(true))?;
-        running.taken = free.saturating_sub(free_bytes(bench.cuda)?);
+        running.taken.count(free, free_bytes(bench.cuda)?);
         Ok(running)
     }
 
@@ -237,7 +263,7 @@ impl<'a> Running<'a> {
         (0..steps).try_for_each(|_| self.step(attend))?;
         end.record(stream).map_err(driver)?;
         let seconds = f64::from(start.elapsed_ms(&end).map_err(driver)?) / 1e3;
-        self.taken += free.saturating_sub(free_bytes(self.bench.cuda)?);
+        self.taken.count(free, free_bytes(self.bench.cuda)?);
         Ok(seconds / steps as f64)
     }
 
@@ -249,7 +275,7 @@ impl<'a> Running<'a> {
         }
         self.time(false)?;
         let without = self.time(false)?;
-        let Bench { options, decoder, decoder_taken, .. } = self.bench;
+        let Bench { options, decoder, .. } = self.bench;
         let batch = self.entries.len();
         let seconds = median(times.iter().copied()).unwrap_or(f64::NAN);
         let footprint = self.variant.planner.footprint(options.context)?;
@@ -267,7 +293,7 @@ impl<'a> Running<'a> {
             attention_share: 1.0 - without / seconds,
             products: self.products,
             planned_bytes: decoder_bytes + self.bench.bytes(self.variant, batch)?,
-            device_bytes: decoder_taken + self.taken,
+            device_bytes: self.taken.most.max(0) as u64,
             rounds_ms,
         })
     }
@@ -276,7 +302,7 @@ impl<'a> Running<'a> {
 /// Steps of a cache from the first to the last: those before the rounds, the rounds, and two rounds
 /// without attention.
 fn steps_in_all(options: &SpeedOptions) -> usize {
-    WARM + (options.rounds + 2) * options.steps
+    options.rounds.saturating_add(2).saturating_mul(options.steps).saturating_add(WARM)
 }
 
 /// Stores random K and V, piece by piece in random order, so that the blocks of a sequence lie in no
@@ -313,24 +339,40 @@ fn fill(
     }
 }
 
+/// Fails for what cannot be measured, whatever the device.
+fn check(options: &SpeedOptions) -> Result<()> {
+    check_dtype(options.dtype)?;
+    if !(1..=MOST_ROWS).contains(&options.batch) {
+        return Err(Error::option("batch", format!("1..={MOST_ROWS} sequences"), options.batch));
+    }
+    if options.steps == 0 || options.rounds == 0 {
+        let found = format!("{} rounds of {} steps", options.rounds, options.steps);
+        return Err(Error::option("rounds", "at least one of one step", found));
+    }
+    let decoded = steps_in_all(options);
+    if options.context <= decoded {
+        let expected = format!(
+            "more than the {decoded} tokens that warm-up and {} rounds of {} steps decode",
+            options.rounds.saturating_add(2),
+            options.steps
+        );
+        return Err(Error::option("context", expected, options.context));
+    }
+    Ok(())
+}
+
 /// Measures; `progress` is told what was done.
 ///
 /// # Errors
-/// [`Error::Option`] for a context shorter than the steps, or memory for not even one sequence;
-/// [`CoreError::Unavailable`] without cuBLAS; those of the cache and the device.
+/// [`Error::Option`] for nothing to measure, a context shorter than the steps, a batch that kernels
+/// do not take, more memory than is free, or memory for not even one sequence;
+/// [`CoreError::Unavailable`] without cuBLAS; those of the mask, the cache and the device.
 pub fn measure(
     cuda: &Cuda,
     options: &SpeedOptions,
     mut progress: impl FnMut(&str),
 ) -> Result<SpeedReport> {
-    check_dtype(options.dtype)?;
-    let steps = steps_in_all(options);
-    if options.context <= steps || options.steps == 0 || options.batch == 0 {
-        let expected =
-            format!("more than the {steps} tokens that are decoded, at least one of each");
-        let found = format!("{} tokens, {} sequences", options.context, options.batch);
-        return Err(Error::option("context", expected, found));
-    }
+    check(options)?;
     let config = DecoderConfig::llama_8b(options.layers, options.context)?;
     let lean = options.mask.config(config.shape, options.windows, options.dtype)?;
     let windows = lean.windows;
@@ -344,9 +386,18 @@ pub fn measure(
         let what = "the weights";
         return Err(CoreError::SystemMemory { what, bytes: decoder_bytes }.into());
     }
+    if let Some(memory) = options.memory
+        && !(decoder_bytes..=free).contains(&memory.0)
+    {
+        let expected = format!(
+            "more than the weights' {}, and at most the {} that are free",
+            MemorySize(decoder_bytes),
+            MemorySize(free)
+        );
+        return Err(Error::option("memory", expected, memory));
+    }
     let decoder = Decoder::random(cuda, config, 1)?;
-    let decoder_taken = free.saturating_sub(free_bytes(cuda)?);
-    let bench = Bench { cuda, options, decoder, decoder_taken };
+    let bench = Bench { cuda, options, decoder, free };
     progress(&format!("weights: {} of {} free", MemorySize(decoder_bytes), MemorySize(free)));
     let (together, [dense, lean], ratio) = bench.both(&variants, options.batch)?;
     progress(&format!("{HEADER}\n{dense}\n{lean}"));
@@ -383,11 +434,11 @@ fn in_memory(
     let decoder_bytes = bench.decoder.config().decoder_bytes(ELEMENT);
     let bytes = memory.0.saturating_sub(decoder_bytes);
     let mut measure = |variant: &Variant| {
-        let mut batch = bench.largest(variant, 1 << 16, bytes)?;
+        let mut batch = bench.largest(variant, MOST_ROWS, bytes)?;
         loop {
             let measured = bench.alone(variant, batch)?;
             progress(&measured.to_string());
-            // The plan does not know of slabs that are not full, and of cuBLAS's code.
+            // The plan does not know of slabs that are not full, of graphs, and of cuBLAS's code.
             if measured.device_bytes <= memory.0 || batch == 1 {
                 return Ok::<_, Error>(measured);
             }
@@ -397,4 +448,50 @@ fn in_memory(
     let (dense, lean) = (measure(&variants[0])?, measure(&variants[1])?);
     let ratio = lean.tokens_per_s / dense.tokens_per_s;
     Ok(InMemory { bytes: memory.0, dense, lean, ratio })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::setting::Published;
+
+    #[test]
+    fn what_cannot_be_measured_is_refused() {
+        let good = SpeedOptions {
+            batch: 4,
+            context: 3 + 5 * 64 + 1,
+            layers: 32,
+            mask: MaskChoice::Published(Published::Llama),
+            windows: None,
+            dtype: Dtype::Bf16,
+            memory: None,
+            steps: 64,
+            rounds: 3,
+            graphs: true,
+        };
+        check(&good).unwrap();
+        for (bad, what) in [
+            (SpeedOptions { batch: 0, ..good.clone() }, "batch"),
+            (SpeedOptions { batch: usize::MAX, ..good.clone() }, "batch"),
+            (SpeedOptions { steps: 0, ..good.clone() }, "rounds"),
+            (SpeedOptions { rounds: 0, ..good.clone() }, "rounds"),
+            (SpeedOptions { context: good.context - 1, ..good.clone() }, "323 tokens"),
+            (SpeedOptions { steps: 1 << 62, rounds: 2, ..good.clone() }, "context"),
+            (SpeedOptions { dtype: Dtype::F32, ..good.clone() }, "storage type"),
+        ] {
+            let error = check(&bad).unwrap_err();
+            assert!(matches!(error, Error::Option { .. }), "{error}");
+            assert!(error.to_string().contains(what), "{error}");
+        }
+    }
+
+    #[test]
+    fn memory_taken_is_that_of_the_fullest_moment() {
+        let mut taken = Taken::new(10);
+        taken.count(100, 60);
+        // A slab goes and comes back.
+        taken.count(60, 75);
+        taken.count(75, 60);
+        assert_eq!((taken.now, taken.most), (50, 50));
+    }
 }

@@ -36,7 +36,7 @@ pub struct Measured {
     pub products: Products,
     /// Bytes of weights, activations and cache at its largest, by plan.
     pub planned_bytes: u64,
-    /// Bytes of the device that these took, by what was free before and after.
+    /// Most bytes of the device that these, captured graphs and cuBLAS's code took, by what was free.
     pub device_bytes: u64,
     /// Milliseconds per step of each round.
     pub rounds_ms: Vec<f64>,
