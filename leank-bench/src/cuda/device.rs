@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use cudarc::{
     driver::{
-        CudaFunction, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg as _,
+        CudaFunction, CudaGraph, CudaSlice, CudaStream, DriverError, LaunchConfig,
+        PushKernelArg as _,
         sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode},
     },
     nvrtc,
@@ -25,6 +26,32 @@ pub(super) struct Device {
 
 pub(crate) fn driver(error: DriverError) -> Error {
     Error::Device(error.to_string())
+}
+
+/// Seconds that the device spends on what `work` gives to the stream. Waits.
+pub(crate) fn seconds(stream: &Arc<CudaStream>, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let event =
+        || stream.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver);
+    let (start, end) = (event()?, event()?);
+    start.record(stream).map_err(driver)?;
+    work()?;
+    end.record(stream).map_err(driver)?;
+    Ok(f64::from(start.elapsed_ms(&end).map_err(driver)?) / 1e3)
+}
+
+/// Captures what `record` gives to the stream, which runs nothing.
+pub(crate) fn capture(
+    stream: &Arc<CudaStream>,
+    record: impl FnOnce() -> Result<()>,
+) -> Result<CudaGraph> {
+    let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    stream.begin_capture(mode).map_err(driver)?;
+    let recorded = record();
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    // Also after a failure, so that the stream can be used again.
+    let graph = stream.end_capture(flags).map_err(driver);
+    recorded?;
+    graph?.ok_or_else(|| Error::Device("nothing was captured".into()))
 }
 
 impl Device {
@@ -109,16 +136,9 @@ impl Device {
         rounds: usize,
         call: &mut dyn FnMut() -> Result<()>,
     ) -> Result<f64> {
-        let context = self.stream.context();
-        let event = || context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver);
-        let (start, end) = (event()?, event()?);
         let mut run = |count: usize| -> Result<f64> {
-            start.record(&self.stream).map_err(driver)?;
-            for _ in 0..count {
-                call()?;
-            }
-            end.record(&self.stream).map_err(driver)?;
-            Ok(f64::from(start.elapsed_ms(&end).map_err(driver)?) / 1e3 / count as f64)
+            let all = seconds(&self.stream, || (0..count).try_for_each(|_| call()))?;
+            Ok(all / count as f64)
         };
         run(2)?;
         let once = run(3)?.max(1e-6);
@@ -135,14 +155,7 @@ impl Device {
         record: impl FnOnce() -> Result<()>,
     ) -> Result<f64> {
         self.stream.synchronize().map_err(driver)?;
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        self.stream.begin_capture(mode).map_err(driver)?;
-        let recorded = record();
-        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = self.stream.end_capture(flags).map_err(driver);
-        recorded?;
-        let graph = graph?;
-        let graph = graph.ok_or_else(|| Error::Device("nothing was captured".into()))?;
+        let graph = capture(&self.stream, record)?;
         self.time_calls(millis, rounds, &mut || graph.launch().map_err(driver))
     }
 
@@ -154,16 +167,10 @@ impl Device {
         mut before: impl FnMut() -> Result<()>,
         mut work: impl FnMut() -> Result<()>,
     ) -> Result<f64> {
-        let context = self.stream.context();
-        let event = || context.new_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver);
-        let (start, end) = (event()?, event()?);
         let mut times = Vec::new();
         for _ in 0..rounds {
             before()?;
-            start.record(&self.stream).map_err(driver)?;
-            work()?;
-            end.record(&self.stream).map_err(driver)?;
-            times.push(f64::from(start.elapsed_ms(&end).map_err(driver)?) / 1e3);
+            times.push(seconds(&self.stream, &mut work)?);
         }
         median(times).ok_or_else(|| Error::Device("no rounds".into()))
     }

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::{Error, Result, setting::Published};
 use device::Device;
-pub(crate) use device::driver;
+pub(crate) use device::{capture, driver, seconds};
 use filled::{Filled, Filler};
 
 /// LeanK's windows.

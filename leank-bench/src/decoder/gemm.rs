@@ -15,12 +15,15 @@ use cudarc::{
         result::{self, CublasError},
         sys::{self, cublasComputeType_t, cudaDataType},
     },
-    driver::{CudaSlice, CudaStream, sys::CUevent_flags},
+    driver::{CudaSlice, CudaStream},
 };
 use leank_core::Error as CoreError;
 
 use super::{address, kernels::Number};
-use crate::{Error, Result, cuda::driver};
+use crate::{
+    Error, Result,
+    cuda::{driver, seconds},
+};
 
 /// What cuBLAS may use within a product; ours, so that captured graphs own no memory.
 pub(super) const WORKSPACE: usize = 32 << 20;
@@ -330,9 +333,6 @@ impl Gemm {
         if let Some(tuned) = plan.tuned {
             return Ok(tuned);
         }
-        let flags = Some(CUevent_flags::CU_EVENT_DEFAULT);
-        let event = || self.stream.context().new_event(flags).map_err(driver);
-        let (start, end) = (event()?, event()?);
         let pass = |algorithm: &_| {
             weights.iter().try_for_each(|weight| {
                 let addresses = [address(*weight), address(x), address(&y)];
@@ -340,21 +340,19 @@ impl Gemm {
                 unsafe { self.launch(plan, algorithm, addresses, add) }
             })
         };
-        let seconds = |algorithm: &_| -> Result<f64> {
+        let time = |algorithm: &_| -> Result<f64> {
             // One that cuBLAS proposes and then refuses is none.
             if pass(algorithm).is_err() {
                 return Ok(f64::INFINITY);
             }
             let mut least = f64::INFINITY;
             for _ in 0..PASSES {
-                start.record(&self.stream).map_err(driver)?;
-                pass(algorithm).map_err(failed)?;
-                end.record(&self.stream).map_err(driver)?;
-                least = least.min(f64::from(start.elapsed_ms(&end).map_err(driver)?) / 1e3);
+                let work = || pass(algorithm).map_err(failed);
+                least = least.min(seconds(&self.stream, work)?);
             }
             Ok(least / weights.len() as f64)
         };
-        let times = plan.algorithms.iter().map(seconds).collect::<Result<Vec<f64>>>()?;
+        let times = plan.algorithms.iter().map(time).collect::<Result<Vec<f64>>>()?;
         let fastest = (0..times.len()).min_by(|&a, &b| times[a].total_cmp(&times[b])).unwrap_or(0);
         plan.algorithms.swap(0, fastest);
         let tuned = Tuned { first: times[0], fastest: times[fastest] };

@@ -3,10 +3,7 @@
 
 mod report;
 
-use cudarc::driver::{
-    CudaGraph,
-    sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode},
-};
+use cudarc::driver::CudaGraph;
 use half::bf16;
 use leank_core::{
     Backend as _, Cache as _, CacheConfig, DEFAULT_BLOCK, Dtype, Error as CoreError, Planner,
@@ -19,7 +16,7 @@ pub use report::{HEADER, InMemory, Measured, SpeedReport, TARGETS};
 use super::{MaskChoice, MemorySize, check_dtype, dense, fit::largest};
 use crate::{
     Error, Result,
-    cuda::driver,
+    cuda::{capture, driver, seconds},
     decoder::{Activations, Decoder, DecoderConfig, MOST_ROWS, Products},
     stats::median,
 };
@@ -241,30 +238,18 @@ impl<'a> Running<'a> {
 
     /// The work of the step that is planned, as a graph.
     fn capture(&mut self, attend: bool) -> Result<CudaGraph> {
-        let stream = self.bench.cuda.stream();
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode).map_err(driver)?;
-        let recorded = self.bench.decoder.forward(&mut self.activations, &mut self.cache, attend);
-        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = stream.end_capture(flags).map_err(driver);
-        recorded?;
-        graph?.ok_or_else(|| Error::Device("nothing was captured".into()))
+        let Self { bench, activations, cache, .. } = self;
+        capture(bench.cuda.stream(), || bench.decoder.forward(activations, cache, attend))
     }
 
     /// Seconds per step of a round.
     fn time(&mut self, attend: bool) -> Result<f64> {
-        let stream = self.bench.cuda.stream();
-        let flags = Some(CUevent_flags::CU_EVENT_DEFAULT);
-        let event = || stream.context().new_event(flags).map_err(driver);
-        let (start, end) = (event()?, event()?);
-        let steps = self.bench.options.steps;
-        let free = free_bytes(self.bench.cuda)?;
-        start.record(stream).map_err(driver)?;
-        (0..steps).try_for_each(|_| self.step(attend))?;
-        end.record(stream).map_err(driver)?;
-        let seconds = f64::from(start.elapsed_ms(&end).map_err(driver)?) / 1e3;
-        self.taken.count(free, free_bytes(self.bench.cuda)?);
-        Ok(seconds / steps as f64)
+        let Bench { cuda, options, .. } = self.bench;
+        let free = free_bytes(cuda)?;
+        let steps = || (0..options.steps).try_for_each(|_| self.step(attend));
+        let seconds = seconds(cuda.stream(), steps)?;
+        self.taken.count(free, free_bytes(cuda)?);
+        Ok(seconds / options.steps as f64)
     }
 
     /// The report of these rounds, after one without attention.
