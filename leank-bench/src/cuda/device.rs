@@ -15,10 +15,10 @@ use leank_core::Dtype;
 use crate::{Error, Result, stats::median};
 
 /// 16-bit elements: f16 or bf16, as the caller says.
-pub(super) type Elements = CudaSlice<half::bf16>;
+pub(crate) type Elements = CudaSlice<half::bf16>;
 
 /// The device's side of the measurement.
-pub(super) struct Device {
+pub(crate) struct Device {
     pub(super) stream: Arc<CudaStream>,
     noise: [CudaFunction; 2],
     read: CudaFunction,
@@ -55,7 +55,7 @@ pub(crate) fn capture(
 }
 
 impl Device {
-    pub(super) fn new(stream: &Arc<CudaStream>) -> Result<Self> {
+    pub(crate) fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         // SAFETY: everything is given to this one stream, so that order needs no events; those of
         // cudarc would end up in captured graphs.
         unsafe { stream.context().disable_event_tracking() };
@@ -70,7 +70,7 @@ impl Device {
     }
 
     /// `count` random elements with variance `scale`².
-    pub(super) fn random(
+    pub(crate) fn random(
         &self,
         dtype: Dtype,
         count: usize,

@@ -14,8 +14,7 @@ use leank_train::rng::Rng;
 use serde::Serialize;
 
 use crate::{Error, Result, setting::Published};
-use device::Device;
-pub(crate) use device::{capture, driver, seconds};
+pub(crate) use device::{Device, capture, driver, seconds};
 use filled::{Filled, Filler};
 
 /// LeanK's windows.

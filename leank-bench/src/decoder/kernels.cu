@@ -170,18 +170,3 @@ argmax(const float* __restrict__ logits, u32* tokens, u32* positions, u32 vocabu
         positions[blockIdx.x] = min(positions[blockIdx.x] + 1, last);
     }
 }
-
-__device__ u32 mix(u64 x) {
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return u32((x ^ (x >> 31)) >> 32);
-}
-
-// Uniform numbers in +-sqrt(3) times `scale`, never 0.
-extern "C" __global__ void noise(Number* out, u64 count, u64 seed, float scale) {
-    u64 step = u64(gridDim.x) * blockDim.x;
-    for (u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-        float unit = (float(mix(seed * 0x9e3779b97f4a7c15ull + i) >> 9) + 0.5f) / 8388608.0f;
-        out[i] = narrow((unit - 0.5f) * 3.4641016f * scale);
-    }
-}

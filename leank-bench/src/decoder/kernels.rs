@@ -80,7 +80,6 @@ pub(super) struct Kernels {
     rope: CudaFunction,
     swiglu: CudaFunction,
     argmax: CudaFunction,
-    noise: CudaFunction,
 }
 
 /// What [`Kernels::rope`] turns.
@@ -109,7 +108,6 @@ impl Kernels {
             rope: function("rope")?,
             swiglu: function("swiglu")?,
             argmax: function("argmax")?,
-            noise: function("noise")?,
         })
     }
 
@@ -202,21 +200,6 @@ impl Kernels {
         // SAFETY: these are the kernel's parameters and its number of threads; the decoder sized the
         // buffers for so many rows.
         unsafe { launch.launch(grid(rows, 1, 1024)) }.map_err(driver)?;
-        Ok(())
-    }
-
-    /// Overwrites `out` with random numbers of variance `scale`².
-    pub(super) fn noise<T: Number>(
-        &self,
-        out: &mut CudaSlice<T>,
-        seed: u64,
-        scale: f32,
-    ) -> Result<()> {
-        let count = out.len() as u64;
-        let mut launch = self.stream.launch_builder(&self.noise);
-        launch.arg(out).arg(&count).arg(&seed).arg(&scale);
-        // SAFETY: these are the kernel's parameters, and it writes `count` elements.
-        unsafe { launch.launch(grid(2048, 1, 256)) }.map_err(driver)?;
         Ok(())
     }
 }

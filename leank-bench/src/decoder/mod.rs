@@ -16,6 +16,7 @@ mod weights;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr as _};
+use half::bf16;
 use leank_candle::{ModelConfig, RopeScaling, RopeTable};
 use leank_core::{Cache as _, Error as CoreError, Layer, ModelShape, ViewShape};
 use leank_cuda::{Cuda, CudaCache, DeviceView, DeviceViewMut};
@@ -182,31 +183,32 @@ pub struct Decoder<T> {
     gemm: Gemm,
 }
 
-impl<T: Number> Decoder<T> {
+impl Decoder<bf16> {
     /// A decoder with random weights, scaled so that activations stay finite.
     ///
     /// # Errors
     /// [`Error::Option`] for numbers that kernels cannot count, [`CoreError::Unavailable`] without
     /// cuBLAS, [`Error::Device`].
     pub fn random(cuda: &Cuda, config: DecoderConfig, seed: u64) -> Result<Self> {
-        Self::new(cuda, config, |stream, kernels, config| {
-            Weights::random(stream, kernels, config, seed)
-        })
+        Self::new(cuda, config, |stream, config| Weights::random(stream, config, seed))
     }
+}
 
+impl<T: Number> Decoder<T> {
     /// A decoder with the weights that `source` gives.
     ///
     /// # Errors
-    /// As [`Decoder::random`]; what `source` returns, and [`Error::Option`] for a part of another
+    /// [`Error::Option`] for numbers that kernels cannot count, [`CoreError::Unavailable`] without
+    /// cuBLAS, [`Error::Device`]; what `source` returns, and [`Error::Option`] for a part of another
     /// size.
     pub fn load(cuda: &Cuda, config: DecoderConfig, source: Source<'_>) -> Result<Self> {
-        Self::new(cuda, config, |stream, _, config| Weights::load(stream, config, source))
+        Self::new(cuda, config, |stream, config| Weights::load(stream, config, source))
     }
 
     fn new(
         cuda: &Cuda,
         config: DecoderConfig,
-        weights: impl FnOnce(&Arc<CudaStream>, &Kernels, &DecoderConfig) -> Result<Weights<T>>,
+        weights: impl FnOnce(&Arc<CudaStream>, &DecoderConfig) -> Result<Weights<T>>,
     ) -> Result<Self> {
         config.validate()?;
         let stream = Arc::clone(cuda.stream());
@@ -219,7 +221,7 @@ impl<T: Number> Decoder<T> {
         let table = RopeTable::new(config.shape.head_dim, base, scaling, config.positions);
         let cosines = stream.clone_htod(table.cosines()).map_err(driver)?;
         let sines = stream.clone_htod(table.sines()).map_err(driver)?;
-        let weights = weights(&stream, &kernels, &config)?;
+        let weights = weights(&stream, &config)?;
         let config = Arc::new(config);
         Ok(Self { config, stream, weights, cosines, sines, kernels, gemm })
     }
@@ -431,16 +433,6 @@ impl<T: Number> Decoder<T> {
         let size = product(hidden, vocab);
         products.add(1, self.gemm.tune::<T, f32>(&head, normed, size, false)?);
         Ok(products)
-    }
-
-    /// Random K or V of variance 1: `elements` of them.
-    ///
-    /// # Errors
-    /// [`Error::Device`].
-    pub fn noise(&self, elements: usize, seed: u64) -> Result<CudaSlice<T>> {
-        let mut noise = self.stream.alloc_zeros(elements).map_err(driver)?;
-        self.kernels.noise(&mut noise, seed, 1.0)?;
-        Ok(noise)
     }
 }
 

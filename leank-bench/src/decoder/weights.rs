@@ -3,13 +3,15 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
+use half::bf16;
 use leank_candle::Part;
+use leank_core::Dtype;
 
-use super::{
-    DecoderConfig,
-    kernels::{Kernels, Number},
+use super::{DecoderConfig, kernels::Number};
+use crate::{
+    Error, Result,
+    cuda::{Device, driver},
 };
-use crate::{Error, Result, cuda::driver};
 
 /// Gives the parts of a model, row after row, as [`leank_candle::Model::weight`] does; `None` for the
 /// head of a model that takes its embedding for it.
@@ -49,20 +51,18 @@ pub(super) fn bytes(config: &DecoderConfig, element: usize) -> u64 {
     (numbers * element + floats * 4) as u64
 }
 
-impl<T: Number> Weights<T> {
+impl Weights<bf16> {
     /// Random matrices with rows of norm 1: what has variance 1 keeps it. Norms do nothing.
     pub(super) fn random(
         stream: &Arc<CudaStream>,
-        kernels: &Kernels,
         config: &DecoderConfig,
         seed: u64,
     ) -> Result<Self> {
+        let device = Device::new(stream)?;
         let mut seed = seed << 32;
-        let mut matrix = |rows: usize, columns: usize, scale: f32| -> Result<CudaSlice<T>> {
-            let mut matrix = stream.alloc_zeros(rows * columns).map_err(driver)?;
+        let mut matrix = |rows: usize, columns: usize, scale: f32| {
             seed += 1;
-            kernels.noise(&mut matrix, seed, scale)?;
-            Ok(matrix)
+            device.random(Dtype::Bf16, rows * columns, seed, scale)
         };
         let ones = |len: usize| stream.clone_htod(&vec![1.0f32; len]).map_err(driver);
         let DecoderConfig { hidden, intermediate, vocab, .. } = *config;
@@ -81,14 +81,15 @@ impl<T: Number> Weights<T> {
             })
         };
         let layers = (0..config.shape.layers).map(layer).collect::<Result<_>>()?;
-        Ok(Self {
-            layers,
-            embedding: matrix(vocab, hidden, 1.0)?,
-            norm: ones(hidden)?,
-            head: Some(matrix(vocab, hidden, scale(hidden))?),
-        })
+        let (embedding, norm) = (matrix(vocab, hidden, 1.0)?, ones(hidden)?);
+        let head = Some(matrix(vocab, hidden, scale(hidden))?);
+        // The kernels go with `device`.
+        stream.synchronize().map_err(driver)?;
+        Ok(Self { embedding, layers, norm, head })
     }
+}
 
+impl<T: Number> Weights<T> {
     /// The weights that `source` gives.
     pub(super) fn load(
         stream: &Arc<CudaStream>,

@@ -16,7 +16,7 @@ pub use report::{HEADER, InMemory, Measured, SpeedReport, TARGETS};
 use super::{MaskChoice, MemorySize, check_dtype, dense, fit::largest};
 use crate::{
     Error, Result,
-    cuda::{capture, driver, seconds},
+    cuda::{Device, capture, driver, seconds},
     decoder::{Activations, Decoder, DecoderConfig, MOST_ROWS, Products},
     stats::median,
 };
@@ -83,6 +83,7 @@ impl Variant {
 struct Bench<'a> {
     cuda: &'a Cuda,
     options: &'a SpeedOptions,
+    device: Device,
     decoder: Decoder<bf16>,
     /// Free bytes of the device before there was a decoder.
     free: u64,
@@ -302,10 +303,8 @@ fn fill(
     let shape = cache.config().shape;
     let width = shape.kv_heads * shape.head_dim;
     let rows = PIECE * DEFAULT_BLOCK;
-    let (k, v) = (
-        bench.decoder.noise(rows * width, random.next_u64())?,
-        bench.decoder.noise(rows * width, random.next_u64())?,
-    );
+    let mut noise = || bench.device.random(Dtype::Bf16, rows * width, random.next_u64(), 1.0);
+    let (k, v) = (noise()?, noise()?);
     let mut left = vec![tokens; entries.len()];
     loop {
         let open: Vec<usize> = (0..left.len()).filter(|&i| left[i] > 0).collect();
@@ -382,7 +381,8 @@ pub fn measure(
         return Err(Error::option("memory", expected, memory));
     }
     let decoder = Decoder::random(cuda, config, 1)?;
-    let bench = Bench { cuda, options, decoder, free };
+    let device = Device::new(cuda.stream())?;
+    let bench = Bench { cuda, options, device, decoder, free };
     progress(&format!("weights: {} of {} free", MemorySize(decoder_bytes), MemorySize(free)));
     let (together, [dense, lean], ratio) = bench.both(&variants, options.batch)?;
     progress(&format!("{HEADER}\n{dense}\n{lean}"));
