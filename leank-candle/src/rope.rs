@@ -49,8 +49,7 @@ impl RopeTable {
     }
 
     /// Positions in the table.
-    #[must_use]
-    pub fn positions(&self) -> usize {
+    pub(crate) fn positions(&self) -> usize {
         self.cos.len() / self.half
     }
 
