@@ -56,7 +56,7 @@ pub struct SpeedOptions {
     pub steps: usize,
     /// Rounds behind each median.
     pub rounds: usize,
-    /// Whether a step is one launch of a CUDA graph.
+    /// Whether what is between plan and commit is one launch of a CUDA graph.
     pub graphs: bool,
 }
 

@@ -70,7 +70,7 @@ pub struct SpeedReport {
     pub windows: Windows,
     /// Storage type of K and V.
     pub dtype: Dtype,
-    /// Whether steps were CUDA graphs.
+    /// Whether what is between plan and commit was a CUDA graph.
     pub graphs: bool,
     /// Steps per round.
     pub steps: usize,
@@ -132,7 +132,7 @@ impl fmt::Display for SpeedReport {
             "median of {} rounds of {} steps{}; {}",
             self.rounds,
             self.steps,
-            if self.graphs { ", each a CUDA graph" } else { "" },
+            if self.graphs { " by CUDA graphs" } else { "" },
             if self.together { "rounds alternate" } else { "one cache after the other" },
         )?;
         if self.dense.batch < self.asked_batch {
