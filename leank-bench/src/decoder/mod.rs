@@ -113,7 +113,8 @@ impl DecoderConfig {
         self.query_width() + 2 * self.kv_width()
     }
 
-    fn validate(&self) -> Result<()> {
+    /// Fails for numbers that kernels cannot count.
+    pub(crate) fn validate(&self) -> Result<()> {
         self.shape.validate()?;
         for (what, size, unit) in [
             ("hidden size", self.hidden, 4),

@@ -323,8 +323,8 @@ fn fill(
     }
 }
 
-/// Fails for what cannot be measured, whatever the device.
-fn check(options: &SpeedOptions) -> Result<()> {
+/// The decoder's numbers; fails for what cannot be measured, whatever the device.
+fn check(options: &SpeedOptions) -> Result<DecoderConfig> {
     check_dtype(options.dtype)?;
     if !(1..=MOST_ROWS).contains(&options.batch) {
         return Err(Error::option("batch", format!("1..={MOST_ROWS} sequences"), options.batch));
@@ -342,7 +342,9 @@ fn check(options: &SpeedOptions) -> Result<()> {
         );
         return Err(Error::option("context", expected, options.context));
     }
-    Ok(())
+    let config = DecoderConfig::llama_8b(options.layers, options.context)?;
+    config.validate()?;
+    Ok(config)
 }
 
 /// Measures; `progress` is told what was done.
@@ -356,8 +358,7 @@ pub fn measure(
     options: &SpeedOptions,
     mut progress: impl FnMut(&str),
 ) -> Result<SpeedReport> {
-    check(options)?;
-    let config = DecoderConfig::llama_8b(options.layers, options.context)?;
+    let config = check(options)?;
     let lean = options.mask.config(config.shape, options.windows, options.dtype)?;
     let windows = lean.windows;
     let variants = [
@@ -461,6 +462,7 @@ mod tests {
             (SpeedOptions { steps: 0, ..good.clone() }, "rounds"),
             (SpeedOptions { rounds: 0, ..good.clone() }, "rounds"),
             (SpeedOptions { context: good.context - 1, ..good.clone() }, "323 tokens"),
+            (SpeedOptions { context: usize::MAX, ..good.clone() }, "positions"),
             (SpeedOptions { steps: 1 << 62, rounds: 2, ..good.clone() }, "context"),
             (SpeedOptions { dtype: Dtype::F32, ..good.clone() }, "storage type"),
         ] {
