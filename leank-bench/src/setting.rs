@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use leank_core::{ChannelMask, ModelMask, ModelShape, Result as CoreResult};
+use leank_core::{CacheConfig, ChannelMask, ModelMask, ModelShape, Result as CoreResult, Windows};
 use leank_train::rng::Rng;
 use serde::Serialize;
 
@@ -131,6 +131,12 @@ pub enum Published {
 }
 
 impl Published {
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::Llama, Self::Qwen];
+
+    /// The windows that LeanK uses with them.
+    pub const WINDOWS: Windows = Windows { sink: 128, recent: 768 };
+
     fn quarters(self) -> Vec<usize> {
         let digits = match self {
             Self::Llama => LLAMA,
@@ -161,6 +167,24 @@ impl Published {
         });
         let heads = heads.collect::<CoreResult<_>>()?;
         ModelMask::new(shape.layers, shape.kv_heads, shape.head_dim, heads)
+    }
+
+    /// A cache with [`Published::mask`] and [`Published::WINDOWS`].
+    ///
+    /// # Errors
+    /// As [`CacheConfig::new`].
+    pub fn config(self, shape: ModelShape) -> CoreResult<CacheConfig> {
+        let config = CacheConfig::new(shape, self.mask(&shape)?)?;
+        Ok(CacheConfig { windows: Self::WINDOWS, ..config })
+    }
+}
+
+impl fmt::Display for Published {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Llama => "llama",
+            Self::Qwen => "qwen",
+        })
     }
 }
 

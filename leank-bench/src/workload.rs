@@ -2,7 +2,7 @@
 
 use leank_core::{
     Backend, Cache, CacheConfig, DEFAULT_BLOCK, Dtype, HostView, HostViewMut, Layer, ModelShape,
-    Planner, StepEntry, ViewShape, Windows, oracle::Attention,
+    Planner, StepEntry, ViewShape, oracle::Attention,
 };
 use leank_train::rng::Rng;
 use serde::Serialize;
@@ -35,19 +35,12 @@ pub enum Variant {
 }
 
 impl Variant {
-    /// LeanK's windows.
-    const PUBLISHED_WINDOWS: Windows = Windows { sink: 128, recent: 768 };
-
     fn config(self, shape: ModelShape) -> Result<CacheConfig> {
-        let published = |published: Published| -> Result<CacheConfig> {
-            let config = CacheConfig::new(shape, published.mask(&shape)?)?;
-            Ok(CacheConfig { windows: Self::PUBLISHED_WINDOWS, ..config })
-        };
         Ok(match self {
             Self::Dense => CacheConfig::dense(shape)?,
             Self::Lean => CacheConfig::new(shape, mixed_mask(&shape)?)?,
-            Self::Llama => published(Published::Llama)?,
-            Self::Qwen => published(Published::Qwen)?,
+            Self::Llama => Published::Llama.config(shape)?,
+            Self::Qwen => Published::Qwen.config(shape)?,
         })
     }
 

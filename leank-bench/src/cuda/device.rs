@@ -28,6 +28,13 @@ pub(crate) fn driver(error: DriverError) -> Error {
     Error::Device(error.to_string())
 }
 
+/// Has cudarc order nothing by events, for a context whose work is all given to `stream`: events would
+/// end up in captured graphs.
+pub(crate) fn give_up_events(stream: &CudaStream) {
+    // SAFETY: everything is given to this one stream, so that order needs no events.
+    unsafe { stream.context().disable_event_tracking() };
+}
+
 /// Seconds that the device spends on what `work` gives to the stream. Waits.
 pub(crate) fn seconds(stream: &Arc<CudaStream>, work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let event =
@@ -56,9 +63,7 @@ pub(crate) fn capture(
 
 impl Device {
     pub(crate) fn new(stream: &Arc<CudaStream>) -> Result<Self> {
-        // SAFETY: everything is given to this one stream, so that order needs no events; those of
-        // cudarc would end up in captured graphs.
-        unsafe { stream.context().disable_event_tracking() };
+        give_up_events(stream);
         // bf16 numbers are converted from compute capability 8.0 on.
         let options = nvrtc::CompileOptions { arch: Some("compute_80"), ..Default::default() };
         let ptx = nvrtc::compile_ptx_with_opts(include_str!("probe.cu"), options)

@@ -7,18 +7,15 @@ use std::{collections::BTreeMap, fmt, str::FromStr, time::Instant};
 
 use leank_core::{
     Backend as _, Cache as _, CacheConfig, ChannelMask, DEFAULT_BLOCK, Dtype, KvHead, Layer,
-    ModelMask, ModelShape, Planner, Windows,
+    ModelMask, ModelShape, Planner,
 };
 use leank_cuda::Cuda;
 use leank_train::rng::Rng;
 use serde::Serialize;
 
 use crate::{Error, Result, setting::Published};
-pub(crate) use device::{Device, capture, driver, seconds};
+pub(crate) use device::{Device, capture, driver, give_up_events, seconds};
 use filled::{Filled, Filler};
-
-/// LeanK's windows.
-pub(crate) const WINDOWS: Windows = Windows { sink: 128, recent: 768 };
 
 /// A model of which LeanK published the mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -31,22 +28,26 @@ pub enum Model {
 }
 
 impl Model {
+    fn published(self) -> Published {
+        match self {
+            Self::Llama => Published::Llama,
+            Self::Qwen => Published::Qwen,
+        }
+    }
+
     fn mask(self) -> Result<(ModelShape, ModelMask)> {
-        let (published, layers, query_heads, kv_heads) = match self {
-            Self::Llama => (Published::Llama, 32, 32, 8),
-            Self::Qwen => (Published::Qwen, 28, 28, 4),
+        let (layers, query_heads, kv_heads) = match self {
+            Self::Llama => (32, 32, 8),
+            Self::Qwen => (28, 28, 4),
         };
         let shape = ModelShape::new(layers, query_heads, kv_heads, 128)?;
-        Ok((shape, published.mask(&shape)?))
+        Ok((shape, self.published().mask(&shape)?))
     }
 }
 
 impl fmt::Display for Model {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Llama => "llama",
-            Self::Qwen => "qwen",
-        })
+        self.published().fmt(f)
     }
 }
 
@@ -298,7 +299,7 @@ fn one_layer(options: &CudaOptions, model: Model, layer: Option<Layer>) -> Resul
         Some(layer) => {
             let heads = (0..shape.kv_heads).map(|head| mask.head(layer, KvHead(head)).clone());
             let mask = ModelMask::new(1, shape.kv_heads, shape.head_dim, heads.collect())?;
-            CacheConfig { windows: WINDOWS, ..CacheConfig::new(one, mask)? }
+            CacheConfig { windows: Published::WINDOWS, ..CacheConfig::new(one, mask)? }
         }
     };
     Ok(CacheConfig { dtype: options.dtype, ..config })

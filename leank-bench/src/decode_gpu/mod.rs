@@ -14,7 +14,7 @@ use leank_core::{
 
 pub use fit::MemorySize;
 
-use crate::{Error, Result, cuda::WINDOWS, setting::Published};
+use crate::{Error, Result, setting::Published};
 
 /// The mask of the lean cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,19 +29,15 @@ impl FromStr for MaskChoice {
     type Err = std::convert::Infallible;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(match text {
-            "llama" => Self::Published(Published::Llama),
-            "qwen" => Self::Published(Published::Qwen),
-            path => Self::File(path.into()),
-        })
+        let published = Published::ALL.into_iter().find(|published| published.to_string() == text);
+        Ok(published.map_or_else(|| Self::File(text.into()), Self::Published))
     }
 }
 
 impl fmt::Display for MaskChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Published(Published::Llama) => f.write_str("llama"),
-            Self::Published(Published::Qwen) => f.write_str("qwen"),
+            Self::Published(published) => published.fmt(f),
             Self::File(path) => path.display().fmt(f),
         }
     }
@@ -59,10 +55,7 @@ impl MaskChoice {
         dtype: Dtype,
     ) -> Result<CacheConfig> {
         let config = match self {
-            Self::Published(published) => {
-                let config = CacheConfig::new(shape, published.mask(&shape)?)?;
-                CacheConfig { windows: WINDOWS, ..config }
-            }
+            Self::Published(published) => published.config(shape)?,
             Self::File(path) => CacheConfig::new(shape, read_mask(path, &ReadOptions::default())?)?,
         };
         let windows = windows.unwrap_or(config.windows);
@@ -95,7 +88,7 @@ mod tests {
         let shape = ModelShape::new(2, 4, 2, 64).unwrap();
         let llama = MaskChoice::Published(Published::Llama);
         let config = llama.config(shape, None, Dtype::Bf16).unwrap();
-        assert_eq!((config.windows, config.dtype), (WINDOWS, Dtype::Bf16));
+        assert_eq!((config.windows, config.dtype), (Published::WINDOWS, Dtype::Bf16));
         let windows = Windows { sink: 3, recent: 5 };
         assert_eq!(llama.config(shape, Some(windows), Dtype::F16).unwrap().windows, windows);
         let missing = MaskChoice::File("no/such/mask.safetensors".into());

@@ -24,7 +24,10 @@ use leank_cuda::{Cuda, CudaCache, DeviceView, DeviceViewMut};
 pub use kernels::{Number, compile};
 pub use weights::Source;
 
-use crate::{Error, Result, cuda::driver};
+use crate::{
+    Error, Result,
+    cuda::{driver, give_up_events},
+};
 use gemm::{Gemm, Product, Tuned};
 use kernels::{Kernels, Rotation};
 use weights::{LayerWeights, Weights};
@@ -213,9 +216,7 @@ impl<T: Number> Decoder<T> {
     ) -> Result<Self> {
         config.validate()?;
         let stream = Arc::clone(cuda.stream());
-        // SAFETY: everything is given to this one stream, so that order needs no events; those of
-        // cudarc would end up in captured graphs.
-        unsafe { stream.context().disable_event_tracking() };
+        give_up_events(&stream);
         let gemm = Gemm::new(&stream)?;
         let kernels = Kernels::new::<T>(&stream)?;
         let (base, scaling) = (config.rope_base, &config.rope_scaling);
