@@ -187,7 +187,7 @@ struct CudaArgs {
 
 impl CudaArgs {
     fn run(&self) -> Result<(), Box<dyn std::error::Error>> {
-        let (cuda, start_s) = cuda::start(self.device)?;
+        let (cuda, start) = cuda::start(self.device)?;
         if let Some(problem) = cuda.kernel_cache_problem() {
             eprintln!("leank-bench: compiled kernels cannot be kept: {problem}");
         }
@@ -203,7 +203,7 @@ impl CudaArgs {
         };
         eprintln!("{}", cuda::HEADER);
         let report =
-            cuda::measure(&cuda, start_s, &options, |row, read| eprint!("{}", row.lines(read)))?;
+            cuda::measure(&cuda, start, &options, |row, read| eprint!("{}", row.lines(read)))?;
         print(self.json, &report, report.to_string())
     }
 }

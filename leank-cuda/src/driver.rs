@@ -30,7 +30,7 @@ pub(crate) struct Buffer {
 }
 
 /// Slabs start at a multiple of this many bytes.
-const ALIGN: u64 = 1 << 16;
+pub(crate) const ALIGN: u64 = 1 << 16;
 
 impl Buffer {
     /// Memory that nothing was written to, at a multiple of 256 bytes.

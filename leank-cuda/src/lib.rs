@@ -61,7 +61,7 @@ pub use view::{DeviceView, DeviceViewMut, Element};
 
 use std::{path::PathBuf, sync::Arc};
 
-use cudarc::driver::{CudaContext, CudaStream, sys::CUdevice_attribute};
+use cudarc::driver::{CudaStream, sys::CUdevice_attribute};
 use etcetera::BaseStrategy as _;
 use leank_core::{
     Backend, CacheConfig, CacheLayout, Dtype, Error, LayoutRules, LeanFormat, Result,
@@ -118,8 +118,7 @@ impl Cuda {
     /// # Errors
     /// As [`probe`].
     pub fn with_kernel_cache(ordinal: usize, kernels: KernelCache) -> Result<Self> {
-        let device = probe(ordinal)?;
-        let context = CudaContext::new(ordinal).map_err(probe::driver)?;
+        let (device, context) = probe::open(ordinal)?;
         let attribute = |attribute| context.attribute(attribute).map_err(probe::driver);
         let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let multiprocessors = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;

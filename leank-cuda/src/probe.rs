@@ -1,7 +1,7 @@
 //! Whether there is a CUDA device that the backend can run on, found out without panicking:
 //! cudarc panics where a library is absent, so the libraries are looked for first.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use cudarc::{
     driver::{CudaContext, DriverError},
@@ -52,6 +52,11 @@ pub(crate) fn driver(error: DriverError) -> Error {
 /// [`Error::Unavailable`] when the driver or NVRTC is missing, when there is no such device, or
 /// when it is older than compute capability 8.0.
 pub fn probe(ordinal: usize) -> Result<Device> {
+    open(ordinal).map(|(device, _)| device)
+}
+
+/// The same, and the device's primary context, which takes a while to make.
+pub(crate) fn open(ordinal: usize) -> Result<(Device, Arc<CudaContext>)> {
     if !libraries::has_driver() {
         return Err(unavailable("libcuda was not found; install the NVIDIA driver"));
     }
@@ -78,7 +83,7 @@ pub fn probe(ordinal: usize) -> Result<Device> {
     }
     check_nvrtc()?;
     let memory = context.total_mem().map_err(driver)?;
-    Ok(Device { ordinal, name, compute_capability, memory })
+    Ok((Device { ordinal, name, compute_capability, memory }, context))
 }
 
 /// cudarc's own look at whether a library can be loaded.

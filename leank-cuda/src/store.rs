@@ -1,9 +1,10 @@
-//! Block storage: slabs of device memory that hold blocks of one kind, layer by layer.
+//! Block storage: slabs of device memory that hold blocks of one kind.
 //!
 //! A kernel finds a block by one number, its *table entry* (`kernels/common.cuh`): no list of slabs
-//! has to follow the pools to the device. Slabs grow with the cache, from 2 MiB to 256 MiB, so what
-//! is allocated stays within a few per cent of the blocks in use for small caches, and within one
-//! for large ones.
+//! has to follow the pools to the device. A slab is a row of *runs* of 1, 2, 4... blocks, each laid
+//! out layer by layer, so that it can hold any number of blocks: as many as fill the pages that they
+//! take. Slabs grow with the cache, from 16 MiB to 128 MiB, so that what is allocated stays within a
+//! few per cent of the blocks in use for small caches, and within one for large ones.
 
 use std::sync::Arc;
 
@@ -11,29 +12,41 @@ use cudarc::driver::{CudaContext, CudaStream};
 use leank_core::{Block, CacheLayout, Error, Layer, ModelShape, Result};
 
 use crate::{
-    driver::{Buffer, Driver, is_out_of_memory},
+    driver::{ALIGN, Buffer, Driver, is_out_of_memory},
     records::Blocks,
     tiles::TILE,
 };
 
 /// Fewest and most bytes of a slab, where a block is no larger.
-const SLAB: std::ops::RangeInclusive<u64> = 2 << 20..=256 << 20;
+const SLAB: std::ops::RangeInclusive<u64> = 16 << 20..=128 << 20;
 
-/// Most blocks of a slab: their numbers take 16 bits of a table entry.
+/// What the device's memory is handed out in.
+const PAGE: u64 = 2 << 20;
+
+/// Most blocks of a run: their numbers take 16 bits of a table entry.
 const MOST_BLOCKS: u64 = 1 << 15;
 
 /// Where a block lies.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     slab: usize,
+    run: Run,
     number: u64,
     stored: bool,
 }
 
+/// Some blocks of a slab that lie together, layer by layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    /// Where it begins in the slab, in bytes: a multiple of [`ALIGN`].
+    offset: u64,
+    /// It holds two to this power of blocks.
+    log: u32,
+}
+
 #[derive(Debug)]
 struct Slab {
-    /// The slab holds two to this power of blocks.
-    log: u32,
+    bytes: u64,
     /// Blocks that have storage.
     stored: usize,
     /// Taken while some block has storage.
@@ -51,11 +64,31 @@ struct Slots {
     places: Vec<Place>,
 }
 
-/// Two to which power of blocks the next slab holds, after `blocks` blocks of `bytes` bytes each.
-fn slab_log(blocks: usize, bytes: u64) -> u32 {
+/// The runs of a slab of `blocks` blocks of `bytes` bytes each, the largest first, and its bytes.
+fn runs(blocks: u64, bytes: u64) -> (Vec<Run>, u64) {
+    let mut end = 0;
+    let logs = (0..u64::BITS).rev().filter(|log| blocks >> log & 1 == 1);
+    let runs = logs.map(|log| {
+        let run = Run { offset: end, log };
+        end = (end + (bytes << log)).next_multiple_of(ALIGN);
+        run
+    });
+    (runs.collect(), end)
+}
+
+/// How many blocks of `bytes` bytes each the next slab holds, after `blocks` blocks: a sixty-fourth
+/// to a thirty-second of them, whatever leaves least of the last page.
+fn slab_blocks(blocks: usize, bytes: u64) -> u64 {
     let most = (SLAB.end() / bytes.max(1)).clamp(1, MOST_BLOCKS);
     let least = (SLAB.start() / bytes.max(1)).clamp(1, most);
-    (blocks as u64 / 32).clamp(least, most).ilog2()
+    let most = (blocks as u64 / 32).clamp(least, most);
+    // Of small blocks any number will do.
+    let candidates = (most / 2 + 1..=most).rev().take(64);
+    let left = |&blocks: &u64| {
+        let taken = runs(blocks, bytes).1.next_multiple_of(PAGE).max(PAGE);
+        (taken - blocks * bytes) as f64 / taken as f64
+    };
+    candidates.min_by(|a, b| left(a).total_cmp(&left(b))).unwrap_or(most)
 }
 
 impl Slots {
@@ -67,16 +100,18 @@ impl Slots {
     /// Gives storage to block `id`.
     fn allocate(&mut self, context: &Arc<CudaContext>, id: usize) -> Driver<()> {
         while self.places.len() <= id {
-            let log = slab_log(self.places.len(), self.bytes);
             let slab = self.slabs.len();
-            self.slabs.push(Slab { log, stored: 0, buffer: None });
-            let place = |number| Place { slab, number, stored: false };
-            self.places.extend((0..1 << log).map(place));
+            let (runs, bytes) = runs(slab_blocks(self.places.len(), self.bytes), self.bytes);
+            self.slabs.push(Slab { bytes, stored: 0, buffer: None });
+            for run in runs {
+                let place = |number| Place { slab, run, number, stored: false };
+                self.places.extend((0..1 << run.log).map(place));
+            }
         }
         let place = &mut self.places[id];
         let slab = &mut self.slabs[place.slab];
         if slab.buffer.is_none() {
-            slab.buffer = Some(Buffer::aligned(context, (self.bytes << slab.log) as usize)?);
+            slab.buffer = Some(Buffer::aligned(context, slab.bytes as usize)?);
         }
         slab.stored += usize::from(!std::mem::replace(&mut place.stored, true));
         Ok(())
@@ -84,11 +119,10 @@ impl Slots {
 
     /// Bytes of the slab that block `id` lies in, or will.
     fn next_allocation(&self, id: usize) -> u64 {
-        let log = self.places.get(id).map_or_else(
-            || slab_log(self.places.len(), self.bytes),
-            |place| self.slabs[place.slab].log,
-        );
-        self.bytes << log
+        self.places.get(id).map_or_else(
+            || runs(slab_blocks(self.places.len(), self.bytes), self.bytes).1,
+            |place| self.slabs[place.slab].bytes,
+        )
     }
 
     /// Takes the storage of block `id`. Memory goes back when no block of its slab has any.
@@ -103,18 +137,16 @@ impl Slots {
 
     /// The slab of a block, and where a layer of it begins in it.
     fn find(&self, id: u32, layer: Layer) -> Option<(&Buffer, usize)> {
-        let place = self.places.get(id as usize)?;
-        let slab = &self.slabs[place.slab];
+        let Place { slab, run, number, .. } = *self.places.get(id as usize)?;
         let before: u64 = self.layers[..layer.0].iter().sum();
-        let offset = (before << slab.log) + place.number * self.layers[layer.0];
-        Some((slab.buffer.as_ref()?, offset as usize))
+        let offset = run.offset + (before << run.log) + number * self.layers[layer.0];
+        Some((self.slabs[slab].buffer.as_ref()?, offset as usize))
     }
 
     fn entry(&self, id: u32) -> u64 {
-        let Some(place) = self.places.get(id as usize) else { return 0 };
-        let slab = &self.slabs[place.slab];
-        let address = slab.buffer.as_ref().map_or(0, Buffer::address);
-        table_entry(self.lean, slab.log, address, place.number)
+        let Some(&Place { slab, run, number, .. }) = self.places.get(id as usize) else { return 0 };
+        let slab = self.slabs[slab].buffer.as_ref().map_or(0, Buffer::address);
+        table_entry(self.lean, run.log, slab + run.offset, number)
     }
 
     fn allocated(&self) -> u64 {
@@ -264,15 +296,39 @@ mod tests {
     fn slabs_grow_with_the_cache() {
         let mib = 1u64 << 20;
         // Small blocks: the smallest slab, then a thirty-second of what is there.
-        assert_eq!(slab_log(0, 4096), 9);
-        assert_eq!(slab_log(1 << 20, 4096), 15);
+        assert_eq!(slab_blocks(0, 4096), 4096);
+        assert_eq!(slab_blocks(1 << 19, 4096), 1 << 14);
         // A block of a 8B model.
-        assert_eq!(slab_log(0, 8 * mib), 0);
-        assert_eq!(slab_log(100, 8 * mib), 1);
-        assert_eq!(slab_log(100_000, 8 * mib), 5);
+        assert_eq!(slab_blocks(0, 8 * mib), 2);
+        assert_eq!(slab_blocks(100, 8 * mib), 3);
+        assert_eq!(slab_blocks(100_000, 8 * mib), 16);
         // Blocks larger than any slab, and of nothing at all.
-        assert_eq!(slab_log(100, 1000 * mib), 0);
-        assert_eq!(slab_log(0, 0), 15);
+        assert_eq!(slab_blocks(100, 1000 * mib), 1);
+        assert_eq!(slab_blocks(0, 0), MOST_BLOCKS);
+    }
+
+    #[test]
+    fn slabs_fill_their_pages() {
+        // Lean blocks of Llama-3.1-8B: one takes two and a quarter pages.
+        let bytes = 4_734_976;
+        let (mut blocks, mut taken) = (0, 0);
+        while blocks < 7400 {
+            let slab = slab_blocks(blocks, bytes);
+            blocks += slab as usize;
+            taken += runs(slab, bytes).1.next_multiple_of(PAGE);
+        }
+        let stored = 7400 * bytes;
+        assert!(taken < stored + stored / 100, "{taken} of {stored}");
+    }
+
+    #[test]
+    fn runs_lie_one_after_the_other() {
+        let (runs, bytes) = runs(11, 100_000);
+        let ends = |run: &Run| (run.offset + (100_000 << run.log)).next_multiple_of(ALIGN);
+        assert_eq!(runs.iter().map(|run| run.log).collect::<Vec<_>>(), [3, 1, 0]);
+        assert_eq!(runs[0].offset, 0);
+        assert!(runs.windows(2).all(|pair| ends(&pair[0]) == pair[1].offset));
+        assert_eq!(ends(&runs[2]), bytes);
     }
 
     #[test]

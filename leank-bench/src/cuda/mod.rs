@@ -142,9 +142,9 @@ pub struct Row {
 pub struct Report {
     /// The device.
     pub device: String,
-    /// Seconds from nothing to a first cache: context, kernels (compiled where no earlier run left them
-    /// on disk) and tables.
-    pub start_s: f64,
+    /// From nothing to a first cache.
+    #[serde(flatten)]
+    pub start: Start,
     /// 10⁹ bytes per second of a plain read.
     pub read_gb_per_s: f64,
     /// Storage type.
@@ -216,7 +216,7 @@ impl Row {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}; reads {:.0} GB/s", self.device, self.read_gb_per_s)?;
-        writeln!(f, "ready after {:.3} s", self.start_s)?;
+        writeln!(f, "{}", self.start)?;
         writeln!(f, "{}, median of {} rounds\n\n{HEADER}", self.dtype, self.rounds)?;
         self.rows.iter().try_for_each(|row| f.write_str(&row.lines(self.read_gb_per_s)))?;
         self.mixed.iter().try_for_each(|mixed| writeln!(f, "{mixed}"))
@@ -226,26 +226,48 @@ impl fmt::Display for Report {
 /// Least bytes that calls go through before they come back to the same: many times the L2 cache.
 const COLD_BYTES: f64 = 24.0 * (50 << 20) as f64;
 
-/// The backend on a device, and the seconds until a first cache of Llama's heads stood.
+/// Seconds from nothing to a first cache of Llama's heads.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Start {
+    /// All of it.
+    pub start_s: f64,
+    /// Of it, the backend: the driver and the device's context.
+    pub backend_s: f64,
+}
+
+impl fmt::Display for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { start_s, backend_s } = self;
+        write!(
+            f,
+            "ready after {start_s:.3} s: driver and context {backend_s:.3} s, kernels and tables {:.3} s",
+            start_s - backend_s
+        )
+    }
+}
+
+/// The backend on a device, when a first cache has stood. Its kernels are compiled where no earlier run
+/// left them on disk.
 ///
 /// # Errors
 /// Those of the backend.
-pub fn start(device: usize) -> Result<(Cuda, f64)> {
+pub fn start(device: usize) -> Result<(Cuda, Start)> {
     let begin = Instant::now();
     let cuda = Cuda::new(device)?;
+    let backend_s = begin.elapsed().as_secs_f64();
     let (shape, _) = Model::Llama.mask()?;
     let config = CacheConfig::dense(ModelShape { layers: 1, ..shape })?;
     cuda.create(CacheConfig { dtype: Dtype::Bf16, ..config })?;
-    Ok((cuda, begin.elapsed().as_secs_f64()))
+    Ok((cuda, Start { start_s: begin.elapsed().as_secs_f64(), backend_s }))
 }
 
-/// Measures; `start_s` is what [`start`] took, `progress` gets each row as it is done.
+/// Measures; `start` is what [`start`] took, `progress` gets each row as it is done.
 ///
 /// # Errors
 /// Those of the backend and the device.
 pub fn measure(
     cuda: &Cuda,
-    start_s: f64,
+    start: Start,
     options: &CudaOptions,
     mut progress: impl FnMut(&Row, f64),
 ) -> Result<Report> {
@@ -270,7 +292,7 @@ pub fn measure(
     Ok(Report {
         mixed,
         device: cuda.device().to_string(),
-        start_s,
+        start,
         read_gb_per_s: read,
         dtype: options.dtype,
         rounds: options.rounds,

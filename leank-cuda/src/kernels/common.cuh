@@ -152,8 +152,8 @@ struct Head {
     u32 channels;
 };
 
-// Where the blocks of one layer lie. A slab holds 2^n blocks, layer by layer. A table entry says
-// which block: whether it is lean (bit 63), n (bits 58 to 62), the address of the slab, a multiple of
+// Where the blocks of one layer lie. A run holds 2^n blocks, layer by layer. A table entry says
+// which block: whether it is lean (bit 63), n (bits 58 to 62), the address of the run, a multiple of
 // 65536 (bits 16 to 57), and the number of the block in it.
 struct Blocks {
     // Bytes of the layers before this one: full, lean.
