@@ -2,7 +2,10 @@
 
 use std::io::{Read, Write};
 
-use crate::{CacheConfig, CacheLayout, Layer, LayoutRules, Memory, Result, SequenceId, StepEntry};
+use crate::{
+    CacheConfig, CacheLayout, Dtype, Layer, LayoutRules, LeanFormat, Memory, Result, SequenceId,
+    StepEntry,
+};
 
 /// A place where caches live and attention runs: the CPU, a CUDA device.
 pub trait Backend {
@@ -14,6 +17,10 @@ pub trait Backend {
 
     /// What this backend asks of block layouts; with it [`crate::Planner`] predicts its bytes.
     fn layout_rules(&self) -> LayoutRules;
+
+    /// Formats that it has for lean blocks beside full ones of this type; for
+    /// [`CacheConfig::check_formats`].
+    fn lean_formats(&self, full: Dtype) -> Vec<LeanFormat>;
 
     /// An empty cache.
     ///

@@ -1,6 +1,9 @@
 //! What a cache is made for: [`CacheConfig`].
 
-use crate::{Dtype, Error, HeadFormat, KvHead, Layer, ModelMask, ModelShape, Result, Windows};
+use crate::{
+    Dtype, Error, HeadFormat, KvHead, Layer, LeanFormat, ModelMask, ModelShape, Result, Tensor,
+    Windows,
+};
 
 /// Everything that decides what a cache stores and what attention over it means.
 ///
@@ -25,7 +28,8 @@ pub struct CacheConfig {
     pub block: usize,
     /// Element type of full blocks, and of lean ones where `formats` says nothing else.
     pub dtype: Dtype,
-    /// Formats of the heads in lean blocks, layer-major; `None`: plain elements of `dtype`.
+    /// Formats of the heads in lean blocks, layer-major; `None`: what the mask asks for beside full
+    /// blocks of `dtype`, which is plain elements of `dtype` where it asks for nothing.
     pub formats: Option<Vec<HeadFormat>>,
     /// Factor on q·k; `None`: 1/√head_dim with the full `head_dim`, whatever is kept.
     pub scale: Option<f32>,
@@ -111,7 +115,35 @@ impl CacheConfig {
     pub fn format(&self, layer: Layer, head: KvHead) -> HeadFormat {
         match &self.formats {
             Some(formats) => formats[layer.0 * self.shape.kv_heads + head.0],
-            None => HeadFormat::plain(self.dtype),
+            None => self.mask.precision(layer, head).format(self.dtype),
         }
+    }
+
+    /// Checks that every format of live heads is among those that a backend has; `backend` names it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] that names the first other one, its head, and those that there are.
+    pub fn check_formats(&self, backend: &str, has: &[LeanFormat]) -> Result<()> {
+        for layer in self.shape.layer_indices() {
+            for head in self.shape.kv_head_indices() {
+                if self.mask.head(layer, head).is_dead() {
+                    continue;
+                }
+                for tensor in [Tensor::K, Tensor::V] {
+                    let format = self.format(layer, head).of(tensor);
+                    if !has.contains(&format) {
+                        let has: Vec<_> = has.iter().map(ToString::to_string).collect();
+                        let why = format!(
+                            "{format} ({tensor:?} of layer {layer}, KV head {head}): {backend} stores lean \
+                             blocks beside full ones of {} as {} only",
+                            self.dtype,
+                            has.join(", ")
+                        );
+                        return Err(Error::Unavailable { what: "lean format", why });
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 }

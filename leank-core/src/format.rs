@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    quant::{INT4_GROUP, Scale},
+};
 
 /// Element type of activations and of full blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,20 +87,77 @@ pub fn widen_f16(x: half::f16) -> f32 {
     f32::from_bits(bits | sign)
 }
 
+/// K or V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Tensor {
+    /// Keys.
+    K,
+    /// Values.
+    V,
+}
+
 /// How K or V of one head is stored in a lean block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum LeanFormat {
     /// Plain elements.
     Plain(Dtype),
+    /// Codes of 8 bits and their scales: see [`quant`](crate::quant).
+    Int8,
+    /// Codes of 4 bits and their scales: see [`quant`](crate::quant).
+    Int4,
 }
 
 impl LeanFormat {
-    /// Bytes of `channels` channels of `tokens` tokens.
+    /// Every format.
+    pub const ALL: [Self; 5] = [
+        Self::Plain(Dtype::F32),
+        Self::Plain(Dtype::F16),
+        Self::Plain(Dtype::Bf16),
+        Self::Int8,
+        Self::Int4,
+    ];
+
+    /// Bits of an element, without its share of a scale.
     #[must_use]
-    pub fn bytes(self, tokens: usize, channels: usize) -> usize {
+    pub fn bits(self) -> usize {
         match self {
-            Self::Plain(dtype) => tokens * channels * dtype.bytes(),
+            Self::Plain(dtype) => 8 * dtype.bytes(),
+            Self::Int8 => 8,
+            Self::Int4 => 4,
+        }
+    }
+
+    /// The largest code; `None` where elements are plain.
+    #[must_use]
+    pub fn largest_code(self) -> Option<u8> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Int8 => Some(255),
+            Self::Int4 => Some(15),
+        }
+    }
+
+    /// Most elements that share a scale: tokens of one channel of K, channels of one token of V.
+    #[must_use]
+    pub fn group(self, tensor: Tensor) -> usize {
+        match (self, tensor) {
+            (Self::Int4, Tensor::V) => INT4_GROUP,
+            _ => usize::MAX,
+        }
+    }
+
+    /// Bytes of `channels` channels of `tokens` tokens, scales included.
+    #[must_use]
+    pub fn bytes(self, tensor: Tensor, tokens: usize, channels: usize) -> usize {
+        let elements = (tokens * channels * self.bits()).div_ceil(8);
+        let (rows, width) = match tensor {
+            Tensor::K => (channels, tokens),
+            Tensor::V => (tokens, channels),
+        };
+        match self {
+            Self::Plain(_) => elements,
+            _ => elements + rows * width.div_ceil(self.group(tensor)) * Scale::BYTES,
         }
     }
 }
@@ -106,6 +166,8 @@ impl fmt::Display for LeanFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Plain(dtype) => dtype.fmt(f),
+            Self::Int8 => f.write_str("int8"),
+            Self::Int4 => f.write_str("int4"),
         }
     }
 }
@@ -125,6 +187,108 @@ impl HeadFormat {
     pub fn plain(dtype: Dtype) -> Self {
         Self { k: LeanFormat::Plain(dtype), v: LeanFormat::Plain(dtype) }
     }
+
+    /// The format of K or V.
+    #[must_use]
+    pub fn of(self, tensor: Tensor) -> LeanFormat {
+        match tensor {
+            Tensor::K => self.k,
+            Tensor::V => self.v,
+        }
+    }
+}
+
+/// How much of an element lean blocks keep, as a mask asks for it: it does not know the type of a
+/// cache's full blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Precision {
+    /// 4 bits.
+    Four,
+    /// 8 bits.
+    Eight,
+    /// Elements as full blocks have them; called 16 bits, which they mostly are.
+    #[default]
+    Sixteen,
+}
+
+impl Precision {
+    /// Every one, the least bits first.
+    pub const ALL: [Self; 3] = [Self::Four, Self::Eight, Self::Sixteen];
+
+    /// Its name in numbers: 4, 8 or 16.
+    #[must_use]
+    pub fn bits(self) -> u8 {
+        match self {
+            Self::Four => 4,
+            Self::Eight => 8,
+            Self::Sixteen => 16,
+        }
+    }
+
+    /// The one of this name; `None` for other numbers.
+    #[must_use]
+    pub fn from_bits(bits: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|precision| precision.bits() == bits)
+    }
+
+    /// The format beside full blocks of this type.
+    #[must_use]
+    pub fn format(self, full: Dtype) -> LeanFormat {
+        match self {
+            Self::Four => LeanFormat::Int4,
+            Self::Eight => LeanFormat::Int8,
+            Self::Sixteen => LeanFormat::Plain(full),
+        }
+    }
+}
+
+/// Precisions of one KV head in lean blocks: K and V are independent. Written `k8v4`.
+///
+/// ```
+/// use leank_core::{HeadPrecision, Precision};
+///
+/// let precision: HeadPrecision = "k8v4".parse()?;
+/// assert_eq!(precision, HeadPrecision { k: Precision::Eight, v: Precision::Four });
+/// assert_eq!(HeadPrecision::default().to_string(), "k16v16");
+/// # Ok::<(), leank_core::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct HeadPrecision {
+    /// Of the kept channels of K.
+    pub k: Precision,
+    /// Of V.
+    pub v: Precision,
+}
+
+impl HeadPrecision {
+    /// The formats beside full blocks of this type.
+    #[must_use]
+    pub fn format(self, full: Dtype) -> HeadFormat {
+        HeadFormat { k: self.k.format(full), v: self.v.format(full) }
+    }
+}
+
+impl fmt::Display for HeadPrecision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "k{}v{}", self.k.bits(), self.v.bits())
+    }
+}
+
+impl std::str::FromStr for HeadPrecision {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let parse = || {
+            let (k, v) = name.strip_prefix('k')?.split_once('v')?;
+            let precision = |bits: &str| Precision::from_bits(bits.parse().ok()?);
+            Some(Self { k: precision(k)?, v: precision(v)? })
+        };
+        parse().ok_or_else(|| {
+            let why = format!("{name:?} is not k and v with 16, 8 or 4 each, as in k8v4");
+            Error::invalid("formats of lean blocks", why)
+        })
+    }
 }
 
 #[cfg(test)]
@@ -140,6 +304,36 @@ mod tests {
             let (found, expected) = (widen_f16(x), x.to_f32());
             let same = found.to_bits() == expected.to_bits();
             assert!(same || found.is_nan() && expected.is_nan(), "{bits:#x}: {found}");
+        }
+    }
+
+    #[test]
+    fn bytes_count_scales() {
+        use LeanFormat::{Int4, Int8, Plain};
+        let bytes = |format: LeanFormat, tensor| format.bytes(tensor, 64, 33);
+        assert_eq!(bytes(Plain(Dtype::F16), Tensor::K), 64 * 33 * 2);
+        assert_eq!(bytes(Int8, Tensor::K), 64 * 33 + 33 * 4);
+        assert_eq!(bytes(Int8, Tensor::V), 64 * 33 + 64 * 4);
+        assert_eq!(bytes(Int4, Tensor::K), 32 * 33 + 33 * 4);
+        assert_eq!(bytes(Int4, Tensor::V), 32 * 33 + 64 * 2 * 4);
+        assert_eq!(Int4.bytes(Tensor::K, 3, 3), 5 + 12);
+        for format in LeanFormat::ALL {
+            assert_eq!(format.bytes(Tensor::K, 64, 0), 0);
+            assert_eq!(format.bytes(Tensor::V, 0, 64), 0);
+        }
+    }
+
+    #[test]
+    fn precisions_are_named_and_others_refused() {
+        for k in Precision::ALL {
+            for v in Precision::ALL {
+                let both = HeadPrecision { k, v };
+                assert_eq!(both.to_string().parse::<HeadPrecision>().unwrap(), both);
+            }
+        }
+        for name in ["", "k8", "v8", "k8v3", "k8v8v8", "K8V8", "k08v", "k256v8"] {
+            let error = name.parse::<HeadPrecision>().unwrap_err();
+            assert!(error.to_string().contains("k8v4"), "{error}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Where things lie inside a block, in bytes: the single source of every size that the planner
 //! predicts, the ledger counts and the backends allocate.
 
-use crate::{CacheConfig, HeadFormat, KvHead, Layer, Result};
+use crate::{CacheConfig, HeadFormat, KvHead, Layer, Result, Tensor};
 
 /// What a backend asks of block layouts. The padding it causes is counted in every size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,9 +107,10 @@ impl CacheLayout {
                 let stored = kept.next_multiple_of(rules.k_channel_multiple);
                 let format = config.format(layer, head);
                 let k_offset = offset;
-                let v_offset = k_offset + align(format.k.bytes(k_tokens, stored));
+                let v_offset = k_offset + align(format.k.bytes(Tensor::K, k_tokens, stored));
                 let v_channels = if kept == 0 { 0 } else { stored_v_channels };
-                offset = v_offset + align(format.v.bytes(stored_tokens, v_channels));
+                let v_bytes = format.v.bytes(Tensor::V, stored_tokens, v_channels);
+                offset = v_offset + align(v_bytes);
                 LeanHead { kept, stored, k_offset, v_offset, format }
             });
             let lean = lean.collect();

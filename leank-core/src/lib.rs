@@ -6,6 +6,7 @@
 //!
 //! - [`ModelMask`] holds the kept channels of every KV head; [`files`] reads and writes masks.
 //! - [`CacheConfig`], [`CacheLayout`] and [`Planner`] say what a cache stores and what it takes.
+//! - [`quant`] says what codes of 8 and 4 bits in lean blocks stand for.
 //! - [`Ledger`] keeps the books of blocks and sequences, as a pure state machine.
 //! - [`saved`] is the format of sequences on disk.
 //! - [`Backend`] and [`Cache`] are what `leank-cpu` and `leank-cuda` implement.
@@ -38,6 +39,7 @@ mod mask;
 pub mod oracle;
 mod planner;
 mod progress;
+pub mod quant;
 mod quantile;
 pub mod saved;
 mod shape;
@@ -49,7 +51,7 @@ pub use blocks::{
 };
 pub use config::{CacheConfig, DEFAULT_BLOCK, MAX_BLOCK};
 pub use error::{Error, Result};
-pub use format::{Dtype, HeadFormat, LeanFormat, widen_f16};
+pub use format::{Dtype, HeadFormat, HeadPrecision, LeanFormat, Precision, Tensor, widen_f16};
 pub use layout::{CacheLayout, LayerLayout, LayoutRules, LeanHead};
 pub use mask::{ChannelMask, Fingerprint, MaskInfo, MaskSummary, ModelMask};
 pub use planner::{Footprint, Planner};

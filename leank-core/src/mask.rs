@@ -3,7 +3,10 @@
 
 use std::fmt;
 
-use crate::{Error, KvHead, Layer, ModelShape, Result, Windows, shape::MAX_HEAD_DIM};
+use crate::{
+    DEFAULT_BLOCK, Dtype, Error, HeadFormat, HeadPrecision, KvHead, Layer, ModelShape, Result,
+    Tensor, Windows, shape::MAX_HEAD_DIM,
+};
 
 /// The kept channels of one KV head: a strictly ascending list of indices below `head_dim`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -194,6 +197,7 @@ pub struct ModelMask {
     kv_heads: usize,
     head_dim: usize,
     heads: Vec<ChannelMask>,
+    precisions: Option<Vec<HeadPrecision>>,
     scores: Option<Vec<f32>>,
     info: MaskInfo,
 }
@@ -205,7 +209,8 @@ pub struct MaskSummary {
     pub kept_k: f64,
     /// Share of V that is kept in the middle: the share of live heads.
     pub kept_v: f64,
-    /// Bytes of the middle against the dense ones, with equal formats and no padding.
+    /// Bytes of the middle against dense ones of 16 bits an element: blocks of [`DEFAULT_BLOCK`]
+    /// tokens, scales included, no padding.
     pub middle_bytes: f64,
     /// Heads that keep no channel.
     pub dead_heads: usize,
@@ -233,7 +238,8 @@ impl ModelMask {
         if let Some(odd) = heads.iter().find(|head| head.head_dim() != head_dim) {
             return Err(Error::mismatch("head_dim of a head's mask", head_dim, odd.head_dim()));
         }
-        Ok(Self { layers, kv_heads, head_dim, heads, scores: None, info: MaskInfo::default() })
+        let (precisions, scores, info) = (None, None, MaskInfo::default());
+        Ok(Self { layers, kv_heads, head_dim, heads, precisions, scores, info })
     }
 
     /// A mask that keeps everything: a dense cache.
@@ -245,6 +251,7 @@ impl ModelMask {
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
             heads: vec![head; shape.layers * shape.kv_heads],
+            precisions: None,
             scores: None,
             info: MaskInfo::default(),
         }
@@ -330,6 +337,21 @@ impl ModelMask {
         Ok(self)
     }
 
+    /// The same mask with the precision of every head in lean blocks, layer-major like the heads. A
+    /// mask of which no head asks for less than [`Precision::Sixteen`](crate::Precision) is one without.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] when their number does not fit.
+    pub fn with_precisions(mut self, precisions: Vec<HeadPrecision>) -> Result<Self> {
+        if precisions.len() != self.heads.len() {
+            let expected = format!("{} layers × {} KV heads", self.layers, self.kv_heads);
+            return Err(Error::mismatch("precisions of the mask", expected, precisions.len()));
+        }
+        let all_plain = precisions.iter().all(|&head| head == HeadPrecision::default());
+        self.precisions = (!all_plain).then_some(precisions);
+        Ok(self)
+    }
+
     /// Number of layers.
     #[must_use]
     pub fn layers(&self) -> usize {
@@ -376,6 +398,23 @@ impl ModelMask {
     #[must_use]
     pub fn heads(&self) -> &[ChannelMask] {
         &self.heads
+    }
+
+    /// Precisions in lean blocks, layer-major, where a head asks for less than 16 bits.
+    #[must_use]
+    pub fn precisions(&self) -> Option<&[HeadPrecision]> {
+        self.precisions.as_deref()
+    }
+
+    /// The precision of one head in lean blocks.
+    ///
+    /// # Panics
+    /// When an index is out of range.
+    #[must_use]
+    pub fn precision(&self, layer: Layer, head: KvHead) -> HeadPrecision {
+        assert!(head.0 < self.kv_heads, "KV head {head} of {}", self.kv_heads);
+        let index = layer.0 * self.kv_heads + head.0;
+        self.precisions.as_ref().map_or_else(HeadPrecision::default, |all| all[index])
     }
 
     /// Importance scores `[layers, kv_heads, head_dim]`, where the mask carries them.
@@ -434,7 +473,16 @@ impl ModelMask {
         let dead_heads = self.heads.iter().filter(|head| head.is_dead()).count();
         let kept_k = kept as f64 / self.channels() as f64;
         let kept_v = (heads - dead_heads) as f64 / heads as f64;
-        MaskSummary { kept_k, kept_v, middle_bytes: (kept_k + kept_v) / 2.0, dead_heads, heads }
+        let bytes = self.heads.iter().enumerate().map(|(i, head)| {
+            let precision = self.precisions.as_ref().map_or_else(Default::default, |all| all[i]);
+            let HeadFormat { k, v } = precision.format(Dtype::F16);
+            let channels = if head.is_dead() { 0 } else { self.head_dim };
+            let k = k.bytes(Tensor::K, DEFAULT_BLOCK, head.kept_count());
+            (k + v.bytes(Tensor::V, DEFAULT_BLOCK, channels)) as f64
+        });
+        let dense = 2 * self.channels() * DEFAULT_BLOCK * Dtype::F16.bytes();
+        let middle_bytes = bytes.sum::<f64>() / dense as f64;
+        MaskSummary { kept_k, kept_v, middle_bytes, dead_heads, heads }
     }
 }
 
@@ -473,6 +521,23 @@ mod tests {
         assert_eq!(summary.kept_k, 10.0 / 16.0);
         assert_eq!(summary.kept_v, 0.75);
         assert_eq!(summary.middle_bytes, (0.625 + 0.75) / 2.0);
+    }
+
+    #[test]
+    fn summary_counts_codes_and_scales() {
+        let shape = ModelShape::new(1, 2, 2, 64).unwrap();
+        let eight = "k8v4".parse::<HeadPrecision>().unwrap();
+        let mask = ModelMask::dense(&shape);
+        let mixed = mask.clone().with_precisions(vec![eight, HeadPrecision::default()]).unwrap();
+        // Of 64 × 64 elements: K 1 byte and a scale per channel, V half a byte and two per token.
+        let coded = (4096 + 64 * 4) + (2048 + 64 * 2 * 4);
+        assert_eq!(mixed.summary().middle_bytes, f64::from(coded + 16_384) / 32_768.0);
+        assert_eq!(mixed.precision(Layer(0), KvHead(0)), eight);
+        assert_eq!(mixed.precision(Layer(0), KvHead(1)), HeadPrecision::default());
+        // Nothing asked for is the same as nothing said.
+        let plain = mask.clone().with_precisions(vec![HeadPrecision::default(); 2]).unwrap();
+        assert_eq!(plain, mask);
+        assert!(mask.with_precisions(vec![eight]).is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::{collections::HashMap, fs};
 
 use files_support::{masks, message, name, rich_mask};
 use leank_core::{
-    Error, Fingerprint, MaskInfo, ModelMask, ModelShape,
+    Error, Fingerprint, HeadPrecision, MaskInfo, ModelMask, ModelShape,
     files::{self, Format, ReadOptions, native, read_mask, write_mask},
 };
 use proptest::prelude::*;
@@ -60,7 +60,7 @@ fn what_a_mask_says_about_itself_survives() {
 #[test]
 fn newer_versions_are_refused_and_unknown_fields_tolerated() {
     let mask = [mask_tensor(&[1, 0, 1])];
-    for version in [0, 2, u64::MAX] {
+    for version in [0, 3, u64::MAX] {
         let message = refused(&mask, Some(&format!(r#"{{"version": {version}}}"#)));
         assert!(message.contains(&format!("version {version}")), "{message}");
     }
@@ -73,6 +73,47 @@ fn newer_versions_are_refused_and_unknown_fields_tolerated() {
     let read = native::from_bytes(&file(&tensors, Some(extra)), name()).unwrap();
     assert_eq!(read.info().model_id.as_deref(), Some("m"));
     assert_eq!(read.heads()[0].kept(), [0, 2]);
+}
+
+/// The file of a mask of one layer and two heads in version 2, with these bits.
+fn with_bits(shape: Vec<usize>, bits: &[u8]) -> Vec<u8> {
+    let mask = ("mask", Dtype::U8, vec![1, 2, 2], vec![1; 4]);
+    file(&[mask, ("bits", Dtype::U8, shape, bits.to_vec())], Some(r#"{"version": 2}"#))
+}
+
+#[test]
+fn precisions_raise_the_version() {
+    let head = |name: &str| name.parse::<HeadPrecision>().unwrap();
+    let bits = [16, 8, 4, 16];
+    let read = native::from_bytes(&with_bits(vec![1, 2, 2], &bits), name()).unwrap();
+    assert_eq!(read.precisions(), Some(&[head("k16v8"), head("k4v16")][..]));
+    let version = |mask: &ModelMask| {
+        let bytes = native::to_bytes(mask).unwrap();
+        assert_eq!(&native::from_bytes(&bytes, name()).unwrap(), mask);
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        (1..3).find(|version| text.contains(&format!(r#"\"version\":{version}"#)))
+    };
+    assert_eq!(version(&read), Some(2));
+    // What asks for 16 bits everywhere is what earlier versions read.
+    let plain = read.with_precisions(vec![HeadPrecision::default(); 2]).unwrap();
+    assert_eq!(version(&plain), Some(1));
+    assert_eq!(version(&rich_mask()), Some(1));
+}
+
+#[test]
+fn bits_that_are_none_are_named() {
+    let refused = |shape, bits: &[u8]| message(native::from_bytes(&with_bits(shape, bits), name()));
+    let error = refused(vec![1, 2, 2], &[16, 8, 3, 16]);
+    assert!(error.contains("K of layer 0, KV head 1 asks for 3 bits"), "{error}");
+    let error = refused(vec![1, 1, 4], &[16; 4]);
+    assert!(error.contains("[1, 1, 4], not [1, 2, 2]"), "{error}");
+    let mask = [mask_tensor(&[1, 0])];
+    let error = message(native::from_bytes(&file(&mask, Some(r#"{"version": 2}"#)), name()));
+    assert!(error.contains("no tensor `bits`"), "{error}");
+    // Version 1 does not know the tensor: it is ignored like any other.
+    let mask = [mask_tensor(&[1, 0]), ("bits", Dtype::U8, vec![1, 1, 2], vec![8, 8])];
+    let read = native::from_bytes(&file(&mask, Some(r#"{"version": 1}"#)), name()).unwrap();
+    assert_eq!(read.precisions(), None);
 }
 
 #[test]

@@ -61,6 +61,8 @@ impl Store {
             None => {
                 let seed = rows.layer.0 * 7 + rows.head.0 * 3 + rows.tensor as usize;
                 bytes.iter_mut().enumerate().for_each(|(i, byte)| *byte = ((seed + i) % 60) as u8);
+                let (scales, _) = bytes[..rows.scale_bytes()].as_chunks_mut::<4>();
+                scales.iter_mut().for_each(|scale| *scale = [0x80, 0x3f, 1, 0xff]);
             }
         }
         Ok(())
@@ -112,20 +114,31 @@ impl Cache {
     }
 }
 
-fn config(block: usize, windows: Windows, kept: [u16; 4], dtypes: [Dtype; 3]) -> CacheConfig {
+fn config(
+    block: usize,
+    windows: Windows,
+    kept: [u16; 4],
+    (dtype, k, v): (Dtype, LeanFormat, LeanFormat),
+) -> CacheConfig {
     let shape = ModelShape::new(2, 4, 2, 16).unwrap();
     let heads = kept.map(|n| ChannelMask::new(16, (0..n).collect()).unwrap());
     let mask = ModelMask::new(2, 2, 16, heads.to_vec()).unwrap();
-    let [dtype, k, v] = dtypes;
-    let format = HeadFormat { k: LeanFormat::Plain(k), v: LeanFormat::Plain(v) };
-    let formats = Some(vec![format; 4]);
+    let formats = Some(vec![HeadFormat { k, v }; 4]);
     CacheConfig { windows, block, dtype, formats, ..CacheConfig::new(shape, mask).unwrap() }
+}
+
+fn plain(dtype: Dtype) -> (Dtype, LeanFormat, LeanFormat) {
+    (dtype, LeanFormat::Plain(dtype), LeanFormat::Plain(dtype))
 }
 
 /// A cache with one sequence of 45 tokens: 2 sink blocks, 5 lean ones, the last with 5 of 8 tokens.
 fn sample() -> (Cache, Vec<u8>) {
+    sample_of(plain(Dtype::F16))
+}
+
+fn sample_of(formats: (Dtype, LeanFormat, LeanFormat)) -> (Cache, Vec<u8>) {
     let windows = Windows { sink: 10, recent: 12 };
-    let mut cache = Cache::new(&config(8, windows, [4, 0, 16, 5], [Dtype::F16; 3]));
+    let mut cache = Cache::new(&config(8, windows, [4, 0, 16, 5], formats));
     let sequence = cache.ledger.add_sequence();
     cache.step(StepEntry::store(sequence, 45));
     assert_eq!(cache.ledger.lean_blocks(sequence).unwrap(), 2..4);
@@ -170,11 +183,13 @@ proptest! {
         sink in 0usize..20,
         recent in prop_oneof![8 => 0usize..30, 1 => Just(usize::MAX)],
         kept in prop::array::uniform4(0u16..=16),
-        dtypes in prop::array::uniform3(prop::sample::select(Dtype::ALL.to_vec())),
+        dtype in prop::sample::select(Dtype::ALL.to_vec()),
+        formats in prop::array::uniform2(prop::sample::select(LeanFormat::ALL.to_vec())),
         tokens in prop::collection::vec((1usize..40, any::<bool>()), 0..4),
         back in 0usize..30,
     ) {
-        let config = config(block, Windows { sink, recent }, kept, dtypes);
+        let [k, v] = formats;
+        let config = config(block, Windows { sink, recent }, kept, (dtype, k, v));
         let mut cache = Cache::new(&config);
         let sequence = cache.ledger.add_sequence();
         for (tokens, attend) in tokens {
@@ -320,7 +335,9 @@ fn claims_are_not_believed() {
         let forged = forged_header(&bytes, AT_TOKENS + 8, &packed.to_le_bytes());
         format(cache.restore(&forged), &cache);
     }
-    format(cache.restore(&forged_header(&bytes, 8, &2u32.to_le_bytes())), &cache);
+    for version in [0u32, 3] {
+        format(cache.restore(&forged_header(&bytes, 8, &version.to_le_bytes())), &cache);
+    }
     // A good header without blocks, and one that is not ours.
     format(cache.restore(&forged_header(&bytes, 0, b"L")), &cache);
     format(cache.restore(&forged_header(&bytes, 0, b"l")), &cache);
@@ -336,9 +353,86 @@ fn claims_are_not_believed() {
     format(cache.restore(&endless), &cache);
 }
 
+/// Where the formats of the heads stand in a header.
+const AT_FORMATS: usize = AT_TOKENS + 2 * 8 + 1;
+
+#[test]
+fn codes_raise_the_version_and_unknown_formats_are_named() {
+    let version = |bytes: &[u8]| u32::from_le_bytes(bytes[8..12].try_into().unwrap());
+    let (_, bytes) = sample();
+    assert_eq!((version(&bytes), &bytes[AT_FORMATS..][..8]), (1, &[1; 8][..]));
+    let (mut cache, bytes) = sample_of((Dtype::Bf16, LeanFormat::Int8, LeanFormat::Int4));
+    assert_eq!((version(&bytes), &bytes[AT_FORMATS..][..4]), (2, &[3, 4, 3, 4][..]));
+    cache.restore(&bytes).unwrap();
+    for code in [5, 255] {
+        let mut cache = Cache::new(&cache.config);
+        let error = cache.restore(&forged_header(&bytes, AT_FORMATS, &[code])).unwrap_err();
+        assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");
+        assert!(error.to_string().contains(&format!("unknown format ({code})")), "{error}");
+        assert!(cache.is_untouched());
+    }
+}
+
+#[test]
+fn scales_that_no_packing_makes_are_refused() {
+    let (mut cache, bytes) =
+        sample_of((Dtype::F16, LeanFormat::Plain(Dtype::F16), LeanFormat::Int8));
+    // Of block 2, layer 0, KV head 0: after two full blocks of two layers, and K `[8, 4]` in f16.
+    let header = header_length(&bytes) + 4;
+    let scales = header + 2 * 2 * (2 * 2 * 8 * 16 * 2 + 4) + 8 * 4 * 2;
+    assert_eq!(bytes[scales..][..4], [0x80, 0x3f, 1, 0xff]);
+    for (scale, valid) in [
+        ([0xc0, 0x7f, 0, 0], true), // of a group that is NaN
+        ([0x80, 0x7f, 0, 0], false),
+        ([0x80, 0xbf, 0, 0], false),
+        ([0, 0, 0, 0], false),
+        ([0xc1, 0x7f, 0, 0], false),
+    ] {
+        let mut forged = bytes.clone();
+        forged[scales + 4..][..4].copy_from_slice(&scale);
+        // Checksums are of everything before them without those in between.
+        let mut sums = vec![(0..header - 4, header - 4)];
+        let mut start = header;
+        for block in 0..6 {
+            for layer in 0..2 {
+                let full = |tokens: usize| 2 * 2 * tokens * 16 * 2;
+                let lean =
+                    [8 * 4 * 2 + 8 * 16 + 8 * 4, 8 * 16 * 2 + 8 * 5 * 2 + 2 * (8 * 16 + 8 * 4)];
+                let bytes = match block {
+                    2 | 3 => lean[layer],
+                    5 => full(5),
+                    _ => full(8),
+                };
+                sums.push((start..start + bytes, start + bytes));
+                start += bytes + 4;
+            }
+        }
+        assert_eq!(start, forged.len());
+        let mut before = Vec::new();
+        for (part, at) in sums {
+            before.extend_from_slice(&forged[part]);
+            let crc = crc32(&before);
+            forged[at..at + 4].copy_from_slice(&crc);
+        }
+        match cache.restore(&forged) {
+            Ok(sequence) => {
+                assert!(valid, "{scale:x?}");
+                assert_eq!(cache.save(sequence), forged);
+                cache.ledger.release(sequence).unwrap();
+            }
+            Err(error) => {
+                assert!(!valid && matches!(error, Error::Format { .. }), "{scale:x?}: {error}");
+                let place = "scale 1 of V of KV head 0 in block 2, layer 0";
+                assert!(error.to_string().contains(place), "{error}");
+                assert!(cache.is_untouched());
+            }
+        }
+    }
+}
+
 #[test]
 fn values_come_back_bit_for_bit() {
-    let config = config(4, Windows { sink: 0, recent: 8 }, [4, 0, 16, 5], [Dtype::F32; 3]);
+    let config = config(4, Windows { sink: 0, recent: 8 }, [4, 0, 16, 5], plain(Dtype::F32));
     let mut cache = Cache::new(&config);
     let sequence = cache.ledger.add_sequence();
     cache.step(StepEntry::store(sequence, 1));

@@ -7,8 +7,8 @@ use std::{
 };
 
 use leank_core::{
-    Cache, CacheConfig, CacheLayout, Error, HostView, HostViewMut, Layer, LayoutRules, LeanFormat,
-    Ledger, Memory, Progress, Result, SequenceId, StepEntry, saved,
+    Cache, CacheConfig, CacheLayout, HostView, HostViewMut, Layer, LayoutRules, Ledger, Memory,
+    Progress, Result, SequenceId, StepEntry, saved,
 };
 
 use crate::{
@@ -53,16 +53,6 @@ impl CpuCache {
         executor: Arc<dyn Executor>,
     ) -> Result<Self> {
         let layout = CacheLayout::new(&config, rules)?;
-        for layer in config.shape.layer_indices() {
-            for head in &layout.layer(layer).lean {
-                for format in [head.format.k, head.format.v] {
-                    let LeanFormat::Plain(_) = format else {
-                        let why = format!("the CPU backend has no kernel for {format}");
-                        return Err(Error::Unavailable { what: "lean format", why });
-                    };
-                }
-            }
-        }
         let ledger = Ledger::new(&layout, config.windows, config.limit);
         let store = Store::new(&layout, config.shape);
         let progress = Progress::new(config.shape);

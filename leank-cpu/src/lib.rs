@@ -71,7 +71,7 @@ pub use prefetch::Prefetch;
 
 use std::sync::Arc;
 
-use leank_core::{Backend, CacheConfig, LayoutRules, Result};
+use leank_core::{Backend, CacheConfig, Dtype, LayoutRules, LeanFormat, Result};
 
 use kernel::Kernel;
 
@@ -150,7 +150,13 @@ impl Backend for Cpu {
         }
     }
 
+    fn lean_formats(&self, _full: Dtype) -> Vec<LeanFormat> {
+        Dtype::ALL.map(LeanFormat::Plain).to_vec()
+    }
+
     fn create(&self, config: CacheConfig) -> Result<Self::Cache> {
+        config.validate()?;
+        config.check_formats(&self.name(), &self.lean_formats(config.dtype))?;
         let executor = Arc::clone(&self.executor);
         let kernel = (self.kernel, self.prefetch);
         CpuCache::new(config, self.layout_rules(), kernel, executor)

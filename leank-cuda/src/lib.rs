@@ -188,19 +188,7 @@ impl Cuda {
             let why = format!("the CUDA backend has kernels up to {}", MOST_TILES * tiles::TILE);
             return unavailable("head_dim", format!("{}: {why}", shape.head_dim));
         }
-        for layer in shape.layer_indices() {
-            for head in shape.kv_head_indices() {
-                let format = config.format(layer, head);
-                for format in [format.k, format.v] {
-                    if format != LeanFormat::Plain(dtype) {
-                        let why = format!(
-                            "{format} beside full blocks of {dtype}: the CUDA backend has one type for both"
-                        );
-                        return unavailable("lean format", why);
-                    }
-                }
-            }
-        }
+        config.check_formats(&self.name(), &self.lean_formats(dtype))?;
         let layout = CacheLayout::new(config, layout_rules())?;
         if u32::try_from(layout.full_bytes).is_err() {
             let why = format!(
@@ -224,6 +212,10 @@ impl Backend for Cuda {
 
     fn layout_rules(&self) -> LayoutRules {
         layout_rules()
+    }
+
+    fn lean_formats(&self, full: Dtype) -> Vec<LeanFormat> {
+        vec![LeanFormat::Plain(full)]
     }
 
     fn create(&self, config: CacheConfig) -> Result<Self::Cache> {

@@ -79,10 +79,6 @@ impl Subject for OnCuda {
         &[Dtype::F16, Dtype::Bf16]
     }
 
-    fn mixes_types(&self) -> bool {
-        false
-    }
-
     /// Where the work is cut depends on the whole step.
     fn rounds_alike_in_any_batch(&self) -> bool {
         false

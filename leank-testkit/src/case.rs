@@ -45,8 +45,8 @@ pub struct Case {
     pub block: usize,
     /// Type of full blocks.
     pub dtype: Dtype,
-    /// Types of K and V per head in lean blocks, where they are not `dtype`.
-    pub formats: Option<Vec<(Dtype, Dtype)>>,
+    /// Formats of the heads in lean blocks, where they are not plain elements of `dtype`.
+    pub formats: Option<Vec<HeadFormat>>,
     /// Factor on q·k, where it is not the default.
     pub scale: Option<f32>,
     /// Soft-cap.
@@ -70,15 +70,11 @@ impl Case {
         let heads = self.heads.iter().map(|kind| channel_mask(*kind, shape.head_dim)).collect();
         let mask = ModelMask::new(shape.layers, shape.kv_heads, shape.head_dim, heads)
             .expect("the case is consistent");
-        let formats = self.formats.as_ref().map(|formats| {
-            let plain = |dtype| LeanFormat::Plain(dtype);
-            formats.iter().map(|&(k, v)| HeadFormat { k: plain(k), v: plain(v) }).collect()
-        });
         CacheConfig {
             windows: self.windows,
             block: self.block,
             dtype: self.dtype,
-            formats,
+            formats: self.formats.clone(),
             scale: self.scale,
             soft_cap: self.soft_cap,
             ..CacheConfig::new(shape, mask).expect("the case is consistent")
@@ -151,28 +147,29 @@ fn steps(block: usize, sequences: usize) -> impl Strategy<Value = Vec<Vec<Load>>
     prop::collection::vec(step, 1..8)
 }
 
-/// Random cases whose storage types are among `dtypes`; `mixed`: of several in one cache.
+/// Random cases. `types`: types of full blocks, each with the formats of lean blocks beside them.
 ///
 /// # Panics
-/// When `dtypes` is empty.
-pub(crate) fn cases(dtypes: &[Dtype], mixed: bool) -> impl Strategy<Value = Case> + use<> {
-    let dtype = prop::sample::select(dtypes.to_vec());
+/// When there are none.
+pub(crate) fn cases(types: Vec<(Dtype, Vec<LeanFormat>)>) -> impl Strategy<Value = Case> {
+    let types = prop::sample::select(types);
     let block = prop::sample::select(vec![1usize, 3, 8, 16, 32, 64]);
-    (shape(), block, 1usize..4).prop_flat_map(move |(shape, block, sequences)| {
+    (shape(), block, 1usize..4, types).prop_flat_map(move |(shape, block, sequences, types)| {
         let heads = shape.layers * shape.kv_heads;
-        let formats = prop::collection::vec((dtype.clone(), dtype.clone()), heads);
+        let (dtype, formats) = types;
+        let format = prop::sample::select(formats);
+        let format = (format.clone(), format).prop_map(|(k, v)| HeadFormat { k, v });
         (
             prop::collection::vec(head_kind(), heads),
             windows(),
-            dtype.clone(),
-            prop::option::weighted(0.3, formats).prop_map(move |formats| formats.filter(|_| mixed)),
+            prop::option::weighted(0.5, prop::collection::vec(format, heads)),
             prop::option::weighted(0.3, 0.05f32..0.5),
             prop::option::weighted(0.2, 5.0f32..50.0),
             steps(block, sequences),
             any::<u64>(),
         )
-            .prop_map(
-                move |(heads, windows, dtype, formats, scale, soft_cap, steps, seed)| Case {
+            .prop_map(move |(heads, windows, formats, scale, soft_cap, steps, seed)| {
+                Case {
                     heads: heads
                         .into_iter()
                         .map(|kind| fit_alignment(kind, shape.head_dim))
@@ -188,8 +185,8 @@ pub(crate) fn cases(dtypes: &[Dtype], mixed: bool) -> impl Strategy<Value = Case
                     sequences,
                     steps,
                     seed,
-                },
-            )
+                }
+            })
     })
 }
 

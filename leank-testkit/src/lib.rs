@@ -46,12 +46,12 @@ pub use life::{
 };
 pub use properties::{
     calls_out_of_order_are_refused, cancelled_steps_leave_no_trace, chunks_do_not_matter,
-    neighbours_do_not_matter, non_finite_values_stay_where_they_are, oracle_agrees,
-    out_of_memory_changes_nothing, planner_agrees, pool_order_does_not_matter,
-    wrong_shapes_are_refused,
+    neighbours_do_not_matter, non_finite_values_are_packed_as_defined,
+    non_finite_values_stay_where_they_are, oracle_agrees, out_of_memory_changes_nothing,
+    planner_agrees, pool_order_does_not_matter, wrong_shapes_are_refused,
 };
 
-use leank_core::{Backend, Dtype, Layer, Result};
+use leank_core::{Backend, Dtype, Layer, LeanFormat, Result};
 
 /// A backend under test, fed from host memory.
 pub trait Subject {
@@ -74,14 +74,10 @@ pub trait Subject {
     /// Those of the cache.
     fn attend(&self, cache: &mut CacheOf<Self>, layer: Layer, q: &Rows) -> Result<Rows>;
 
-    /// Storage types that the backend has.
+    /// Types of full blocks that the backend has; formats of lean ones are its
+    /// [`Backend::lean_formats`].
     fn dtypes(&self) -> &[Dtype] {
         &Dtype::ALL
-    }
-
-    /// Whether lean blocks may have other types than full ones, head by head.
-    fn mixes_types(&self) -> bool {
-        true
     }
 
     /// Whether a sequence gives the same beside others as alone, bit for bit; where not, as close as
@@ -105,14 +101,17 @@ pub trait Subject {
 /// The cache type of a subject.
 pub type CacheOf<S> = <<S as Subject>::Backend as Backend>::Cache;
 
-/// Largest error against the oracle on the values *before* they were rounded to `dtype`, as a share
-/// of the largest |v|, for data like a model's (|logits| up to about 20).
+/// Largest error against the oracle on the values *before* they were stored in this format, as a
+/// share of the largest |v|, for data like a model's (|logits| up to about 20).
 #[must_use]
-pub fn rounding_error(dtype: Dtype) -> f64 {
-    match dtype {
-        Dtype::F32 => 2e-5,
-        Dtype::F16 => 1e-2,
-        Dtype::Bf16 => 8e-2,
+pub fn rounding_error(format: LeanFormat) -> f64 {
+    match format {
+        LeanFormat::Plain(Dtype::F32) => 2e-5,
+        LeanFormat::Plain(Dtype::F16) => 1e-2,
+        LeanFormat::Plain(Dtype::Bf16) => 8e-2,
+        LeanFormat::Int8 => 0.1,
+        LeanFormat::Int4 => 1.0,
+        other => panic!("no bound is stated for {other}"),
     }
 }
 
@@ -131,6 +130,7 @@ macro_rules! conformance {
             planner_agrees
             wrong_shapes_are_refused
             non_finite_values_stay_where_they_are
+            non_finite_values_are_packed_as_defined
             calls_out_of_order_are_refused
             sequences_live_by_the_oracle
             forks_go_on_as_twins

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use leank_core::{
-    Backend, Cache, CacheConfig, Dtype, KvHead, Layer, LeanFormat, Result, SequenceId, StepEntry,
-    blocks::is_lean, oracle::Attention,
+    Backend, Cache, CacheConfig, Layer, LeanFormat, Result, SequenceId, StepEntry, Tensor,
+    blocks::is_lean, oracle::Attention, quant::round_trip,
 };
 
 use crate::{CacheOf, Case, Kind, Load, Rows, Subject, data::activation, rounding_error};
@@ -18,7 +18,20 @@ pub(crate) struct World<'s, S: Subject> {
     pub(crate) sequences: Vec<(SequenceId, usize)>,
     /// Of names that did not begin with an empty sequence.
     pub(crate) histories: HashMap<usize, History>,
+    /// One activation that is another one.
+    pub(crate) stain: Option<Stain>,
     seed: u64,
+}
+
+/// An activation that is not what it would be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stain {
+    pub(crate) kind: Kind,
+    /// Of which sequence.
+    pub(crate) name: usize,
+    /// Layer, position, index into the row.
+    pub(crate) at: [usize; 3],
+    pub(crate) value: f32,
 }
 
 /// What a name takes over from an earlier one.
@@ -44,8 +57,8 @@ impl<'s, S: Subject> World<'s, S> {
 
     pub(crate) fn with_config(subject: &'s S, case: &Case, config: CacheConfig) -> Self {
         let cache = subject.backend().create(config.clone()).expect("the case is valid");
-        let (sequences, histories) = (Vec::new(), HashMap::new());
-        let mut world = Self { subject, config, cache, sequences, histories, seed: case.seed };
+        let (sequences, histories, seed) = (Vec::new(), HashMap::new(), case.seed);
+        let mut world = Self { subject, config, cache, sequences, histories, stain: None, seed };
         for name in 0..case.sequences {
             world.add(name);
         }
@@ -91,7 +104,11 @@ impl<'s, S: Subject> World<'s, S> {
         while let Some(history) = self.histories.get(&name).filter(|it| position < it.tokens) {
             name = history.from;
         }
-        activation(self.seed, kind, [name, layer, position, element])
+        let at = [layer, position, element];
+        match self.stain {
+            Some(stain) if (stain.kind, stain.name, stain.at) == (kind, name, at) => stain.value,
+            _ => activation(self.seed, kind, [name, layer, position, element]),
+        }
     }
 
     /// The index before which blocks are lean whatever the windows say.
@@ -133,7 +150,7 @@ impl<'s, S: Subject> World<'s, S> {
     }
 
     /// A whole step, checked against the oracle.
-    pub(crate) fn checked_step(&mut self, loads: &[Load]) {
+    pub(crate) fn checked_step(&mut self, loads: &[Load]) -> Outputs {
         let starts: Vec<usize> = loads.iter().map(|load| self.len(load.sequence)).collect();
         let outputs = self.step(loads).expect("the step is valid");
         for (load, start) in loads.iter().zip(starts) {
@@ -144,6 +161,7 @@ impl<'s, S: Subject> World<'s, S> {
                 }
             }
         }
+        outputs
     }
 
     fn check(
@@ -160,26 +178,32 @@ impl<'s, S: Subject> World<'s, S> {
             .collect();
         // Errors of a logit add up over the channels.
         let channels = (self.config.shape.head_dim as f64 / 128.0).max(1.0);
-        let arithmetic =
-            channels * self.largest(layer, |dtype| self.subject.arithmetic_error(dtype));
+        let stored_as = self.formats(layer);
+        let errors = stored_as.iter().filter_map(|format| match format {
+            LeanFormat::Plain(dtype) => Some(self.subject.arithmetic_error(*dtype)),
+            // Multiplied as the backend likes to.
+            _ => None,
+        });
+        let arithmetic = channels * errors.fold(0.0, f64::max);
         let stored = self.oracle(layer, name, positions.clone(), true);
         compare(&got, &stored, arithmetic, "the oracle on stored values");
-        let bound = arithmetic.max(self.largest(layer, rounding_error));
+        if self.stain.is_some() {
+            return;
+        }
+        let roundings = stored_as.into_iter().map(rounding_error);
+        let bound = arithmetic.max(roundings.fold(0.0, f64::max));
         let exact = self.oracle(layer, name, positions, false);
         compare(&got, &exact, bound, "the oracle on exact values");
     }
 
-    /// The largest bound among the types in which the layer is stored.
-    fn largest(&self, layer: Layer, bound: impl Fn(Dtype) -> f64) -> f64 {
-        let plain = |format| match format {
-            LeanFormat::Plain(dtype) => bound(dtype),
-            _ => panic!("no bound is stated for {format}"),
-        };
+    /// The formats in which the layer is stored.
+    fn formats(&self, layer: Layer) -> Vec<LeanFormat> {
         let heads = self.config.shape.kv_head_indices();
-        let formats = heads.map(|head| self.config.format(layer, head));
-        formats.fold(bound(self.config.dtype), |most, format| {
-            most.max(plain(format.k)).max(plain(format.v))
-        })
+        let lean = heads.flat_map(|head| {
+            let format = self.config.format(layer, head);
+            [format.k, format.v]
+        });
+        lean.chain([LeanFormat::Plain(self.config.dtype)]).collect()
     }
 
     /// What the oracle says; on values as they are stored, or as they were given.
@@ -191,23 +215,15 @@ impl<'s, S: Subject> World<'s, S> {
         stored: bool,
     ) -> Expected {
         let shape = self.config.shape;
-        let width = shape.kv_heads * shape.head_dim;
-        let (block, windows, packed) = (self.config.block, self.config.windows, self.packed(name));
-        let is_lean = |position: usize| {
-            let stays = (windows.sink.div_ceil(block)..packed).contains(&(position / block));
-            stays || is_lean(position / block, block, windows, positions.start)
-        };
-        let tokens = |kind: Kind| -> Vec<f64> {
-            let value = |i: usize| {
-                let (position, element) = (i / width, i % width);
-                let x = self.value(kind, name, [layer.0, position, element]);
-                if !stored {
-                    return f64::from(x);
-                }
-                let head = KvHead(element / shape.head_dim);
-                f64::from(self.store(kind, layer, head, is_lean(position), x))
-            };
-            (0..positions.end * width).map(value).collect()
+        let packed = self.packed(name);
+        let tokens = |kind: Kind, tensor: Tensor| -> Vec<f64> {
+            let width = shape.kv_heads * shape.head_dim;
+            let value = |i: usize| self.value(kind, name, [layer.0, i / width, i % width]);
+            let mut values: Vec<f32> = (0..positions.end * width).map(value).collect();
+            if stored {
+                self.store(layer, tensor, (positions.start, packed), &mut values);
+            }
+            values.into_iter().map(f64::from).collect()
         };
         let q_width = shape.query_heads * shape.head_dim;
         let query = |i: usize| {
@@ -215,7 +231,7 @@ impl<'s, S: Subject> World<'s, S> {
             f64::from(self.value(Kind::Query, name, [layer.0, position, i % q_width]))
         };
         let queries: Vec<f64> = (0..positions.len() * q_width).map(query).collect();
-        let (keys, values) = (tokens(Kind::Key), tokens(Kind::Value));
+        let (keys, values) = (tokens(Kind::Key, Tensor::K), tokens(Kind::Value, Tensor::V));
         let attention = Attention {
             masks: self.config.mask.layer(layer),
             query_heads: shape.query_heads,
@@ -229,19 +245,38 @@ impl<'s, S: Subject> World<'s, S> {
             queries: &queries,
         };
         let largest = values.iter().fold(0.0f64, |most, v| most.max(v.abs()));
-        Expected { output: attention.output_packed(packed), largest }
+        let output = attention.output_packed(packed);
+        Expected { output, largest, stained: self.stain.is_some() }
     }
 
-    /// `x` as the cache holds it, in a full block or a lean one.
-    fn store(&self, kind: Kind, layer: Layer, head: KvHead, lean: bool, x: f32) -> f32 {
-        let x = self.config.dtype.round(x);
-        if !lean {
-            return x;
-        }
-        let format = self.config.format(layer, head);
-        match if kind == Kind::Key { format.k } else { format.v } {
-            LeanFormat::Plain(dtype) => dtype.round(x),
-            other => panic!("the suite does not know {other} yet"),
+    /// Makes of K or V of a sequence, `[tokens, KV heads, head_dim]`, what the cache holds in a step
+    /// whose first query stands at `start`; `packed` as in a [`History`].
+    fn store(
+        &self,
+        layer: Layer,
+        tensor: Tensor,
+        (start, packed): (usize, usize),
+        values: &mut [f32],
+    ) {
+        let CacheConfig { shape, block, windows, dtype, .. } = self.config;
+        values.iter_mut().for_each(|x| *x = dtype.round(*x));
+        let width = shape.kv_heads * shape.head_dim;
+        let stays_lean = windows.sink.div_ceil(block)..packed;
+        for (index, rows) in values.chunks_mut(block * width).enumerate() {
+            if !(stays_lean.contains(&index) || is_lean(index, block, windows, start)) {
+                continue;
+            }
+            for head in shape.kv_head_indices() {
+                let part = head.0 * shape.head_dim..(head.0 + 1) * shape.head_dim;
+                let mut own: Vec<f32> =
+                    rows.chunks(width).flat_map(|row| &row[part.clone()]).copied().collect();
+                let format = self.config.format(layer, head).of(tensor);
+                round_trip(format, tensor, shape.head_dim, &mut own);
+                let own = own.chunks(shape.head_dim);
+                rows.chunks_mut(width).zip(own).for_each(|(row, own)| {
+                    row[part.clone()].copy_from_slice(own);
+                });
+            }
         }
     }
 }
@@ -250,11 +285,18 @@ struct Expected {
     output: Vec<f64>,
     /// Largest |v|.
     largest: f64,
+    /// Whether it may be NaN or infinite.
+    stained: bool,
 }
 
 fn compare(got: &[f32], expected: &Expected, bound: f64, against: &str) {
     assert_eq!(got.len(), expected.output.len());
     for (i, (&got, &want)) in got.iter().zip(&expected.output).enumerate() {
+        if expected.stained && !want.is_finite() {
+            let same = got.is_nan() && want.is_nan() || f64::from(got) == want;
+            assert!(same, "element {i}: {got}, {against} says {want}");
+            continue;
+        }
         let error = (f64::from(got) - want).abs() / expected.largest;
         // Written so that NaN fails.
         assert!(

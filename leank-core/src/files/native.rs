@@ -2,12 +2,15 @@
 //!
 //! - U8 tensor `mask` `[layers, kv_heads, head_dim]`, row-major, 0 or 1 (1 = kept);
 //! - optional F32 tensor `scores` of the same shape, finite;
-//! - metadata key `leank`: a JSON object with `"version": 1` and the fields of
-//!   [`MaskInfo`], each optional.
+//! - in version 2, U8 tensor `bits` `[layers, kv_heads, 2]`: bits of an element of K and of V in lean
+//!   blocks, 4, 8 or 16, where 16 is what the cache's full blocks have ([`Precision`]);
+//! - metadata key `leank`: a JSON object with `"version"` (1 or 2) and the fields of [`MaskInfo`], each
+//!   optional.
 //!
 //! Any safetensors library can read the tensors. Fields and tensors that this version does not
 //! know are ignored, so that later ones may add some; what would change the *meaning* raises the
-//! version, and a newer version than ours is an error, never a guess.
+//! version, and a newer version than ours is an error, never a guess. A mask that asks for 16 bits
+//! everywhere is written as version 1, which earlier ones read.
 
 use std::{collections::HashMap, path::Path};
 
@@ -18,10 +21,12 @@ use safetensors::{
 use serde::{Deserialize, Serialize};
 
 use super::{Format, Source, source::Axes};
-use crate::{Error, MaskInfo, ModelMask, Result};
+use crate::{Error, HeadPrecision, MaskInfo, ModelMask, Precision, Result};
 
-/// The version that is written, and the newest that is read.
-pub const VERSION: u64 = 1;
+/// The newest version that is read and written.
+pub const VERSION: u64 = 2;
+/// The version of masks that ask for 16 bits everywhere.
+const PLAIN_VERSION: u64 = 1;
 /// Largest safetensors header: JSON costs some ten times its size in memory while it is parsed.
 const MAX_HEADER_BYTES: u64 = 256 << 10;
 const METADATA_KEY: &str = "leank";
@@ -55,8 +60,13 @@ pub fn from_bytes(bytes: &[u8], name: &Path) -> Result<ModelMask> {
     let (header, metadata) = SafeTensors::read_metadata(bytes)
         .map_err(|error| source.bad(format!("{error}; is the file whole?")))?;
     let file = Tensors { source, metadata: &metadata, data: &bytes[8 + header..] };
-    let info = file.info()?;
+    let MetadataJson { version, info } = file.metadata_json()?;
     let (axes, mask) = file.mask()?;
+    let mask = if version > PLAIN_VERSION {
+        mask.with_precisions(file.precisions(&axes)?).map_err(|error| source.bad(error))?
+    } else {
+        mask
+    };
     let with_scores = match file.scores(&axes)? {
         Some(scores) => mask.with_scores(scores),
         None => Ok(mask),
@@ -81,11 +91,20 @@ pub fn to_bytes(mask: &ModelMask) -> Result<Vec<u8>> {
     if let Some(scores) = &scores {
         tensors.push(("scores", view(Dtype::F32, scores)?));
     }
-    let metadata = HashMap::from([(METADATA_KEY.to_owned(), metadata_json(mask.info())?)]);
+    let bits: Option<Vec<u8>> = mask.precisions().map(|precisions| {
+        precisions.iter().flat_map(|head| [head.k.bits(), head.v.bits()]).collect()
+    });
+    if let Some(bits) = &bits {
+        let shape = vec![mask.layers(), mask.kv_heads(), 2];
+        let view = TensorView::new(Dtype::U8, shape, bits);
+        tensors.push(("bits", view.map_err(|error| Error::invalid("mask tensor", error))?));
+    }
+    let version = if bits.is_some() { VERSION } else { PLAIN_VERSION };
+    let metadata = HashMap::from([(METADATA_KEY.to_owned(), metadata_json(version, mask.info())?)]);
     safetensors::serialize(tensors, Some(metadata)).map_err(|error| Error::invalid("mask", error))
 }
 
-fn metadata_json(info: &MaskInfo) -> Result<String> {
+fn metadata_json(version: u64, info: &MaskInfo) -> Result<String> {
     let numbers = [
         ("predicted KL", info.predicted_kl),
         ("RoPE base", info.fingerprint.as_ref().map(|fingerprint| fingerprint.rope_base)),
@@ -96,7 +115,7 @@ fn metadata_json(info: &MaskInfo) -> Result<String> {
             return Err(Error::invalid("mask metadata", why));
         }
     }
-    serde_json::to_string(&MetadataJson { version: VERSION, info: info.clone() })
+    serde_json::to_string(&MetadataJson { version, info: info.clone() })
         .map_err(|error| Error::invalid("mask metadata", error))
 }
 
@@ -108,14 +127,14 @@ struct Tensors<'a> {
 }
 
 impl<'a> Tensors<'a> {
-    fn info(&self) -> Result<MaskInfo> {
+    fn metadata_json(&self) -> Result<MetadataJson> {
         let source = self.source;
         let json = self.metadata.metadata().as_ref().and_then(|map| map.get(METADATA_KEY));
         let json = json.ok_or_else(|| {
             source.bad(format!(
                 "it has no metadata key `{METADATA_KEY}`; if these are a model's weights, give a \
                  mask; if this is a mask from elsewhere, add the metadata {{\"{METADATA_KEY}\": \
-                 \"{{\\\"version\\\": {VERSION}}}\"}}"
+                 \"{{\\\"version\\\": {PLAIN_VERSION}}}\"}}"
             ))
         })?;
         let damaged = |error| source.bad(format!("its metadata `{METADATA_KEY}`: {error}"));
@@ -125,7 +144,7 @@ impl<'a> Tensors<'a> {
                 "it is of format version {version}, this leank reads up to {VERSION}; update leank"
             )));
         }
-        serde_json::from_str::<MetadataJson>(json).map(|json| json.info).map_err(damaged)
+        serde_json::from_str(json).map_err(damaged)
     }
 
     fn mask(&self) -> Result<(Axes, ModelMask)> {
@@ -155,6 +174,32 @@ impl<'a> Tensors<'a> {
         }
         let (chunks, _) = self.bytes(info)?.as_chunks::<4>();
         Ok(Some(chunks.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))
+    }
+
+    fn precisions(&self, axes: &Axes) -> Result<Vec<HeadPrecision>> {
+        let source = self.source;
+        let info = self.tensor("bits", Dtype::U8)?.ok_or_else(|| {
+            source.bad(format!("it has no tensor `bits`, which masks of version {VERSION} have"))
+        })?;
+        let expected = [axes.layers, axes.kv_heads, 2];
+        if info.shape != expected {
+            let found = &info.shape;
+            return Err(source.bad(format!("tensor `bits` has shape {found:?}, not {expected:?}")));
+        }
+        let (heads, _) = self.bytes(info)?.as_chunks::<2>();
+        let precision = |(at, &[k, v]): (usize, &[u8; 2])| {
+            let named = |tensor, bits| {
+                Precision::from_bits(bits).ok_or_else(|| {
+                    let (layer, head) = (at / axes.kv_heads, at % axes.kv_heads);
+                    source.bad(format!(
+                        "{tensor} of layer {layer}, KV head {head} asks for {bits} bits; this leank \
+                         knows 16, 8 and 4"
+                    ))
+                })
+            };
+            Ok(HeadPrecision { k: named("K", k)?, v: named("V", v)? })
+        };
+        heads.iter().enumerate().map(precision).collect()
     }
 
     fn tensor(&self, name: &str, dtype: Dtype) -> Result<Option<&'a TensorInfo>> {

@@ -7,7 +7,10 @@ use crate::{
 };
 
 const MAGIC: [u8; 8] = *b"LEANKSEQ";
-const VERSION: u32 = 1;
+/// The newest version.
+const VERSION: u32 = 2;
+/// The newest version that knows plain elements only.
+const PLAIN_VERSION: u32 = 1;
 /// Longest header that is read. One of the largest models (100 layers of 96 KV heads, head_dim 256)
 /// takes a third of a megabyte.
 const MAX_HEADER_BYTES: u32 = 16 << 20;
@@ -28,7 +31,7 @@ impl Header {
         let fields = self.fields(config)?;
         let mut bytes = Vec::with_capacity(16 + fields.len());
         bytes.extend(MAGIC);
-        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend(version(config).to_le_bytes());
         bytes.extend(length(fields.len())?.to_le_bytes());
         bytes.extend(fields);
         out.section(&bytes)
@@ -44,7 +47,7 @@ impl Header {
         for n in [window(sink), window(recent), self.tokens as u64, self.packed as u64] {
             bytes.extend(n.to_le_bytes());
         }
-        bytes.push(code(config.dtype));
+        bytes.push(format_code(LeanFormat::Plain(config.dtype)));
         for (layer, head) in heads(&shape) {
             let format = config.format(layer, head);
             bytes.extend([format_code(format.k), format_code(format.v)]);
@@ -72,10 +75,10 @@ impl Header {
             return Err(bad("its first bytes are not those of a saved sequence; give one"));
         }
         let version = start.u32()?;
-        if version != VERSION {
+        if !(1..=VERSION).contains(&version) {
             return Err(bad(format!(
-                "it is of version {version}, this leank reads version {VERSION}; save the sequence \
-                 again with this one"
+                "it is of version {version}, this leank reads versions 1 to {VERSION}; save the \
+                 sequence again with this one"
             )));
         }
         let length = start.u32()?;
@@ -104,9 +107,8 @@ impl Header {
         same("recent window of a saved sequence", window(recent), fields.u64()?)?;
         let (tokens, packed) = (fields.u64()?, fields.u64()?);
         let dtype = fields.u8()?;
-        let name = |code: u8| Dtype::ALL.get(usize::from(code)).map(ToString::to_string);
-        let named = |code: u8| name(code).unwrap_or_else(|| format!("an unknown type ({code})"));
-        same("element type of a saved sequence", config.dtype.to_string(), named(dtype))?;
+        let full = LeanFormat::Plain(config.dtype).to_string();
+        same("element type of a saved sequence", full, named(dtype))?;
         for (layer, head) in heads(&shape) {
             let format = config.format(layer, head);
             for format in [format.k, format.v] {
@@ -144,18 +146,29 @@ fn window(tokens: usize) -> u64 {
     if tokens == usize::MAX { u64::MAX } else { tokens as u64 }
 }
 
-fn code(dtype: Dtype) -> u8 {
-    match dtype {
-        Dtype::F32 => 0,
-        Dtype::F16 => 1,
-        Dtype::Bf16 => 2,
-    }
+/// The oldest version that can say what a cache stores.
+fn version(config: &CacheConfig) -> u32 {
+    let plain = |format| matches!(format, LeanFormat::Plain(_));
+    let all_plain = heads(&config.shape).all(|(layer, head)| {
+        let format = config.format(layer, head);
+        plain(format.k) && plain(format.v)
+    });
+    if all_plain { PLAIN_VERSION } else { VERSION }
 }
 
 fn format_code(format: LeanFormat) -> u8 {
     match format {
-        LeanFormat::Plain(dtype) => code(dtype),
+        LeanFormat::Plain(Dtype::F32) => 0,
+        LeanFormat::Plain(Dtype::F16) => 1,
+        LeanFormat::Plain(Dtype::Bf16) => 2,
+        LeanFormat::Int8 => 3,
+        LeanFormat::Int4 => 4,
     }
+}
+
+fn named(code: u8) -> String {
+    let known = LeanFormat::ALL.into_iter().find(|&format| format_code(format) == code);
+    known.map_or_else(|| format!("an unknown format ({code})"), |format| format.to_string())
 }
 
 /// One bit per channel, bit `c % 8` of byte `c / 8`; 1 is kept.

@@ -12,14 +12,21 @@
 //! A stream goes to a file through `files::write_atomic` (feature `files`), which puts it there as
 //! a whole or not at all.
 //!
-//! # Format, version 1
-//! All numbers are little-endian. Every part ends with a `u32`: the CRC-32 (zlib's) of all bytes
+//! # Format, versions 1 and 2
+//! Version 2 is written where lean blocks hold codes ([`quant`](crate::quant)), version 1 otherwise.
+//! They differ in the formats that they may name. All numbers are little-endian. Every part ends with a `u32`: the CRC-32 (zlib's) of all bytes
 //! before it since the start of the stream, earlier checksums left out.
 //!
 //! | part | bytes |
 //! |---|---|
-//! | header | `LEANKSEQ`, `u32` version, `u32` length of what follows without the checksum; `u32` layers, query heads, KV heads, head_dim, tokens per block; `u64` sink, recent (all ones: everything), tokens of the sequence, end of its lean blocks (index in the block table); `u8` element type (0 f32, 1 f16, 2 bf16); per layer and KV head two `u8`, lean types of K and V; per layer and KV head ⌈head_dim/8⌉ bytes, bit `c % 8` of byte `c / 8` is 1 where channel `c` is kept; `u32` length and UTF-8 text that identifies the model, or nothing |
-//! | per block, per layer | per KV head K `[tokens, channels]`, then V `[tokens, head_dim]`. A full block has all channels in the element type. A lean one has the kept channels, ascending, in the lean types, and nothing of a dead head. The last block has only the tokens that are there |
+//! | header | `LEANKSEQ`, `u32` version, `u32` length of what follows without the checksum; `u32` layers, query heads, KV heads, head_dim, tokens per block; `u64` sink, recent (all ones: everything), tokens of the sequence, end of its lean blocks (index in the block table); `u8` element type (0 f32, 1 f16, 2 bf16); per layer and KV head two `u8`, lean formats of K and V (the element types' numbers; in version 2 also 3 int8, 4 int4); per layer and KV head ⌈head_dim/8⌉ bytes, bit `c % 8` of byte `c / 8` is 1 where channel `c` is kept; `u32` length and UTF-8 text that identifies the model, or nothing |
+//! | per block, per layer | per KV head K `[tokens, channels]`, then V `[tokens, head_dim]`. A full block has all channels in the element type. A lean one has the kept channels, ascending, in the lean formats, and nothing of a dead head. The last block has only the tokens that are there |
+//!
+//! In int8 and int4, K is `[channels, tokens]` and V `[tokens, channels]`, so that the groups of elements
+//! that share a scale lie in rows. First come the scales of all groups, row by row: a bf16 step, an `i16`
+//! zero point. Then come the codes, row after row: in int8 a byte each; in int4 two in a byte, the
+//! first one in the lower half, across the ends of rows, and the upper half of the last byte is 0 where
+//! their number is odd.
 //!
 //! Blocks before the sink's end are full, those from there to the end of the lean blocks are lean,
 //! the others are full. Nothing follows the last block, so several sequences may lie in one stream.
@@ -27,8 +34,8 @@
 //! # Streams from strangers
 //! A stream is read only into a cache of the same shape, windows, block size, types and mask;
 //! anything else is an [`Error::Mismatch`]. What is damaged, cut short or impossible is an
-//! [`Error::Format`]. K and V are taken as they are, as [`Cache::append`](crate::Cache::append)
-//! takes them. Storage grows with the blocks that are really there, whatever the header claims. After an error
+//! [`Error::Format`], and so are scales that no packing makes ([`Scale::is_valid`]). Apart from that K
+//! and V are taken as they are, as [`Cache::append`](crate::Cache::append) takes them. Storage grows with the blocks that are really there, whatever the header claims. After an error
 //! the sequence is gone and its blocks are free.
 
 mod crc;
@@ -37,9 +44,10 @@ mod stream;
 
 use std::io::{Read, Write};
 
+pub use crate::Tensor;
 use crate::{
     Block, CacheConfig, Error, KvHead, Layer, LeanFormat, Ledger, Result, SequenceId,
-    blocks::Granted,
+    blocks::Granted, quant::Scale,
 };
 use header::Header;
 use stream::{In, Out, bad};
@@ -49,17 +57,8 @@ const FORMAT: &str = "leank sequence";
 /// What the bytes are called in messages: a stream has no path.
 const NAME: &str = "the saved sequence";
 
-/// K or V.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Tensor {
-    /// Keys.
-    K,
-    /// Values.
-    V,
-}
-
-/// K or V of one head in one block of one layer: `[tokens, channels]`, elements little-endian, rows
-/// without gaps.
+/// K or V of one head in one block of one layer: plain elements `[tokens, channels]`, little-endian,
+/// rows without gaps; or scales and codes as the [format](self) has them.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Rows {
@@ -75,7 +74,7 @@ pub struct Rows {
     pub tokens: usize,
     /// Channels: the kept ones in ascending order for K of a lean block, `head_dim` otherwise.
     pub channels: usize,
-    /// Type of the elements.
+    /// How they are stored.
     pub format: LeanFormat,
 }
 
@@ -83,7 +82,21 @@ impl Rows {
     /// Bytes of all rows.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.format.bytes(self.tokens, self.channels)
+        self.format.bytes(self.tensor, self.tokens, self.channels)
+    }
+
+    /// Bytes of the scales, which come first: none of plain elements.
+    #[must_use]
+    pub fn scale_bytes(&self) -> usize {
+        self.bytes() - (self.tokens * self.channels * self.format.bits()).div_ceil(8)
+    }
+
+    /// The number of the first scale that no packing makes.
+    fn bad_scale(&self, bytes: &[u8]) -> Option<usize> {
+        let (scales, _) = bytes[..self.scale_bytes()].as_chunks::<{ Scale::BYTES }>();
+        let valid =
+            |bits: &[u8; Scale::BYTES]| Scale::from_bits(u32::from_le_bytes(*bits)).is_valid();
+        scales.iter().position(|bits| !valid(bits))
     }
 }
 
@@ -177,6 +190,13 @@ pub fn restore(
             let mut rest = &bytes[..];
             for rows in section.rows() {
                 let (part, behind) = rest.split_at(rows.bytes());
+                if let Some(at) = rows.bad_scale(part) {
+                    let Rows { head, tensor, .. } = rows;
+                    return Err(bad(format!(
+                        "scale {at} of {tensor:?} of KV head {head} in {name} is none that packing \
+                         makes; save the sequence again"
+                    )));
+                }
                 store.write_rows(&rows, part)?;
                 rest = behind;
             }
@@ -201,11 +221,14 @@ impl<'a> Section<'a> {
         let live = move |head: &KvHead| !(lean && config.mask.head(layer, *head).is_dead());
         config.shape.kv_head_indices().filter(live).flat_map(move |head| {
             [Tensor::K, Tensor::V].map(|tensor| {
-                let (full, packed) = (LeanFormat::Plain(config.dtype), config.format(layer, head));
-                let (channels, format) = match (lean, tensor) {
-                    (true, Tensor::K) => (config.mask.head(layer, head).kept_count(), packed.k),
-                    (true, Tensor::V) => (config.shape.head_dim, packed.v),
-                    (false, _) => (config.shape.head_dim, full),
+                let format = if lean {
+                    config.format(layer, head).of(tensor)
+                } else {
+                    LeanFormat::Plain(config.dtype)
+                };
+                let channels = match (lean, tensor) {
+                    (true, Tensor::K) => config.mask.head(layer, head).kept_count(),
+                    _ => config.shape.head_dim,
                 };
                 Rows { layer, head, block, tensor, tokens, channels, format }
             })
