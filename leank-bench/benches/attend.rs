@@ -15,7 +15,8 @@ use leank_bench::{
     workload::{Variant, Workload, WorkloadOptions},
 };
 use leank_core::{
-    Backend, Cache, CacheConfig, Dtype, HostView, Layer, SequenceId, StepEntry, ViewShape,
+    Backend, Cache, CacheConfig, Dtype, HeadPrecision, HostView, Layer, SequenceId, StepEntry,
+    ViewShape,
 };
 use leank_cpu::{Cpu, CpuCache};
 use leank_train::rng::Rng;
@@ -39,9 +40,17 @@ fn attend(c: &mut Criterion) {
             for dtype in Dtype::ALL {
                 for (name, variant) in [("dense", Variant::Dense), ("lean", Variant::Lean)] {
                     let footprint = FOOTPRINT;
+                    let formats = HeadPrecision::default();
                     let sequences = 1;
-                    let options =
-                        WorkloadOptions { shape, context, sequences, dtype, variant, footprint };
+                    let options = WorkloadOptions {
+                        shape,
+                        context,
+                        sequences,
+                        dtype,
+                        variant,
+                        formats,
+                        footprint,
+                    };
                     let mut workload = None;
                     group.bench_function(BenchmarkId::new(dtype.to_string(), name), |b| {
                         let workload = workload.get_or_insert_with(|| {

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use leank_core::{Backend as _, Dtype};
+use leank_core::{Backend as _, Dtype, HeadPrecision};
 use leank_cpu::{Cpu, CpuCache, Rayon};
 use rayon::ThreadPool;
 use serde::Serialize;
@@ -33,6 +33,8 @@ pub struct CpuOptions {
     pub threads: Vec<usize>,
     /// The lean cache.
     pub lean: Variant,
+    /// Formats of its lean blocks, each in a cache of its own.
+    pub formats: Vec<HeadPrecision>,
     /// Rounds, at least one.
     pub rounds: usize,
     /// Least milliseconds per measurement and round.
@@ -54,7 +56,7 @@ pub struct Report {
     pub rounds: usize,
     /// Least bytes of each cache.
     pub footprint: u64,
-    /// In the order of the options: shapes, contexts, types, threads.
+    /// In the order of the options: shapes, contexts, types, threads, formats.
     pub rows: Vec<Row>,
 }
 
@@ -69,6 +71,8 @@ pub struct Row {
     pub context: usize,
     /// Storage type.
     pub dtype: Dtype,
+    /// Formats of the lean cache, as in `k8v8`.
+    pub formats: String,
     /// Threads.
     pub threads: usize,
     /// Read bandwidth, 10⁹ bytes per second, median.
@@ -95,14 +99,17 @@ pub fn measure(options: &CpuOptions, mut progress: impl FnMut(&Row)) -> Result<R
     let backend = Cpu::with_executor(Arc::new(Rayon));
     let mut rows = Vec::new();
     for (shape, context, dtype) in settings(options) {
-        let make = |variant| {
+        let make = |variant, formats| {
             let footprint = options.footprint;
             let sequences = 1;
-            let options = WorkloadOptions { shape, context, sequences, dtype, variant, footprint };
+            let options =
+                WorkloadOptions { shape, context, sequences, dtype, variant, formats, footprint };
             Workload::new(&backend, &options)
         };
-        // Two caches at a time bound the memory; the thread counts share them.
-        let mut caches = Caches { dense: make(Variant::Dense)?, lean: make(options.lean)? };
+        // The caches of one setting at a time bound the memory; the thread counts share them.
+        let dense = make(Variant::Dense, HeadPrecision::default())?;
+        let lean = options.formats.iter().map(|&formats| make(options.lean, formats));
+        let mut caches = Caches { dense, lean: lean.collect::<Result<_>>()? };
         let mut rounds = vec![Vec::new(); pools.len()];
         for _ in 0..options.rounds {
             for (pool, rounds) in pools.iter().zip(&mut rounds) {
@@ -111,9 +118,13 @@ pub fn measure(options: &CpuOptions, mut progress: impl FnMut(&Row)) -> Result<R
             }
         }
         for (&threads, rounds) in options.threads.iter().zip(&rounds) {
-            let row = row((shape, context, dtype), threads, &caches, rounds)?;
-            progress(&row);
-            rows.push(row);
+            for (i, &formats) in options.formats.iter().enumerate() {
+                let rounds: Vec<Round> = rounds.iter().map(|of_formats| of_formats[i]).collect();
+                let bytes = (caches.dense.call_bytes(), caches.lean[i].call_bytes());
+                let row = row((shape, context, dtype), (threads, formats), bytes, &rounds)?;
+                progress(&row);
+                rows.push(row);
+            }
         }
     }
     Ok(Report {
@@ -142,6 +153,7 @@ fn check(options: &CpuOptions) -> Result<()> {
         ("contexts", options.contexts.len()),
         ("storage types", options.dtypes.len()),
         ("thread counts", options.threads.len()),
+        ("formats", options.formats.len()),
         ("rounds", options.rounds),
     ] {
         if count == 0 {
@@ -166,19 +178,23 @@ pub(crate) fn pool(threads: usize) -> Result<ThreadPool> {
 
 struct Caches {
     dense: Workload<CpuCache>,
-    lean: Workload<CpuCache>,
+    /// One for each of the formats.
+    lean: Vec<Workload<CpuCache>>,
 }
 
 impl Caches {
-    /// One round on the current pool: the bandwidth, dense, lean.
-    fn round(&mut self, probe: &ReadProbe, least: Duration) -> Result<Round> {
+    /// One round on the current pool: the bandwidth, dense, lean in every format.
+    fn round(&mut self, probe: &ReadProbe, least: Duration) -> Result<Vec<Round>> {
         let pass = seconds(least, || {
             probe.pass();
             Ok(())
         })?;
         let dense = seconds(least, || self.dense.sweep())? / self.dense.layers() as f64;
-        let lean = seconds(least, || self.lean.sweep())? / self.lean.layers() as f64;
-        Ok(Round { bandwidth: probe.bytes() as f64 / pass, dense, lean })
+        let round = |lean: &mut Workload<CpuCache>| {
+            let lean = seconds(least, || lean.sweep())? / lean.layers() as f64;
+            Ok(Round { bandwidth: probe.bytes() as f64 / pass, dense, lean })
+        };
+        self.lean.iter_mut().map(round).collect()
     }
 }
 
@@ -198,15 +214,19 @@ pub(crate) fn seconds(least: Duration, mut work: impl FnMut() -> Result<()>) -> 
     Ok(median(times).unwrap_or_default().max(1e-9))
 }
 
-fn row(setting: Setting, threads: usize, caches: &Caches, rounds: &[Round]) -> Result<Row> {
-    let (heads, context, dtype) = setting;
+fn row(
+    (heads, context, dtype): Setting,
+    (threads, formats): (usize, HeadPrecision),
+    (dense, lean): (f64, f64),
+    rounds: &[Round],
+) -> Result<Row> {
     let none = || Error::option("rounds", "at least one", "none");
-    let (dense, lean) = (caches.dense.call_bytes(), caches.lean.call_bytes());
     Ok(Row {
         shape: heads.to_string(),
         heads,
         context,
         dtype,
+        formats: formats.to_string(),
         threads,
         bandwidth_gb_per_s: median(rounds.iter().map(|round| round.bandwidth / 1e9))
             .ok_or_else(none)?,
@@ -235,6 +255,7 @@ mod tests {
             dtypes: vec![Dtype::F16, Dtype::F32],
             threads: vec![1, 2],
             lean: Variant::Lean,
+            formats: vec![HeadPrecision::default(), "k8v4".parse().unwrap()],
             rounds: 2,
             millis: 1,
             footprint: 1 << 20,
@@ -245,12 +266,17 @@ mod tests {
     fn every_setting_is_measured_in_order() {
         let mut seen = 0;
         let report = measure(&options(), |_| seen += 1).unwrap();
-        let settings: Vec<_> =
-            report.rows.iter().map(|row| (&row.shape[..], row.dtype, row.threads)).collect();
+        let settings = report
+            .rows
+            .iter()
+            .map(|row| (&row.shape[..], row.dtype, row.threads, &row.formats[..]));
+        let settings: Vec<_> = settings.collect();
         let mut expected = Vec::new();
         for shape in ["B", "smollm2"] {
             for dtype in [Dtype::F16, Dtype::F32] {
-                expected.extend([(shape, dtype, 1), (shape, dtype, 2)]);
+                for threads in [1, 2] {
+                    expected.extend(["k16v16", "k8v4"].map(|name| (shape, dtype, threads, name)));
+                }
             }
         }
         assert_eq!(settings, expected);
@@ -272,6 +298,7 @@ mod tests {
             CpuOptions { dtypes: vec![], ..options() },
             CpuOptions { threads: vec![], ..options() },
             CpuOptions { threads: vec![0], ..options() },
+            CpuOptions { formats: vec![], ..options() },
             CpuOptions { rounds: 0, ..options() },
             CpuOptions { footprint: 0, ..options() },
             CpuOptions { contexts: vec![100], ..options() },

@@ -32,7 +32,8 @@ pub fn draw(report: &Report) -> Result<String> {
     let mut panels: Vec<Vec<&Row>> = Vec::new();
     for row in &report.rows {
         let same = |other: &Row| {
-            (&other.shape, other.dtype, other.threads) == (&row.shape, row.dtype, row.threads)
+            (&other.shape, other.dtype, other.threads, &other.formats)
+                == (&row.shape, row.dtype, row.threads, &row.formats)
         };
         match panels.iter_mut().find(|panel| same(panel[0])) {
             Some(panel) => panel.push(row),
@@ -91,7 +92,11 @@ fn panel<DB: DrawingBackend>(
 
     let row = rows[0];
     let plural = if row.threads == 1 { "" } else { "s" };
-    let title = format!("{} {}, {} thread{plural}", row.shape, row.dtype, row.threads);
+    let formats = match &row.formats[..] {
+        "k16v16" => String::new(),
+        formats => format!(", {formats}"),
+    };
+    let title = format!("{} {}{formats}, {} thread{plural}", row.shape, row.dtype, row.threads);
     let mut chart = ChartBuilder::on(area)
         .margin(10)
         .caption(title, ("sans-serif", 16))
@@ -168,6 +173,7 @@ mod tests {
             heads: HeadShape::A,
             context,
             dtype: Dtype::Bf16,
+            formats: "k16v16".into(),
             threads,
             bandwidth_gb_per_s: 33.0,
             dense: summary(context as f64 * 4096.0),

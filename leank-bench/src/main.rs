@@ -25,7 +25,7 @@ use leank_bench::{
     worker::Worker,
     workload::Variant,
 };
-use leank_core::{DEFAULT_BLOCK, Dtype};
+use leank_core::{DEFAULT_BLOCK, Dtype, HeadPrecision};
 use leank_cpu::{Cpu, DEFAULT_SPIN, Isa, Pool};
 
 use decode_gpu_args::DecodeGpuArgs;
@@ -123,6 +123,9 @@ struct CpuArgs {
     /// recent 768).
     #[arg(long, value_enum, default_value_t = Variant::Lean)]
     lean: Variant,
+    /// Formats of its lean blocks, bits of an element of K and V: 16 is the storage type.
+    #[arg(long, value_name = "kNvN,...", value_delimiter = ',', default_value = "k16v16")]
+    formats: Vec<HeadPrecision>,
     /// Rounds behind each median.
     #[arg(long, value_name = "N", default_value = "5")]
     rounds: NonZeroUsize,
@@ -379,6 +382,7 @@ impl CpuArgs {
             dtypes: self.dtypes.clone(),
             threads: threads.iter().map(|threads| threads.get()).collect(),
             lean: self.lean,
+            formats: self.formats.clone(),
             rounds: self.rounds.get(),
             millis: self.ms,
             footprint: self.footprint_mib << 20,

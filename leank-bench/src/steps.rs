@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use leank_core::{Backend as _, Dtype};
+use leank_core::{Backend as _, Dtype, HeadPrecision};
 use leank_cpu::{Cpu, CpuCache, DEFAULT_SPIN, Pool};
 use serde::Serialize;
 
@@ -77,7 +77,9 @@ pub fn measure(options: &StepsOptions, busy: &dyn Busy) -> Result<StepsReport> {
     let backend = Cpu::with_executor(Arc::new(pool));
     let make = |context, sequences| -> Result<Workload<CpuCache>> {
         let StepsOptions { shape, dtype, variant, footprint, .. } = *options;
-        let options = WorkloadOptions { shape, context, sequences, dtype, variant, footprint };
+        let formats = HeadPrecision::default();
+        let options =
+            WorkloadOptions { shape, context, sequences, dtype, variant, formats, footprint };
         Workload::new(&backend, &options)
     };
     let long_context = options.context.saturating_mul(options.sequences);

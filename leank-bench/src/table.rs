@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The heading of [`rows`].
-pub const HEADER: &str = "shape      context dtype threads cache    MB/call       ms     GB/s \
+pub const HEADER: &str = "shape      context dtype threads cache     MB/call       ms     GB/s \
                           of read  lean/dense time (bytes)";
 
 /// Prints a [`Report`]: where it was taken, then two lines per setting.
@@ -24,17 +24,18 @@ impl fmt::Display for Table<'_> {
     }
 }
 
-/// The lines of one setting: the read bandwidth's round mates, dense and lean.
+/// The lines of one setting: the read bandwidth's round mates, dense and lean, which is
+/// called by its formats.
 #[must_use]
 pub fn rows(row: &Row) -> String {
     let ratio = format!("{:.2} ({:.2})", row.time_ratio, row.bytes_ratio);
     line(row, "dense", &row.dense, &format!("read {:.1} GB/s", row.bandwidth_gb_per_s))
-        + &line(row, "lean", &row.lean, &ratio)
+        + &line(row, &row.formats, &row.lean, &ratio)
 }
 
 fn line(row: &Row, cache: &str, summary: &Summary, last: &str) -> String {
     let mut line = format!(
-        "{:<10} {:>7} {:<5} {:>7} {cache:<5}",
+        "{:<10} {:>7} {:<5} {:>7} {cache:<6}",
         row.shape,
         row.context,
         row.dtype.to_string(),
@@ -74,6 +75,7 @@ mod tests {
             heads: HeadShape::A,
             context: 2048,
             dtype: Dtype::F16,
+            formats: "k8v8".into(),
             threads: 2,
             bandwidth_gb_per_s: 40.0,
             dense: summary(8e6, 0.4),
@@ -85,7 +87,7 @@ mod tests {
         let words: Vec<Vec<&str>> =
             text.lines().map(|line| line.split_whitespace().collect()).collect();
         let dense = "A 2048 f16 2 dense 8.000 0.400 20.00 50.0 % read 40.0 GB/s";
-        let lean = "A 2048 f16 2 lean 4.000 0.250 16.00 40.0 % 0.62 (0.50)";
+        let lean = "A 2048 f16 2 k8v8 4.000 0.250 16.00 40.0 % 0.62 (0.50)";
         assert_eq!(words[0].join(" "), dense);
         assert_eq!(words[1].join(" "), lean);
     }

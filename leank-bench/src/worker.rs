@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use leank_core::Dtype;
+use leank_core::{Dtype, HeadPrecision};
 use leank_cpu::{Cpu, CpuCache};
 
 use crate::{
@@ -66,7 +66,9 @@ impl Worker {
         let shape: HeadShape = heads.parse().map_err(text)?;
         let context = context.parse().map_err(|_| format!("`{context}` is no context"))?;
         let (variant, footprint) = (self.variant, self.footprint);
-        let options = WorkloadOptions { shape, context, sequences: 1, dtype, variant, footprint };
+        let formats = HeadPrecision::default();
+        let options =
+            WorkloadOptions { shape, context, sequences: 1, dtype, variant, formats, footprint };
         let workload = Workload::new(&self.backend, &options).map_err(text)?;
         let answer = format!("ok {:.0} {}", workload.call_bytes(), workload.layers());
         self.workload = Some(workload);

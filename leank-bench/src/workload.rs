@@ -1,8 +1,8 @@
 //! A filled cache that decodes one token, layer after layer.
 
 use leank_core::{
-    Backend, Cache, CacheConfig, DEFAULT_BLOCK, Dtype, HostView, HostViewMut, Layer, ModelShape,
-    Planner, StepEntry, ViewShape, oracle::Attention,
+    Backend, Cache, CacheConfig, DEFAULT_BLOCK, Dtype, HeadPrecision, HostView, HostViewMut, Layer,
+    ModelShape, Planner, StepEntry, ViewShape, oracle::Attention,
 };
 use leank_train::rng::Rng;
 use serde::Serialize;
@@ -69,6 +69,8 @@ pub struct WorkloadOptions {
     pub dtype: Dtype,
     /// Dense or lean.
     pub variant: Variant,
+    /// Formats of lean blocks.
+    pub formats: HeadPrecision,
     /// Least bytes of the whole cache: as many layers as that takes.
     pub footprint: u64,
 }
@@ -76,7 +78,9 @@ pub struct WorkloadOptions {
 impl WorkloadOptions {
     fn config(&self, layers: usize) -> Result<CacheConfig> {
         let config = self.variant.config(self.shape.model(layers)?)?;
-        Ok(CacheConfig { dtype: self.dtype, ..config })
+        let heads = config.mask.heads().len();
+        let formats = Some(vec![self.formats.format(self.dtype); heads]);
+        Ok(CacheConfig { dtype: self.dtype, formats, ..config })
     }
 
     fn bytes(&self, layers: usize, backend: &impl Backend) -> Result<u64> {
@@ -167,7 +171,8 @@ where
     }
 
     /// Relative L2 and largest absolute error of the first layer's output for the first sequence
-    /// against the f64 oracle on K and V as they are stored: the accuracy of the arithmetic.
+    /// against the f64 oracle on K and V rounded to the storage type: in 16 bits the accuracy of the
+    /// arithmetic, otherwise what lean formats cost too.
     ///
     /// # Errors
     /// Those of the cache.
@@ -293,7 +298,9 @@ mod tests {
 
     fn options(variant: Variant) -> WorkloadOptions {
         let (shape, dtype) = (HeadShape::SMOLLM2, Dtype::F16);
-        WorkloadOptions { shape, context: 1024, sequences: 1, dtype, variant, footprint: 5 << 20 }
+        let formats = HeadPrecision::default();
+        let (context, sequences, footprint) = (1024, 1, 5 << 20);
+        WorkloadOptions { shape, context, sequences, dtype, variant, formats, footprint }
     }
 
     fn workload(options: &WorkloadOptions) -> Workload<leank_cpu::CpuCache> {

@@ -6,13 +6,13 @@ use std::{
 };
 
 use leank_core::{
-    Block, CacheConfig, CacheLayout, HostView, HostViewMut, KvHead, Layer, Ledger, Result,
+    Block, CacheConfig, CacheLayout, HeadFormat, HostView, HostViewMut, KvHead, Layer, LeanFormat,
+    Ledger, Result,
 };
 
 use crate::{
-    element::plain,
     executor::Executor,
-    kernel::{Ahead, Kernel, MAX_LANES},
+    kernel::{Ahead, Kernel, MAX_LANES, query_stride},
     panels::{DEPTH_MULTIPLE, HeadPlace},
     prefetch::Prefetch,
     running::{Arena, Extent, Merging, Queries, Running},
@@ -145,12 +145,12 @@ impl<'a> LayerView<'a> {
             let start = index * block;
             let tokens = (job.position + job.tokens - start).min(block);
             if index < whole {
-                self.kernel.weigh(&mut running, queries, (k, ahead), scale, v.dtype());
+                self.kernel.weigh(&mut running, queries, (k, ahead), scale, v.format());
             } else {
                 self.kernel.logits(&mut running, queries, (k, ahead), tokens);
                 let scale = self.cap(running.logits) * LOG2_E;
                 self.hide(job, start, &mut running);
-                self.kernel.soften(&mut running, scale, v.dtype());
+                self.kernel.soften(&mut running, scale, v.format());
             }
             self.kernel.sum(&mut running, (v, ahead), tokens);
         }
@@ -161,16 +161,22 @@ impl<'a> LayerView<'a> {
     fn extent(&self, job: &Job<'_>) -> Extent {
         let shape = self.config.shape;
         let lean = self.layout.layer(self.layer).lean[job.head.0];
-        let bytes = |dtype| self.kernel.left_bytes(dtype);
+        let full = LeanFormat::Plain(self.config.dtype);
+        let HeadFormat { k, v } = lean.format;
+        let coded = |format: LeanFormat| format.largest_code().is_some();
+        let queries = |format, depth| query_stride(format, depth) * self.kernel.left_bytes(format);
+        // Rows of queries for K in codes, and of weights for V.
+        let strides = [
+            if coded(k) { query_stride(k, lean.stored) } else { 0 },
+            if coded(v) { self.layout.block.next_multiple_of(MAX_LANES) } else { 0 },
+        ];
         Extent {
             rows: job.tokens * shape.group(),
             head_dim: shape.head_dim,
             block: self.layout.block,
-            weight_bytes: bytes(self.config.dtype).max(bytes(plain(lean.format.v))),
-            query_bytes: [
-                self.layout.full_channels * bytes(self.config.dtype),
-                lean.stored * bytes(plain(lean.format.k)),
-            ],
+            weight_bytes: self.kernel.left_bytes(full).max(self.kernel.left_bytes(v)),
+            query_bytes: [queries(full, self.layout.full_channels), queries(k, lean.stored)],
+            folded: strides[0].max(strides[1]),
         }
     }
 
@@ -190,7 +196,8 @@ impl<'a> LayerView<'a> {
             let head = job.head.0 * group + row % group;
             q.read_row(job.row + row / group, head, &mut values[..shape.head_dim]);
         }
-        self.kernel.put_queries(self.config.dtype, wide, channels, full);
+        let format = LeanFormat::Plain(self.config.dtype);
+        self.kernel.put_queries(format, wide, channels, full);
 
         let kept = self.config.mask.head(self.layer, job.head).kept();
         let packed = self.layout.layer(self.layer).lean[job.head.0];
@@ -206,7 +213,7 @@ impl<'a> LayerView<'a> {
             wide[to + kept.len()..to + packed.stored].fill(0.0);
         }
         wide.truncate(job.tokens * group * packed.stored);
-        self.kernel.put_queries(plain(packed.format.k), wide, packed.stored, lean);
+        self.kernel.put_queries(packed.format.k, wide, packed.stored, lean);
     }
 
     /// Where the blocks of a head lie.

@@ -3,7 +3,7 @@
 use std::any::TypeId;
 
 use half::{bf16, f16};
-use leank_core::{Dtype, LeanFormat, widen_f16};
+use leank_core::widen_f16;
 
 /// An element of K or V in storage.
 pub(crate) trait Element: bytemuck::Pod + Send + Sync {
@@ -134,14 +134,6 @@ macro_rules! with_element {
     };
 }
 pub(crate) use with_element;
-
-/// The element type of a format that this backend stores.
-pub(crate) fn plain(format: LeanFormat) -> Dtype {
-    match format {
-        LeanFormat::Plain(dtype) => dtype,
-        _ => unreachable!("CpuCache::new refuses formats without a kernel"),
-    }
-}
 
 #[cfg(test)]
 mod tests {

@@ -46,6 +46,7 @@ mod cache;
 #[cfg(feature = "capi")]
 #[allow(unsafe_code, reason = "takes pointers from C")]
 mod capi;
+mod codes;
 mod element;
 mod executor;
 #[allow(unsafe_code, reason = "vectors")]
@@ -151,7 +152,7 @@ impl Backend for Cpu {
     }
 
     fn lean_formats(&self, _full: Dtype) -> Vec<LeanFormat> {
-        Dtype::ALL.map(LeanFormat::Plain).to_vec()
+        LeanFormat::ALL.to_vec()
     }
 
     fn create(&self, config: CacheConfig) -> Result<Self::Cache> {

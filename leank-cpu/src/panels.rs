@@ -6,11 +6,12 @@
 //! kernel reads memory in order. In bf16 the rows go in pairs, with the two elements of a lane side
 //! by side: that is what `vdpbf16ps` and `bfdot` multiply, and widening it takes one shift or mask.
 
-use leank_core::{Block, CacheConfig, CacheLayout, Dtype, KvHead, Layer};
+use leank_core::{Block, CacheConfig, CacheLayout, HeadFormat, KvHead, Layer, LeanFormat, Tensor};
 
 use crate::{
-    element::{Element, convert, plain},
-    kernel::{Simd, transpose},
+    codes::{Codes, CodesMut, CodesShape},
+    element::{Element, convert},
+    kernel::{Right, Simd, transpose},
 };
 
 /// Lanes of a panel: two vectors of AVX-512, so that the accumulators of eight query rows fit into
@@ -29,14 +30,27 @@ pub(crate) struct Section {
     /// Rows.
     pub(crate) depth: usize,
     /// Elements of a row.
-    lanes: usize,
-    /// Type of the elements.
-    pub(crate) dtype: Dtype,
+    pub(crate) lanes: usize,
+    /// How they are stored.
+    pub(crate) format: LeanFormat,
+    /// Whether it is K or V.
+    tensor: Tensor,
 }
 
 impl Section {
     fn range(self) -> std::ops::Range<usize> {
-        self.offset..self.offset + self.depth * self.lanes * self.dtype.bytes()
+        let (tokens, channels) = match self.tensor {
+            Tensor::K => (self.lanes, self.depth),
+            Tensor::V => (self.depth, self.lanes),
+        };
+        self.offset..self.offset + self.format.bytes(self.tensor, tokens, channels)
+    }
+
+    /// `None` for plain elements.
+    fn codes(self) -> Option<CodesShape> {
+        let Self { depth, lanes, format, tensor, .. } = self;
+        let group = format.group(tensor).min(lanes);
+        format.largest_code().map(|largest| CodesShape { depth, lanes, group, largest })
     }
 
     /// What lies there; `head` is the head's part of a block.
@@ -49,7 +63,16 @@ impl Section {
         &mut head[self.range()]
     }
 
-    /// Its elements, to be written; `T` is what `dtype` names.
+    /// Its codes, to be written.
+    ///
+    /// # Panics
+    /// When it has plain elements.
+    pub(crate) fn codes_mut(self, head: &mut [u8]) -> CodesMut<'_> {
+        let shape = self.codes().expect("codes, not plain elements");
+        CodesMut { shape, bytes: self.bytes_mut(head) }
+    }
+
+    /// Its plain elements, to be written; `T` is what the format names.
     pub(crate) fn panels_mut<T: Element>(self, head: &mut [u8]) -> PanelsMut<'_, T> {
         let data = bytemuck::cast_slice_mut(self.bytes_mut(head));
         PanelsMut { data, depth: self.depth, lanes: self.lanes }
@@ -78,18 +101,23 @@ impl HeadPlace {
         if lean && packed.kept == 0 {
             return None;
         }
-        let (k_type, v_type, channels, v_offset) = if lean {
-            let format = packed.format;
-            let v_offset = packed.v_offset - packed.k_offset;
-            (plain(format.k), plain(format.v), packed.stored, v_offset)
+        let (format, channels, v_offset) = if lean {
+            (packed.format, packed.stored, packed.v_offset - packed.k_offset)
         } else {
             let v_offset = layout.full_v_offset(head) - layout.full_k_offset(head);
-            (config.dtype, config.dtype, layout.full_channels, v_offset)
+            (HeadFormat::plain(config.dtype), layout.full_channels, v_offset)
         };
         let (depth, lanes) = (layout.stored_tokens, config.shape.head_dim);
+        let (k, v) = (Tensor::K, Tensor::V);
         Some(Self {
-            k: Section { offset: 0, depth: channels, lanes: layout.block, dtype: k_type },
-            v: Section { offset: v_offset, depth, lanes, dtype: v_type },
+            k: Section {
+                offset: 0,
+                depth: channels,
+                lanes: layout.block,
+                format: format.k,
+                tensor: k,
+            },
+            v: Section { offset: v_offset, depth, lanes, format: format.v, tensor: v },
             lean,
         })
     }
@@ -103,9 +131,9 @@ pub(crate) struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// Type of the elements.
-    pub(crate) fn dtype(&self) -> Dtype {
-        self.section.dtype
+    /// How it is stored.
+    pub(crate) fn format(&self) -> LeanFormat {
+        self.section.format
     }
 
     /// Rows.
@@ -113,10 +141,26 @@ impl<'a> Matrix<'a> {
         self.section.depth
     }
 
-    /// Its elements; `T` is what `dtype` names.
+    /// Its plain elements; `T` is what the format names.
     pub(crate) fn panels<T: Element>(self) -> Panels<'a, T> {
         let Section { depth, lanes, .. } = self.section;
         Panels { data: bytemuck::cast_slice(self.bytes), depth, lanes }
+    }
+
+    /// Its plain elements as the groups of the kernel's product.
+    pub(crate) fn groups<G: bytemuck::Pod>(self) -> Right<'a, G> {
+        let Section { lanes, .. } = self.section;
+        let data: &[G] = bytemuck::cast_slice(self.bytes);
+        Right { data, steps: data.len() / lanes, lanes }
+    }
+
+    /// Its codes.
+    ///
+    /// # Panics
+    /// When it has plain elements.
+    pub(crate) fn codes(self) -> Codes<'a> {
+        let shape = self.section.codes().expect("codes, not plain elements");
+        Codes { shape, bytes: self.bytes }
     }
 }
 
@@ -130,11 +174,23 @@ pub(crate) struct Panels<'a, T> {
     pub(crate) lanes: usize,
 }
 
-impl<'a, T> Panels<'a, T> {
+impl<'a, T: Element> Panels<'a, T> {
     /// The panel that begins with lane `first`, a multiple of [`PANEL`].
     pub(crate) fn panel(&self, first: usize) -> &'a [T] {
         let width = PANEL.min(self.lanes - first);
         &self.data[first * self.depth..][..width * self.depth]
+    }
+
+    /// Puts a row in single precision where it is told to.
+    #[inline(always)]
+    pub(crate) fn read_row(&self, row: usize, to: &mut [f32]) {
+        for (i, to) in to.chunks_mut(PANEL).enumerate() {
+            let groups: &[T::Group] = bytemuck::cast_slice(self.panel(i * PANEL));
+            let groups = &groups[row / T::STEP * to.len()..][..to.len()];
+            to.iter_mut().zip(groups).for_each(|(to, group)| {
+                *to = group.as_ref()[row % T::STEP].widen();
+            });
+        }
     }
 }
 

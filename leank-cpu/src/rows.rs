@@ -1,11 +1,13 @@
 //! Plain rows of a block, for sequences on disk.
 
 use leank_core::{
-    Block, CacheConfig, CacheLayout, Result,
+    Block, CacheConfig, CacheLayout, LeanFormat, Result,
+    quant::Scale,
     saved::{BlockStore, Rows, Tensor},
 };
 
 use crate::{
+    codes::{Codes, CodesMut},
     element::{Element as _, with_element},
     kernel::Portable,
     panels::{HeadPlace, PANEL, Section, index},
@@ -31,7 +33,10 @@ pub(crate) fn read_rows(
 ) {
     let Some(section) = section(config, layout, rows) else { return };
     let from = store.head(rows.layer, rows.block, rows.head);
-    with_element!(section.dtype, T => {
+    let LeanFormat::Plain(dtype) = section.format else {
+        return read_codes(section.of(from).codes(), rows, bytes);
+    };
+    with_element!(dtype, T => {
         let from = section.of(from).panels::<T>();
         for (i, to) in bytes.chunks_exact_mut(size_of::<T>()).enumerate() {
             let (token, channel) = (i / rows.channels, i % rows.channels);
@@ -43,6 +48,47 @@ pub(crate) fn read_rows(
             x.put_le(to);
         }
     });
+}
+
+/// Rows of codes in a stream, and codes of a row.
+fn codes_extent(rows: &Rows) -> (usize, usize) {
+    match rows.tensor {
+        Tensor::K => (rows.channels, rows.tokens),
+        Tensor::V => (rows.tokens, rows.channels),
+    }
+}
+
+/// Copies scales and codes to `bytes`.
+fn read_codes(from: Codes<'_>, rows: &Rows, bytes: &mut [u8]) {
+    let (to_scales, to_codes) = bytes.split_at_mut(rows.scale_bytes());
+    let mut to_scales = to_scales.as_chunks_mut::<{ Scale::BYTES }>().0.iter_mut();
+    let (mut scales, mut codes, mut all) = (Vec::new(), Vec::new(), Vec::new());
+    for row in 0..codes_extent(rows).0 {
+        from.row(row, &mut scales, &mut codes);
+        let both = scales.iter().zip(to_scales.by_ref());
+        both.for_each(|(scale, to)| *to = scale.to_bits().to_le_bytes());
+        all.extend_from_slice(&codes);
+    }
+    // Where codes are halves of bytes, the first one of two is the lower half.
+    let per_byte = 8 / rows.format.bits();
+    for (to, codes) in to_codes.iter_mut().zip(all.chunks(per_byte)) {
+        *to = codes.iter().rev().fold(0, |byte, code| byte << (4 * (per_byte - 1)) | code);
+    }
+}
+
+/// Copies scales and codes from `bytes`.
+fn write_codes(mut to: CodesMut<'_>, rows: &Rows, bytes: &[u8]) {
+    let (scales, codes) = bytes.split_at(rows.scale_bytes());
+    let scales = scales.as_chunks::<{ Scale::BYTES }>().0.iter();
+    let mut scales = scales.map(|bits| Scale::from_bits(u32::from_le_bytes(*bits)));
+    let halves = codes.iter().flat_map(|byte| [byte & 15, byte >> 4]);
+    let codes: Vec<u8> = if rows.format.bits() == 4 { halves.collect() } else { codes.to_vec() };
+    let (count, width) = codes_extent(rows);
+    for (row, codes) in codes.chunks(width).take(count).enumerate() {
+        let groups = codes.chunks(to.shape.group).zip(&mut scales);
+        groups.enumerate().for_each(|(group, (codes, scale))| to.put(row, group, scale, codes));
+    }
+    to.clear_from(count);
 }
 
 /// The blocks of a cache, to be filled from a saved sequence.
@@ -64,7 +110,11 @@ impl BlockStore for Restoring<'_> {
     fn write_rows(&mut self, rows: &Rows, bytes: &[u8]) -> Result<()> {
         let Some(section) = section(self.config, self.layout, rows) else { return Ok(()) };
         let to = self.store.head_mut(rows.layer, rows.block, rows.head);
-        with_element!(section.dtype, T => {
+        let LeanFormat::Plain(dtype) = section.format else {
+            write_codes(section.codes_mut(to), rows, bytes);
+            return Ok(());
+        };
+        with_element!(dtype, T => {
             let mut to = section.panels_mut::<T>(to);
             let width = match rows.tensor {
                 Tensor::K => to.depth,

@@ -20,6 +20,8 @@ pub(crate) struct Extent {
     pub(crate) weight_bytes: usize,
     /// Bytes of a row of queries for full and for lean blocks.
     pub(crate) query_bytes: [usize; 2],
+    /// Elements of a row of queries or weights for codes, at most; 0 without codes.
+    pub(crate) folded: usize,
 }
 
 /// Memory for query rows, in one stretch. K and V stream through the first-level cache; what is used
@@ -34,10 +36,11 @@ impl Arena {
     /// The parts; queries are as they were left, everything else is to be written before it is
     /// read.
     pub(crate) fn split(&mut self, extent: Extent) -> (Queries<'_>, Running<'_>) {
-        let Extent { rows, head_dim, block, weight_bytes, query_bytes } = extent;
+        let Extent { rows, head_dim, block, weight_bytes, query_bytes, folded } = extent;
         let stride = block.next_multiple_of(MAX_LANES);
         let lines = |bytes: usize| bytes.div_ceil(size_of::<Line>());
         let floats = |count: usize| lines(count * size_of::<f32>());
+        let offset_rows = if folded == 0 { 0 } else { rows };
         let sizes = [
             lines(rows * query_bytes[0]),
             lines(rows * query_bytes[1]),
@@ -46,13 +49,15 @@ impl Arena {
             rows,
             floats(rows),
             floats(rows * stride),
+            floats(rows * folded),
+            floats(offset_rows),
         ];
         let total: usize = sizes.iter().sum();
         if self.0.len() < total {
             self.0.resize(total, Line::zeroed());
         }
         let mut rest = &mut self.0[..];
-        let [full, lean, weights, sums, totals, bases, logits] = sizes.map(|size| {
+        let [full, lean, weights, sums, totals, bases, logits, left, offsets] = sizes.map(|size| {
             let (part, others) = std::mem::take(&mut rest).split_at_mut(size);
             rest = others;
             part
@@ -67,8 +72,27 @@ impl Arena {
             totals,
             bases: floats(bases, rows),
             logits: floats(logits, rows * stride),
+            folded: Folded {
+                left: floats(left, rows * folded),
+                offsets: floats(offsets, offset_rows),
+            },
         };
         ([full, lean], running)
+    }
+}
+
+/// A left side of a product with codes, times their scales: nothing without codes.
+#[derive(Debug)]
+pub(crate) struct Folded<'a> {
+    /// Queries or weights times the steps, at most as long as either.
+    pub(crate) left: &'a mut [f32],
+    /// What the zero points add to each row.
+    pub(crate) offsets: &'a mut [f32],
+}
+
+impl Folded<'_> {
+    pub(crate) fn reborrow(&mut self) -> Folded<'_> {
+        Folded { left: self.left, offsets: self.offsets }
     }
 }
 
@@ -88,6 +112,7 @@ pub(crate) struct Running<'a> {
     pub(crate) logits: &'a mut [f32],
     /// Tokens of a block, padded to [`MAX_LANES`].
     pub(crate) stride: usize,
+    pub(crate) folded: Folded<'a>,
 }
 
 impl Running<'_> {

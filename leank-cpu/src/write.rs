@@ -4,13 +4,18 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use leank_core::{Block, CacheConfig, CacheLayout, HostView, KvHead, Layer, Ledger, Pack, Result};
+use bytemuck::Zeroable as _;
+use leank_core::{
+    Block, CacheConfig, CacheLayout, Dtype, HostView, KvHead, Layer, LeanFormat, Ledger, Pack,
+    Result,
+};
 
 use crate::{
     element::{Element, convert, with_element},
     executor::Executor,
     kernel::{Kernel, Loops, Simd},
-    panels::{HeadPlace, PANEL},
+    panels::{HeadPlace, Matrix, PANEL, Section},
+    running::Line,
     store::Store,
 };
 
@@ -55,6 +60,10 @@ struct Scratch {
     wide: Vec<f32>,
     /// Rows of a panel as they will be stored: memory for elements of any type.
     stored: Vec<f32>,
+    /// Codes of one row.
+    codes: Vec<u8>,
+    /// A full block of one head, on the way to a lean one with codes.
+    block: Vec<Line>,
 }
 
 /// A full block of one head to be packed.
@@ -63,6 +72,16 @@ struct Whole<'a> {
     whole: HeadPlace,
     packed: HeadPlace,
     from: &'a [u8],
+}
+
+/// One head of a block of plain elements, to be written.
+struct Plain<'a> {
+    place: HeadPlace,
+    /// Of K and V.
+    types: [Dtype; 2],
+    /// The channels of K that are stored; all of them without.
+    kept: Option<&'a [u16]>,
+    bytes: &'a mut [u8],
 }
 
 /// Writing new tokens of one head to one block.
@@ -76,9 +95,9 @@ struct Appending<'a> {
 
 /// Packing one head of a block.
 struct Packing<'a> {
-    writer: Writer<'a>,
     block: Whole<'a>,
     bytes: &'a mut [u8],
+    scratch: &'a mut Scratch,
 }
 
 impl Writer<'_> {
@@ -140,8 +159,8 @@ impl Writer<'_> {
             packings.extend(lean.heads_mut(packs.iter().flat_map(heads).filter_map(of_head)));
         }
         let elements = 2 * packings.len() * self.layout.block * shape.head_dim;
-        self.for_each(packings, elements, |_, (block, bytes)| {
-            self.kernel.run(Packing { writer: self, block, bytes });
+        self.for_each(packings, elements, |scratch, (block, bytes)| {
+            self.kernel.run(Packing { block, bytes, scratch });
         });
     }
 
@@ -171,23 +190,56 @@ impl Writer<'_> {
 impl Loops for Appending<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { writer, run, bytes, views: [k, v], scratch } = self;
-        let Run { place, .. } = run;
-        let kept = writer.config.mask.head(run.layer, run.head).kept();
-        with_element!(place.k.dtype, T => {
-            let mut to = place.k.panels_mut::<T>(bytes);
-            let from = Rows { view: k, kept: place.lean.then_some(kept), width: to.depth };
-            writer.write(&run, from, scratch, |first, rows| to.write_lanes(simd, first, rows));
-        });
-        with_element!(place.v.dtype, T => {
-            let mut to = place.v.panels_mut::<T>(bytes);
-            let from = Rows { view: v, kept: None, width: to.lanes };
-            writer.write(&run, from, scratch, |first, rows| to.write_rows(first, rows));
-        });
+        let Self { writer, run, bytes, views, scratch } = self;
+        let (config, head) = (writer.config, (run.layer, run.head));
+        let kept = config.mask.head(run.layer, run.head).kept();
+        let place = run.place;
+        if let (LeanFormat::Plain(k), LeanFormat::Plain(v)) = (place.k.format, place.v.format) {
+            let kept = place.lean.then_some(kept);
+            let to = Plain { place, types: [k, v], kept, bytes };
+            return writer.write_plain(simd, &run, to, views, scratch);
+        }
+        // Scales need all tokens of the block, which come together: blocks that are not written as a
+        // whole are full ones.
+        let Some(whole) = HeadPlace::of(config, writer.layout, head, Block::Full(0)) else {
+            return;
+        };
+        let mut block = std::mem::take(&mut scratch.block);
+        block.resize(writer.layout.full_head_bytes().div_ceil(size_of::<Line>()), Line::zeroed());
+        let from = bytemuck::cast_slice_mut(&mut block);
+        let to = Plain { place: whole, types: [config.dtype; 2], kept: None, bytes: from };
+        writer.write_plain(simd, &run, to, views, scratch);
+        let from = bytemuck::cast_slice(&block);
+        let block_of = Whole { kept, whole, packed: place, from };
+        Packing { block: block_of, bytes, scratch }.run(simd);
+        scratch.block = block;
     }
 }
 
 impl Writer<'_> {
+    /// Writes new tokens of one head to a block of plain elements.
+    #[inline(always)]
+    fn write_plain<S: Simd>(
+        self,
+        simd: S,
+        run: &Run,
+        to: Plain<'_>,
+        [k, v]: [HostView<'_>; 2],
+        scratch: &mut Scratch,
+    ) {
+        let Plain { place, types, kept, bytes } = to;
+        with_element!(types[0], T => {
+            let mut to = place.k.panels_mut::<T>(bytes);
+            let from = Rows { view: k, kept, width: to.depth };
+            self.write(run, from, scratch, |first, rows| to.write_lanes(simd, first, rows));
+        });
+        with_element!(types[1], T => {
+            let mut to = place.v.panels_mut::<T>(bytes);
+            let from = Rows { view: v, kept: None, width: to.lanes };
+            self.write(run, from, scratch, |first, rows| to.write_rows(first, rows));
+        });
+    }
+
     /// Hands over rows `[tokens, width]` as they will be stored, those of a panel of lanes at a
     /// time, with the index of the first token in its block.
     #[inline(always)]
@@ -199,7 +251,7 @@ impl Writer<'_> {
         mut write: impl FnMut(usize, &[T]),
     ) {
         let Rows { view, kept, width } = from;
-        let Scratch { wide, stored } = scratch;
+        let Scratch { wide, stored, .. } = scratch;
         wide.resize(self.config.shape.head_dim, 0.0);
         stored.clear();
         stored.resize((PANEL.min(run.tokens) * width * size_of::<T>()).div_ceil(4), 0.0);
@@ -226,22 +278,38 @@ impl Writer<'_> {
 impl Loops for Packing<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        let Self { writer, block: Whole { kept, whole, packed, from }, bytes } = self;
-        with_element!(whole.k.dtype, S => {
-            with_element!(packed.k.dtype, T => {
-                let kept = kept.iter().copied().map(usize::from);
-                packed.k.panels_mut::<T>(bytes).gather(whole.k.of(from).panels::<S>(), kept);
-            });
-            if whole.v.dtype == packed.v.dtype {
+        let Self { block: Whole { kept, whole, packed, from }, bytes, scratch } = self;
+        // K and V of full blocks are of one type.
+        let LeanFormat::Plain(full) = whole.k.format else { return };
+        with_element!(full, S => {
+            let kept = kept.iter().copied().map(usize::from);
+            pack::<S>(whole.k.of(from), packed.k, kept, (bytes, scratch));
+            if whole.v.format == packed.v.format {
                 packed.v.bytes_mut(bytes).copy_from_slice(whole.v.of(from).bytes);
             } else {
-                with_element!(packed.v.dtype, T => {
-                    let tokens = 0..writer.layout.block;
-                    packed.v.panels_mut::<T>(bytes).gather(whole.v.of(from).panels::<S>(), tokens);
-                });
+                let tokens = 0..whole.k.lanes;
+                pack::<S>(whole.v.of(from), packed.v, tokens, (bytes, scratch));
             }
         });
     }
+}
+
+/// Packs the rows of a full block's K or V, whose elements are `S`.
+#[inline(always)]
+fn pack<S: Element>(
+    from: Matrix<'_>,
+    to: Section,
+    mut rows: impl ExactSizeIterator<Item = usize> + Clone,
+    (bytes, scratch): (&mut [u8], &mut Scratch),
+) {
+    let from = from.panels::<S>();
+    if let LeanFormat::Plain(dtype) = to.format {
+        return with_element!(dtype, T => to.panels_mut::<T>(bytes).gather(from, rows));
+    }
+    let Scratch { wide, codes, .. } = scratch;
+    to.codes_mut(bytes).quantise(rows.len(), (wide, codes), |_, wide| {
+        rows.by_ref().take(1).for_each(|row| from.read_row(row, wide));
+    });
 }
 
 /// Moves the kept channels to the front; their number.

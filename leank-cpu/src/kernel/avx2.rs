@@ -100,6 +100,24 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(self, from: *const u8) -> __m256 {
+        // SAFETY: the token, and the caller's promise.
+        let codes = unsafe { _mm_loadl_epi64(from.cast()) };
+        op!(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_u4_pairs(self, from: *const u8) -> [__m256; 2] {
+        // SAFETY: the token, and the caller's promise.
+        let codes = unsafe { _mm_loadl_epi64(from.cast()) };
+        let pairs = op!(_mm256_cvtepu8_epi32(codes));
+        op!([
+            _mm256_cvtepi32_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(15))),
+            _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(pairs)),
+        ])
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, x: __m256) {
         // SAFETY: the token, and the caller's promise.
         unsafe { _mm256_storeu_ps(to, x) }

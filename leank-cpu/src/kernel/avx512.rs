@@ -10,7 +10,7 @@ use half::{bf16, f16};
 
 use super::{
     entries,
-    product::{Bf16Pairs, Lanes},
+    product::{Bf16Pairs, Lanes, plain_single},
     simd::Simd,
 };
 
@@ -111,6 +111,28 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(self, from: *const u8) -> __m512 {
+        // SAFETY: the token, and the caller's promise.
+        let codes = unsafe { _mm_loadu_si128(from.cast()) };
+        op!(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_u4_pairs(self, from: *const u8) -> [__m512; 2] {
+        // SAFETY: the token, and the caller's promise.
+        let codes = unsafe { _mm_loadu_si128(from.cast()) };
+        let pairs = op!(_mm512_cvtepu8_epi32(codes));
+        // `vpermps` looks at the lower four bits only.
+        let table = op!(_mm512_setr_ps(
+            0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0
+        ));
+        op!([
+            _mm512_permutexvar_ps(pairs, table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(pairs), table),
+        ])
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, x: __m512) {
         // SAFETY: the token, and the caller's promise.
         unsafe { _mm512_storeu_ps(to, x) }
@@ -142,7 +164,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
 pub(crate) struct Bf16Dot;
 
 impl Lanes<Avx512<true>> for Bf16Dot {
-    type Stored = bf16;
+    type Group = [bf16; 2];
     type Left = bf16;
     type Wide = __m512i;
     type Splat = __m512i;
@@ -150,7 +172,7 @@ impl Lanes<Avx512<true>> for Bf16Dot {
     const VECTORS: usize = 1;
 
     #[inline(always)]
-    unsafe fn load(_: Avx512<true>, from: *const bf16) -> __m512i {
+    unsafe fn load(_: Avx512<true>, from: *const [bf16; 2]) -> __m512i {
         // SAFETY: the token, and the caller's promise.
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
@@ -167,5 +189,10 @@ impl Lanes<Avx512<true>> for Bf16Dot {
         // SAFETY: all three are 512 bits without invalid values.
         let (factor, wide): (__m512bh, __m512bh) = unsafe { std::mem::transmute((factor, wide)) };
         op!(_mm512_dpbf16_ps(sum, factor, wide))
+    }
+
+    #[inline(always)]
+    fn single(factors: &[bf16], group: [bf16; 2], sum: f32) -> f32 {
+        plain_single::<_, bf16>(factors, group, sum)
     }
 }

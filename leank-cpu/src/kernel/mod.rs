@@ -10,6 +10,7 @@
 //! [`Kernel`] is chosen once per backend; every call goes through one `match` to code that was
 //! compiled for the instruction set.
 
+mod coded;
 mod left;
 mod portable;
 mod product;
@@ -32,15 +33,15 @@ pub(crate) use transpose::transpose;
 use std::{fmt, str::FromStr};
 
 use half::bf16;
-use leank_core::{Dtype, Error, Result};
+use leank_core::{Dtype, Error, LeanFormat, Result};
 
 use crate::{
-    element::Element,
     panels::Matrix,
-    running::{Line, Running},
+    running::{Folded, Line, Running},
 };
+use coded::{CodedProduct, U4Pairs, U8s};
 use left::Factor;
-pub(crate) use product::Ahead;
+pub(crate) use product::{Ahead, Right};
 use product::{Bf16Pairs, ByRow, ByStep, F16s, F32s, Finish, Lanes, Order, Product, Sums, ToSteps};
 use softmax::{Softmax, Take};
 
@@ -113,12 +114,12 @@ pub(crate) trait Loops {
 /// Code for one instruction set.
 trait Engine: Simd {
     /// How pairs of bf16 are multiplied.
-    type Bf16: Lanes<Self, Stored = bf16>;
+    type Bf16: Lanes<Self, Group = [bf16; 2]>;
 
     /// [`product::product`]
     fn product<L: Lanes<Self>, O: Order>(
         self,
-        args: Product<'_, L::Left, L::Stored, O>,
+        args: Product<'_, L::Left, L::Group, O>,
         finish: impl Finish<Self>,
     );
 
@@ -131,7 +132,7 @@ impl Engine for Portable {
 
     fn product<L: Lanes<Self>, O: Order>(
         self,
-        args: Product<'_, L::Left, L::Stored, O>,
+        args: Product<'_, L::Left, L::Group, O>,
         mut finish: impl Finish<Self>,
     ) {
         product::product::<Self, L, O>(self, args, &mut finish);
@@ -151,13 +152,13 @@ macro_rules! entries {
 
             fn product<L: super::Lanes<Self>, O: super::Order>(
                 self,
-                args: super::Product<'_, L::Left, L::Stored, O>,
+                args: super::Product<'_, L::Left, L::Group, O>,
                 finish: impl super::Finish<Self>,
             ) {
                 #[target_feature(enable = $features)]
                 fn compiled<L: super::Lanes<$token>, O: super::Order>(
                     simd: $token,
-                    args: super::Product<'_, L::Left, L::Stored, O>,
+                    args: super::Product<'_, L::Left, L::Group, O>,
                     mut finish: impl super::Finish<$token>,
                 ) {
                     super::product::product::<$token, L, O>(simd, args, &mut finish);
@@ -226,8 +227,8 @@ macro_rules! on_engine {
     };
 }
 
-/// Runs `$body` with the [`Lanes`] of a stored type.
-macro_rules! on_lanes {
+/// Runs `$body` with the [`Lanes`] of plain elements.
+macro_rules! on_plain {
     ($dtype:expr, $S:ident, $L:ident => $body:expr) => {
         match $dtype {
             Dtype::F32 => {
@@ -240,6 +241,40 @@ macro_rules! on_lanes {
             }
             Dtype::Bf16 => {
                 type $L = <$S as Engine>::Bf16;
+                $body
+            }
+        }
+    };
+}
+
+/// Runs `$plain` or `$coded` with the [`Lanes`] of a format.
+macro_rules! on_lanes {
+    ($format:expr, $S:ident, $L:ident => $plain:expr, $coded:expr) => {
+        match $format {
+            LeanFormat::Plain(dtype) => on_plain!(dtype, $S, $L => $plain),
+            LeanFormat::Int8 => {
+                type $L = U8s;
+                $coded
+            }
+            LeanFormat::Int4 => {
+                type $L = U4Pairs;
+                $coded
+            }
+            other => unreachable!("the backend refuses {other}"),
+        }
+    };
+}
+
+/// Runs `$body` with the type of the left side of products with a format.
+macro_rules! on_left {
+    ($format:expr, $S:ident, $W:ident => $body:expr) => {
+        match $format {
+            LeanFormat::Plain(Dtype::Bf16) => {
+                type $W = LeftOf<<$S as Engine>::Bf16, $S>;
+                $body
+            }
+            _ => {
+                type $W = f32;
                 $body
             }
         }
@@ -288,20 +323,33 @@ impl Kernel {
         }
     }
 
-    /// Bytes of an element on the left of products with this type.
-    pub(crate) fn left_bytes(self, dtype: Dtype) -> usize {
-        on_engine!(self, (simd: S) => on_lanes!(dtype, S, L => {
+    /// Bytes of an element on the left of products with this format.
+    pub(crate) fn left_bytes(self, format: LeanFormat) -> usize {
+        on_engine!(self, (simd: S) => on_left!(format, S, W => {
             let _ = simd;
-            size_of::<LeftOf<L, S>>()
+            size_of::<W>()
         }))
     }
 
-    /// Puts queries, `[rows, depth]`, where products with K of this type read them.
+    /// Puts queries, `[rows, depth]`, where products with K of this format read them.
     ///
     /// # Panics
-    /// When `to` is too short.
-    pub(crate) fn put_queries(self, dtype: Dtype, from: &[f32], depth: usize, to: &mut [Line]) {
-        on_engine!(self, (simd: S) => on_lanes!(dtype, S, L => {
+    /// When `to` is too short: see [`query_stride`].
+    pub(crate) fn put_queries(
+        self,
+        format: LeanFormat,
+        from: &[f32],
+        depth: usize,
+        to: &mut [Line],
+    ) {
+        let LeanFormat::Plain(dtype) = format else {
+            let to = bytemuck::cast_slice_mut::<Line, f32>(to);
+            let rows = to.chunks_exact_mut(query_stride(format, depth));
+            return from.chunks_exact(depth).zip(rows).for_each(|(from, to)| {
+                to[..depth].copy_from_slice(from);
+            });
+        };
+        on_engine!(self, (simd: S) => on_plain!(dtype, S, L => {
             let to = bytemuck::cast_slice_mut::<Line, LeftOf<L, S>>(to);
             let steps = ToSteps::<_, { <L as Lanes<S>>::STEP }> { from, depth, to };
             <S as Engine>::run(simd, steps);
@@ -316,21 +364,26 @@ impl Kernel {
         (k, ahead): (Matrix<'_>, Ahead),
         tokens: usize,
     ) {
-        let Running { bases, logits, stride, .. } = running;
-        let sums = Sums { out: logits, stride: *stride, accumulate: false };
-        let left = (queries, bases.len(), ByStep);
-        on_engine!(self, (simd: S) => on_lanes!(k.dtype(), S, L => {
-            simd.product::<L, _>(product(left, (k, ahead), (k.depth(), tokens)), sums);
+        let Running { bases, logits, stride, folded, .. } = running;
+        let out = Sums { out: logits, stride: *stride, accumulate: false };
+        let rows = bases.len();
+        on_engine!(self, (simd: S) => on_lanes!(k.format(), S, L => {
+            let args = product((queries, rows, ByStep), (k, ahead), (k.depth(), tokens));
+            simd.product::<L, _>(args, out);
+        }, {
+            let left = (queries, rows, query_stride(k.format(), k.depth()));
+            let args = coded(left, (k, ahead), (k.depth(), tokens), folded.reborrow());
+            coded::product::<S, L>(simd, args, out);
         }));
     }
 
     /// Turns logits, negative infinity where a token does not count, into weights for V of this
-    /// type.
+    /// format.
     ///
     /// `scale` is the factor on logits, in powers of two.
-    pub(crate) fn soften(self, running: &mut Running<'_>, scale: f32, v: Dtype) {
-        on_engine!(self, (simd: S) => on_lanes!(v, S, L => {
-            let (logits, softmax) = softmax::<LeftOf<L, S>>(running, scale);
+    pub(crate) fn soften(self, running: &mut Running<'_>, scale: f32, v: LeanFormat) {
+        on_engine!(self, (simd: S) => on_left!(v, S, W => {
+            let (logits, _, softmax) = softmax::<W>(running, scale);
             <S as Engine>::run(simd, Take { logits, softmax });
         }));
     }
@@ -343,13 +396,20 @@ impl Kernel {
         queries: &[Line],
         (k, ahead): (Matrix<'_>, Ahead),
         scale: f32,
-        v: Dtype,
+        v: LeanFormat,
     ) {
-        let (left, tokens) = ((queries, running.bases.len(), ByStep), running.stride);
-        on_engine!(self, (simd: S) => on_lanes!(k.dtype(), S, L => on_lanes!(v, S, W => {
-            let (_, softmax) = softmax::<LeftOf<W, S>>(running, scale);
-            simd.product::<L, _>(product(left, (k, ahead), (k.depth(), tokens)), softmax);
-        })));
+        let (rows, tokens) = (running.bases.len(), running.stride);
+        on_engine!(self, (simd: S) => on_left!(v, S, W => {
+            let (_, folded, softmax) = softmax::<W>(running, scale);
+            on_lanes!(k.format(), S, L => {
+                let args = product((queries, rows, ByStep), (k, ahead), (k.depth(), tokens));
+                simd.product::<L, _>(args, softmax);
+            }, {
+                let left = (queries, rows, query_stride(k.format(), k.depth()));
+                let args = coded(left, (k, ahead), (k.depth(), tokens), folded);
+                coded::product::<S, L>(simd, args, softmax);
+            })
+        }));
     }
 
     /// Adds V of a block's first `tokens` tokens, weighted.
@@ -359,12 +419,16 @@ impl Kernel {
         (v, ahead): (Matrix<'_>, Ahead),
         tokens: usize,
     ) {
-        let Running { bases, sums, head_dim, weights, stride, .. } = running;
+        let Running { bases, sums, head_dim, weights, stride, folded, .. } = running;
         let (rows, stride) = (bases.len(), *stride);
         let out = Sums { out: sums, stride: *head_dim, accumulate: true };
-        on_engine!(self, (simd: S) => on_lanes!(v.dtype(), S, L => {
+        on_engine!(self, (simd: S) => on_lanes!(v.format(), S, L => {
             let left = (&**weights, rows, ByRow(stride));
             simd.product::<L, _>(product(left, (v, ahead), (tokens, *head_dim)), out);
+        }, {
+            let left = (&**weights, rows, stride);
+            let args = coded(left, (v, ahead), (tokens, *head_dim), folded.reborrow());
+            coded::product::<S, L>(simd, args, out);
         }));
     }
 
@@ -374,23 +438,47 @@ impl Kernel {
     }
 }
 
+/// Elements from one row of queries to the next, for products of this depth with K of this format.
+pub(crate) fn query_stride(format: LeanFormat, depth: usize) -> usize {
+    match format {
+        LeanFormat::Plain(_) => depth,
+        _ => depth.next_multiple_of(MAX_LANES),
+    }
+}
+
 /// The sides of a product: a left side of so many rows, a right side of which this depth and this
 /// many lanes count.
 #[inline(always)]
-fn product<'a, L: Factor, T: Element, O>(
+fn product<'a, L: Factor, G: bytemuck::Pod, O>(
     (left, rows, order): (&'a [Line], usize, O),
     (right, ahead): (Matrix<'a>, Ahead),
     (depth, lanes): (usize, usize),
-) -> Product<'a, L, T, O> {
+) -> Product<'a, L, G, O> {
     let left = bytemuck::cast_slice(left);
-    Product { left, order, rows, depth, right: right.panels(), lanes, ahead }
+    Product { left, order, rows, depth, right: right.groups(), lanes, ahead }
 }
 
-/// The logits of a block, and where their softmax goes.
+/// The same where the right side is codes; rows of the left side are `stride` apart.
 #[inline(always)]
-fn softmax<'a, W: Factor>(running: &'a mut Running<'_>, scale: f32) -> (&'a [f32], Softmax<'a, W>) {
-    let Running { bases, totals, sums, head_dim, weights, logits, stride } = running;
+fn coded<'a>(
+    (left, rows, stride): (&'a [Line], usize, usize),
+    (right, ahead): (Matrix<'a>, Ahead),
+    (depth, lanes): (usize, usize),
+    folded: Folded<'a>,
+) -> CodedProduct<'a> {
+    let left = &bytemuck::cast_slice(left)[..rows * stride];
+    CodedProduct { left, stride, depth, codes: right.codes(), lanes, ahead, folded }
+}
+
+/// The logits of a block, what its scales are folded into, and where the softmax goes.
+#[inline(always)]
+fn softmax<'a, W: Factor>(
+    running: &'a mut Running<'_>,
+    scale: f32,
+) -> (&'a [f32], Folded<'a>, Softmax<'a, W>) {
+    let Running { bases, totals, sums, head_dim, weights, logits, stride, folded } = running;
     let weights = bytemuck::cast_slice_mut(weights);
     let (head_dim, stride) = (*head_dim, *stride);
-    (logits, Softmax { scale, bases, totals, sums, head_dim, weights, stride })
+    let softmax = Softmax { scale, bases, totals, sums, head_dim, weights, stride };
+    (logits, folded.reborrow(), softmax)
 }

@@ -107,6 +107,24 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(self, from: *const u8) -> float32x4_t {
+        op!(vcvtq_f32_u32(widen(
+            // SAFETY: the caller's promise.
+            unsafe { from.cast::<u32>().read_unaligned() }
+        )))
+    }
+
+    #[inline(always)]
+    unsafe fn load_u4_pairs(self, from: *const u8) -> [float32x4_t; 2] {
+        // SAFETY: the caller's promise.
+        let pairs = widen(unsafe { from.cast::<u32>().read_unaligned() });
+        op!([
+            vcvtq_f32_u32(vandq_u32(pairs, vdupq_n_u32(15))),
+            vcvtq_f32_u32(vshrq_n_u32::<4>(pairs)),
+        ])
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, x: float32x4_t) {
         // SAFETY: the token, and the caller's promise.
         unsafe { vst1q_f32(to, x) }
@@ -128,4 +146,10 @@ impl Simd for Neon {
     fn interleave(self, a: float32x4_t, b: float32x4_t) -> [float32x4_t; 2] {
         op!([vzip1q_f32(a, b), vzip2q_f32(a, b)])
     }
+}
+
+/// Four bytes, as they lie in memory.
+#[inline(always)]
+fn widen(bytes: u32) -> uint32x4_t {
+    op!(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes.into())))))
 }

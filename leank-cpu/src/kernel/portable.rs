@@ -87,6 +87,20 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(self, from: *const u8) -> Lanes {
+        // SAFETY: as above.
+        let codes = unsafe { *from.cast::<[u8; LANES]>() };
+        codes.map(f32::from)
+    }
+
+    #[inline(always)]
+    unsafe fn load_u4_pairs(self, from: *const u8) -> [Lanes; 2] {
+        // SAFETY: as above.
+        let pairs = unsafe { *from.cast::<[u8; LANES]>() };
+        [pairs.map(|pair| f32::from(pair & 15)), pairs.map(|pair| f32::from(pair >> 4))]
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut f32, x: Lanes) {
         // SAFETY: as above.
         unsafe { *to.cast::<Lanes>() = x };

@@ -13,27 +13,22 @@ use super::{
     left::Factor,
     simd::{MAX_LANES, Simd},
 };
-use crate::{
-    element::Element,
-    panels::{PANEL, Panels},
-    prefetch::Prefetch,
-    running::Line,
-};
+use crate::{element::Element, panels::PANEL, prefetch::Prefetch, running::Line};
 
 /// Most rows that one pass over a panel takes.
 const MAX_ROWS: usize = 8;
 
 /// How vectors of one stored type are multiplied.
 pub(crate) trait Lanes<S: Simd>: Copy {
-    /// Element in storage.
-    type Stored: Element;
+    /// What a lane has of a step in storage.
+    type Group: bytemuck::Pod;
     /// Element of the left side.
     type Left: Factor;
     /// A loaded vector of stored elements.
     type Wide: Copy;
     /// A broadcast element (or pair) of the left side.
     type Splat: Copy;
-    /// Elements along the depth that lie side by side: 2 where lanes hold pairs.
+    /// Elements along the depth in a step: 2 where lanes hold pairs.
     const STEP: usize;
     /// Registers that a loaded vector takes.
     const VECTORS: usize;
@@ -41,8 +36,8 @@ pub(crate) trait Lanes<S: Simd>: Copy {
     /// Loads `S::LANES` lanes.
     ///
     /// # Safety
-    /// `from` is readable for `S::LANES · STEP` elements.
-    unsafe fn load(simd: S, from: *const Self::Stored) -> Self::Wide;
+    /// `from` is readable for `S::LANES` groups.
+    unsafe fn load(simd: S, from: *const Self::Group) -> Self::Wide;
 
     /// Broadcasts the left side of one step.
     ///
@@ -52,6 +47,16 @@ pub(crate) trait Lanes<S: Simd>: Copy {
 
     /// `sum + factor · wide`, summed over the step.
     fn mul_add(simd: S, factor: Self::Splat, wide: Self::Wide, sum: S::F32) -> S::F32;
+
+    /// The same for a single lane; `factors` may end within the step.
+    fn single(factors: &[Self::Left], group: Self::Group, sum: f32) -> f32;
+}
+
+/// [`Lanes::single`] for plain elements.
+#[inline(always)]
+pub(super) fn plain_single<L: Factor, T: Element>(factors: &[L], group: T::Group, sum: f32) -> f32 {
+    let elements = factors.iter().zip(group.as_ref());
+    elements.fold(sum, |sum, (factor, x)| sum + factor.widen() * x.widen())
 }
 
 /// Single precision.
@@ -70,7 +75,7 @@ pub(crate) struct Bf16Pairs;
 macro_rules! plain_lanes {
     ($lanes:ty, $stored:ty, $load:ident) => {
         impl<S: Simd> Lanes<S> for $lanes {
-            type Stored = $stored;
+            type Group = [$stored; 1];
             type Left = f32;
             type Wide = S::F32;
             type Splat = S::F32;
@@ -78,9 +83,9 @@ macro_rules! plain_lanes {
             const VECTORS: usize = 1;
 
             #[inline(always)]
-            unsafe fn load(simd: S, from: *const $stored) -> S::F32 {
+            unsafe fn load(simd: S, from: *const [$stored; 1]) -> S::F32 {
                 // SAFETY: the caller's promise.
-                unsafe { simd.$load(from) }
+                unsafe { simd.$load(from.cast()) }
             }
 
             #[inline(always)]
@@ -93,6 +98,11 @@ macro_rules! plain_lanes {
             fn mul_add(simd: S, factor: S::F32, wide: S::F32, sum: S::F32) -> S::F32 {
                 simd.mul_add(factor, wide, sum)
             }
+
+            #[inline(always)]
+            fn single(factors: &[f32], group: [$stored; 1], sum: f32) -> f32 {
+                plain_single::<_, $stored>(factors, group, sum)
+            }
         }
     };
 }
@@ -100,7 +110,7 @@ plain_lanes!(F32s, f32, load);
 plain_lanes!(F16s, f16, load_f16);
 
 impl<S: Simd> Lanes<S> for Bf16Pairs {
-    type Stored = bf16;
+    type Group = [bf16; 2];
     type Left = f32;
     type Wide = [S::F32; 2];
     type Splat = [S::F32; 2];
@@ -108,9 +118,9 @@ impl<S: Simd> Lanes<S> for Bf16Pairs {
     const VECTORS: usize = 2;
 
     #[inline(always)]
-    unsafe fn load(simd: S, from: *const bf16) -> [S::F32; 2] {
+    unsafe fn load(simd: S, from: *const [bf16; 2]) -> [S::F32; 2] {
         // SAFETY: the caller's promise.
-        unsafe { simd.load_bf16_pairs(from) }
+        unsafe { simd.load_bf16_pairs(from.cast()) }
     }
 
     #[inline(always)]
@@ -123,6 +133,11 @@ impl<S: Simd> Lanes<S> for Bf16Pairs {
     #[inline(always)]
     fn mul_add(simd: S, factor: [S::F32; 2], wide: [S::F32; 2], sum: S::F32) -> S::F32 {
         simd.mul_add(factor[1], wide[1], simd.mul_add(factor[0], wide[0], sum))
+    }
+
+    #[inline(always)]
+    fn single(factors: &[f32], group: [bf16; 2], sum: f32) -> f32 {
+        plain_single::<_, bf16>(factors, group, sum)
     }
 }
 
@@ -231,7 +246,7 @@ impl Ahead {
 
     /// What to ask for while `from` is read.
     #[inline(always)]
-    fn ask_for(self, from: *const u8) -> Option<*const u8> {
+    pub(super) fn ask_for(self, from: *const u8) -> Option<*const u8> {
         let to = from.wrapping_add(self.distance);
         if to < self.end {
             return (self.prefetch == Prefetch::Everything).then_some(to);
@@ -240,8 +255,26 @@ impl Ahead {
     }
 }
 
+/// The right side of a product: panels of groups.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Right<'a, G> {
+    pub(crate) data: &'a [G],
+    /// Groups of a lane.
+    pub(crate) steps: usize,
+    /// Lanes of all panels.
+    pub(crate) lanes: usize,
+}
+
+impl<'a, G> Right<'a, G> {
+    /// The panel that begins with lane `first`, a multiple of [`PANEL`].
+    fn panel(&self, first: usize) -> &'a [G] {
+        let width = PANEL.min(self.lanes - first);
+        &self.data[first * self.steps..][..width * self.steps]
+    }
+}
+
 /// The two sides of a product.
-pub(crate) struct Product<'a, L, T, O> {
+pub(crate) struct Product<'a, L, G, O> {
     pub(crate) left: &'a [L],
     pub(crate) order: O,
     /// Rows.
@@ -249,7 +282,7 @@ pub(crate) struct Product<'a, L, T, O> {
     /// Depth to run over, from the start; the left side holds zeros up to a whole step.
     pub(crate) depth: usize,
     /// The right side.
-    pub(crate) right: Panels<'a, T>,
+    pub(crate) right: Right<'a, G>,
     /// Lanes that are wanted, from the start. Others may be computed too, of anything.
     pub(crate) lanes: usize,
     /// What comes after the right side.
@@ -323,11 +356,11 @@ impl<S: Simd> Finish<S> for Sums<'_> {
 }
 
 /// Where one pass reads.
-struct Pass<L, T, O> {
+struct Pass<L, G, O> {
     left: *const L,
     order: O,
-    right: *const T,
-    /// Stored elements from one step to the next.
+    right: *const G,
+    /// Groups from one step to the next.
     right_stride: usize,
     steps: usize,
     /// What its first result is.
@@ -344,13 +377,13 @@ struct Pass<L, T, O> {
 #[inline(always)]
 pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
     simd: S,
-    args: Product<'_, L::Left, L::Stored, O>,
+    args: Product<'_, L::Left, L::Group, O>,
     finish: &mut impl Finish<S>,
 ) {
     let Product { left, order, rows, depth, right, lanes, ahead } = args;
     let steps = depth.div_ceil(L::STEP);
-    assert!(steps * L::STEP <= right.depth && lanes <= right.lanes, "right side is too small");
-    assert!(right.data.len() >= right.depth * right.lanes, "right side is too short");
+    assert!(steps <= right.steps && lanes <= right.lanes, "right side is too small");
+    assert!(right.data.len() >= right.steps * right.lanes, "right side is too short");
     let left_at = |row: usize, step: usize| {
         let first = row / MAX_ROWS * MAX_ROWS;
         let in_pass = (row - first, (rows - first).min(MAX_ROWS));
@@ -370,8 +403,8 @@ pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
                 let pass = Pass {
                     left: left[left_at(row, 0)..].as_ptr(),
                     order,
-                    right: panel[lane * L::STEP..].as_ptr(),
-                    right_stride: width * L::STEP,
+                    right: panel[lane..].as_ptr(),
+                    right_stride: width,
                     steps,
                     row,
                     lane: first + lane,
@@ -385,12 +418,12 @@ pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
             // What is left of a width that is no multiple of a vector.
             for lane in lane..width.min(lanes - first) {
                 for row in row..row + some {
-                    let product = |d: usize| {
-                        let (step, i) = (d / L::STEP, d % L::STEP);
-                        let right = panel[(step * width + lane) * L::STEP + i];
-                        left[left_at(row, step) + i].widen() * right.widen()
-                    };
-                    finish.single(row, first + lane, (0..depth).map(product).sum());
+                    let sum = (0..steps).fold(0.0, |sum, step| {
+                        let factors = &left[left_at(row, step)..];
+                        let factors = &factors[..L::STEP.min(depth - step * L::STEP)];
+                        L::single(factors, panel[step * width + lane], sum)
+                    });
+                    finish.single(row, first + lane, sum);
                 }
             }
             row += some;
@@ -405,7 +438,7 @@ pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
 #[inline(always)]
 unsafe fn pass_rows<S: Simd, L: Lanes<S>, O: Order>(
     simd: S,
-    args: Pass<L::Left, L::Stored, O>,
+    args: Pass<L::Left, L::Group, O>,
     (rows, vectors): (usize, usize),
     finish: &mut impl Finish<S>,
 ) -> usize {
@@ -426,7 +459,7 @@ unsafe fn pass_rows<S: Simd, L: Lanes<S>, O: Order>(
 #[inline(always)]
 unsafe fn pass_vectors<S: Simd, L: Lanes<S>, O: Order, const R: usize>(
     simd: S,
-    args: Pass<L::Left, L::Stored, O>,
+    args: Pass<L::Left, L::Group, O>,
     vectors: usize,
     finish: &mut impl Finish<S>,
 ) -> usize {
@@ -457,21 +490,18 @@ unsafe fn pass_vectors<S: Simd, L: Lanes<S>, O: Order, const R: usize>(
 ///
 /// # Safety
 /// For every row `r < R` and step `s`, `left` is readable where `order` says for `STEP` elements, and
-/// `right` at `s · right_stride` for `V · LANES · STEP`.
+/// `right` at `s · right_stride` for `V · LANES` groups.
 #[expect(clippy::needless_range_loop, reason = "rows and vectors index more than the sums")]
 #[inline(always)]
 unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
     simd: S,
-    args: Pass<L::Left, L::Stored, O>,
+    args: Pass<L::Left, L::Group, O>,
 ) -> [[S::F32; V]; R] {
     let mut sums = [[simd.splat(0.0); V]; R];
     for step in 0..args.steps {
         // SAFETY: the caller's promise, for this step and each vector.
         let wide: [L::Wide; V] = std::array::from_fn(|v| unsafe {
-            L::load(
-                simd,
-                args.right.wrapping_add(step * args.right_stride + v * S::LANES * L::STEP),
-            )
+            L::load(simd, args.right.wrapping_add(step * args.right_stride + v * S::LANES))
         });
         for r in 0..R {
             // SAFETY: the caller's promise, for this row and step.
@@ -483,9 +513,12 @@ unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
             }
         }
         // After the step's own loads, which would wait behind these.
+        let bytes = PANEL * size_of::<L::Group>();
         let from = args.right.wrapping_add(step * args.right_stride).cast();
-        if let Some(to) = args.ahead.and_then(|ahead| ahead.ask_for(from)) {
-            for offset in (0..PANEL * L::STEP * size_of::<L::Stored>()).step_by(size_of::<Line>()) {
+        // Once per line, where a line holds several steps.
+        let begins_line = step.is_multiple_of((size_of::<Line>() / bytes).max(1));
+        if begins_line && let Some(to) = args.ahead.and_then(|ahead| ahead.ask_for(from)) {
+            for offset in (0..bytes).step_by(size_of::<Line>()) {
                 simd.prefetch(to.wrapping_add(offset));
             }
         }

@@ -63,6 +63,18 @@ pub(crate) trait Simd: Copy {
     /// `from` is readable for `2 · LANES` elements.
     unsafe fn load_bf16_pairs(self, from: *const bf16) -> [Self::F32; 2];
 
+    /// `LANES` bytes as numbers.
+    ///
+    /// # Safety
+    /// `from` is readable for that many.
+    unsafe fn load_u8(self, from: *const u8) -> Self::F32;
+
+    /// The lower halves of `LANES` bytes as numbers, and the upper ones.
+    ///
+    /// # Safety
+    /// `from` is readable for that many.
+    unsafe fn load_u4_pairs(self, from: *const u8) -> [Self::F32; 2];
+
     /// Writes `LANES` elements.
     ///
     /// # Safety
