@@ -1,7 +1,7 @@
 //! Where things lie inside a block, in bytes: the single source of every size that the planner
 //! predicts, the ledger counts and the backends allocate.
 
-use crate::{CacheConfig, HeadFormat, KvHead, Layer, Result, Tensor};
+use crate::{CacheConfig, HeadFormat, KvHead, Layer, LeanFormat, Result, Tensor};
 
 /// What a backend asks of block layouts. The padding it causes is counted in every size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,13 +29,21 @@ impl LayoutRules {
     };
 }
 
+/// Channels of K and tokens of V that are stored as codes are a multiple of this: kernels take so many
+/// of a lane at a time.
+const CODE_ROWS: usize = 8;
+
 /// One KV head inside a lean block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeanHead {
     /// Kept channels.
     pub kept: usize,
-    /// Stored channels: `kept` padded to [`LayoutRules::k_channel_multiple`].
+    /// Stored channels: `kept` padded to [`LayoutRules::k_channel_multiple`], and to a multiple of 8
+    /// where K is codes.
     pub stored: usize,
+    /// Stored tokens of V: the block padded to [`LayoutRules::v_token_multiple`], and to a multiple of
+    /// 8 where V is codes.
+    pub stored_tokens: usize,
     /// Byte offset of K. A dead head has no K and no V.
     pub k_offset: usize,
     /// Byte offset of V.
@@ -73,7 +81,7 @@ pub struct CacheLayout {
     /// Stored channels of K of one head in a full block: `head_dim` padded to
     /// [`LayoutRules::k_channel_multiple`].
     pub full_channels: usize,
-    /// Stored tokens of V: `block` padded to [`LayoutRules::v_token_multiple`].
+    /// Stored tokens of V in a full block: `block` padded to [`LayoutRules::v_token_multiple`].
     pub stored_tokens: usize,
     /// Bytes of a full block of one layer: per head K, then V.
     pub full_bytes: usize,
@@ -104,14 +112,19 @@ impl CacheLayout {
             let mut offset = 0;
             let lean = shape.kv_head_indices().map(|head| {
                 let kept = config.mask.head(layer, head).kept_count();
-                let stored = kept.next_multiple_of(rules.k_channel_multiple);
                 let format = config.format(layer, head);
+                let rows = |rows: usize, format: LeanFormat| match format {
+                    LeanFormat::Plain(_) => rows,
+                    _ => rows.next_multiple_of(CODE_ROWS),
+                };
+                let stored = rows(kept.next_multiple_of(rules.k_channel_multiple), format.k);
+                let stored_tokens = rows(stored_tokens, format.v);
                 let k_offset = offset;
                 let v_offset = k_offset + align(format.k.bytes(Tensor::K, k_tokens, stored));
                 let v_channels = if kept == 0 { 0 } else { stored_v_channels };
                 let v_bytes = format.v.bytes(Tensor::V, stored_tokens, v_channels);
                 offset = v_offset + align(v_bytes);
-                LeanHead { kept, stored, k_offset, v_offset, format }
+                LeanHead { kept, stored, stored_tokens, k_offset, v_offset, format }
             });
             let lean = lean.collect();
             LayerLayout { lean, lean_bytes: offset }

@@ -215,7 +215,13 @@ typedef enum leank_dtype {
 #define LEANK_NO_LIMIT UINT64_MAX   /* of `limit` */
 #define LEANK_MAX_TOKENS 4294967296 /* of one sequence */
 
-/* Types of K and V of one head in lean blocks: a leank_dtype each. */
+/* Formats of lean blocks beside the types of elements: codes of 8 or 4 bits with scales. */
+typedef enum leank_code_format {
+    LEANK_INT8 = 3,
+    LEANK_INT4 = 4
+} leank_code_format;
+
+/* Formats of K and V of one head in lean blocks: a leank_dtype or a leank_code_format each. */
 typedef struct leank_head_format {
     int32_t k;
     int32_t v;
@@ -236,8 +242,8 @@ typedef struct leank_config {
     size_t recent;
     /* Most bytes of block storage; a step that needs more is refused. Default LEANK_NO_LIMIT. */
     uint64_t limit;
-    /* Types in lean blocks, [layers * kv_heads] in the order of leank_kept, or NULL (default):
-     * `dtype`. */
+    /* Formats of lean blocks, [layers * kv_heads] in the order of leank_kept, or NULL (default): what
+     * the mask asks for, which is `dtype` where it asks for nothing. */
     const leank_head_format *lean_formats;
     size_t lean_formats_len;
     /* Type of what is stored, a leank_dtype. Default LEANK_F16. */

@@ -7,7 +7,7 @@ use std::{
 
 use leank_core::{
     Block, CacheConfig, CacheLayout, HeadFormat, HostView, HostViewMut, KvHead, Layer, LeanFormat,
-    Ledger, Result,
+    Ledger, Result, Tensor,
 };
 
 use crate::{
@@ -46,8 +46,8 @@ struct Scratch {
     /// Job whose queries lie in the arena.
     job: Option<usize>,
     arena: Arena,
-    /// Queries in single precision.
-    wide: Vec<f32>,
+    /// Queries in single precision, and their kept channels.
+    wide: [Vec<f32>; 2],
 }
 
 /// The blocks of one head.
@@ -165,18 +165,18 @@ impl<'a> LayerView<'a> {
         let HeadFormat { k, v } = lean.format;
         let coded = |format: LeanFormat| format.largest_code().is_some();
         let queries = |format, depth| query_stride(format, depth) * self.kernel.left_bytes(format);
-        // Rows of queries for K in codes, and of weights for V.
-        let strides = [
-            if coded(k) { query_stride(k, lean.stored) } else { 0 },
-            if coded(v) { self.layout.block.next_multiple_of(MAX_LANES) } else { 0 },
-        ];
+        // Rows of queries for K in codes, and of weights for V, for each group that shares scales.
+        let k_row = if coded(k) { [query_stride(k, lean.stored), 1] } else { [0; 2] };
+        let v_groups = shape.head_dim.div_ceil(v.group(Tensor::V));
+        let weights = self.layout.block.next_multiple_of(MAX_LANES);
+        let v_row = if coded(v) { [v_groups * weights, v_groups] } else { [0; 2] };
         Extent {
             rows: job.tokens * shape.group(),
             head_dim: shape.head_dim,
             block: self.layout.block,
             weight_bytes: self.kernel.left_bytes(full).max(self.kernel.left_bytes(v)),
             query_bytes: [queries(full, self.layout.full_channels), queries(k, lean.stored)],
-            folded: strides[0].max(strides[1]),
+            folded: [0, 1].map(|i: usize| k_row[i].max(v_row[i])),
         }
     }
 
@@ -185,7 +185,7 @@ impl<'a> LayerView<'a> {
         &self,
         job: &Job<'_>,
         q: HostView<'_>,
-        wide: &mut Vec<f32>,
+        [wide, rows]: &mut [Vec<f32>; 2],
         [full, lean]: &mut Queries<'_>,
     ) {
         let shape = self.config.shape;
@@ -204,16 +204,13 @@ impl<'a> LayerView<'a> {
         if packed.stored == 0 || !job.table.iter().any(|block| matches!(block, Block::Lean(_))) {
             return;
         }
-        // In place: row by row, kept channels move to the front, which never overtakes them.
-        for row in 0..job.tokens * group {
-            let (from, to) = (row * channels, row * packed.stored);
-            for (i, &channel) in kept.iter().enumerate() {
-                wide[to + i] = wide[from + usize::from(channel)];
-            }
-            wide[to + kept.len()..to + packed.stored].fill(0.0);
+        rows.clear();
+        rows.resize(job.tokens * group * packed.stored, 0.0);
+        for (to, from) in rows.chunks_exact_mut(packed.stored).zip(wide.chunks_exact(channels)) {
+            let kept = kept.iter().map(|&channel| from[usize::from(channel)]);
+            to.iter_mut().zip(kept).for_each(|(to, x)| *to = x);
         }
-        wide.truncate(job.tokens * group * packed.stored);
-        self.kernel.put_queries(packed.format.k, wide, packed.stored, lean);
+        self.kernel.put_queries(packed.format.k, rows, packed.stored, lean);
     }
 
     /// Where the blocks of a head lie.

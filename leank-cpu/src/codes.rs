@@ -2,43 +2,55 @@
 //! [`crate::panels`]), with a scale for each row, or for each row of a panel.
 //!
 //! Lanes that share scales lie behind these: the scales of all rows, then the panels of codes. So what
-//! a pass needs comes in the order of memory. In 4 bits two rows of a panel share their bytes, the first
-//! one in the lower halves.
+//! a pass needs comes in the order of memory. A lane's codes of a *step* lie side by side in a word of four
+//! bytes, which is what integer dot products multiply and where others pick them with a shift and a mask:
+//! in 8 bits the codes of four rows, in 4 bits those of eight, the first four in the lower halves.
 
 use leank_core::quant::{Scale, quantise};
 
-use crate::panels::PANEL;
+use crate::{
+    element::Element,
+    panels::{PANEL, Panels},
+};
+
+/// The codes of a lane in a step.
+pub(crate) type Word = [u8; 4];
 
 /// What decides where codes lie.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CodesShape {
-    /// Rows, a multiple of two.
+    /// Rows, a multiple of eight.
     pub(crate) depth: usize,
     /// Codes of a row.
     pub(crate) lanes: usize,
     /// Lanes that share a scale: all of them, or a panel's.
     pub(crate) group: usize,
-    /// The largest code; 15: two rows share their bytes.
+    /// The largest code, 255 or 15.
     pub(crate) largest: u8,
 }
 
 impl CodesShape {
-    /// Rows that share bytes.
-    fn rows_per_byte(self) -> usize {
-        if self.largest < 16 { 2 } else { 1 }
+    /// Rows of a step.
+    fn step(self) -> usize {
+        if self.largest == 15 { 8 } else { 4 }
     }
 
     /// Groups of lanes, as the first lane and the number of lanes.
     fn groups(self) -> impl Iterator<Item = (usize, usize)> {
-        (0..self.lanes)
-            .step_by(self.group)
-            .map(move |first| (first, self.group.min(self.lanes - first)))
+        let Self { lanes, group, .. } = self;
+        (0..lanes).step_by(group).map(move |first| (first, group.min(lanes - first)))
     }
 
     /// Bytes of `lanes` lanes with their scales.
     fn bytes(self, lanes: usize) -> usize {
-        self.depth * Scale::BYTES + self.depth / self.rows_per_byte() * lanes
+        self.depth * Scale::BYTES + self.depth / self.step() * lanes * size_of::<Word>()
     }
+}
+
+/// Where the code of a row stands in the word of its step, in bits.
+fn shift(row: usize, step: usize) -> usize {
+    let row = row % step;
+    row % 4 * 8 + row / 4 * 4
 }
 
 /// Lanes that share scales.
@@ -49,7 +61,7 @@ pub(crate) struct CodesGroup<'a> {
     /// One per row.
     pub(crate) scales: &'a [Scale],
     /// Panels of codes.
-    pub(crate) codes: &'a [u8],
+    pub(crate) words: &'a [Word],
 }
 
 /// Codes and scales of K or V of one head in one block.
@@ -67,8 +79,9 @@ impl<'a> Codes<'a> {
         self.shape.groups().map(move |(first, lanes)| {
             let (group, behind) = rest.split_at(self.shape.bytes(lanes));
             rest = behind;
-            let (scales, codes) = group.split_at(self.shape.depth * Scale::BYTES);
-            CodesGroup { first, lanes, scales: bytemuck::cast_slice(scales), codes }
+            let (scales, words) = group.split_at(self.shape.depth * Scale::BYTES);
+            let (scales, words) = (bytemuck::cast_slice(scales), bytemuck::cast_slice(words));
+            CodesGroup { first, lanes, scales, words }
         })
     }
 
@@ -76,18 +89,49 @@ impl<'a> Codes<'a> {
     pub(crate) fn row(self, row: usize, scales: &mut Vec<Scale>, codes: &mut Vec<u8>) {
         scales.clear();
         codes.clear();
-        let packed = self.shape.rows_per_byte();
+        let CodesShape { depth, largest, .. } = self.shape;
+        let step = self.shape.step();
         for group in self.groups() {
             scales.push(group.scales[row]);
             for first in (0..group.lanes).step_by(PANEL) {
                 let width = PANEL.min(group.lanes - first);
-                let panel = &group.codes[first * self.shape.depth / packed..];
-                let bytes = &panel[row / packed * width..][..width];
-                codes.extend(
-                    bytes.iter().map(|byte| byte >> (row % packed * 4) & self.shape.largest),
-                );
+                let panel = &group.words[first * depth / step..];
+                let words = &panel[row / step * width..][..width];
+                let code = |word: &Word| (u32::from_le_bytes(*word) >> shift(row, step)) as u8;
+                codes.extend(words.iter().map(|word| code(word) & largest));
             }
         }
+    }
+}
+
+/// Where rows of codes come from. (A trait, since closures that are called in two places are functions
+/// of their own, and so compiled for any CPU.)
+pub(crate) trait CodeRows {
+    /// Makes the codes of one group of lanes of a row, and its scale; the groups of a row come in
+    /// order, one row after the other.
+    fn group(&mut self, row: usize, group: usize, codes: &mut [u8]) -> Scale;
+}
+
+/// Rows of plain elements, to be quantised.
+pub(crate) struct Quantised<'a, T, R> {
+    pub(crate) from: Panels<'a, T>,
+    /// Which rows.
+    pub(crate) rows: R,
+    pub(crate) shape: CodesShape,
+    /// As long as a row.
+    pub(crate) wide: &'a mut [f32],
+}
+
+impl<T: Element, R: Iterator<Item = usize>> CodeRows for Quantised<'_, T, R> {
+    #[inline(always)]
+    fn group(&mut self, _: usize, group: usize, codes: &mut [u8]) -> Scale {
+        if group == 0
+            && let Some(row) = self.rows.next()
+        {
+            self.from.read_row(row, self.wide);
+        }
+        let CodesShape { group: lanes, largest, .. } = self.shape;
+        quantise(&self.wide[group * lanes..][..codes.len()], largest, codes)
     }
 }
 
@@ -99,57 +143,130 @@ pub(crate) struct CodesMut<'a> {
 }
 
 impl CodesMut<'_> {
-    /// Quantises `rows` rows, which `row` puts where it is told to; rows beyond them become zero, with
-    /// scales of 0. `wide` and `codes` hold a row.
+    /// Writes `rows` rows. Rows beyond them become zero, with scales of 0: factors of 0 meet no NaN
+    /// there. `codes` is memory to work in.
     #[inline(always)]
-    pub(crate) fn quantise(
-        &mut self,
+    pub(crate) fn write(&mut self, rows: usize, codes: &mut Vec<u8>, mut from: impl CodeRows) {
+        let CodesShape { depth, lanes: all, group: widest, .. } = self.shape;
+        let step = self.shape.step();
+        let group_bytes = self.shape.bytes(widest);
+        for first_row in (0..depth).step_by(step) {
+            codes.clear();
+            codes.resize(step * all, 0);
+            for (i, codes) in codes.chunks_exact_mut(all).enumerate() {
+                let row = first_row + i;
+                for (at, codes) in codes.chunks_mut(widest).enumerate() {
+                    let scale =
+                        if row < rows { from.group(row, at, codes) } else { Scale::from_bits(0) };
+                    let scales = &mut self.bytes[at * group_bytes..][..depth * Scale::BYTES];
+                    bytemuck::cast_slice_mut::<u8, Scale>(scales)[row] = scale;
+                }
+            }
+            for (at, (first, lanes)) in self.shape.groups().enumerate() {
+                let group = &mut self.bytes[at * group_bytes..][..self.shape.bytes(lanes)];
+                let words = bytemuck::cast_slice_mut(&mut group[depth * Scale::BYTES..]);
+                for lane in (0..lanes).step_by(PANEL) {
+                    let width = PANEL.min(lanes - lane);
+                    let panel: &mut [Word] = &mut words[lane * depth / step..];
+                    let words = &mut panel[first_row / step * width..][..width];
+                    let codes = &codes[first + lane..];
+                    match step {
+                        4 => join::<4>(words, codes, all),
+                        _ => join::<8>(words, codes, all),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Puts the codes of a step's rows, `stride` apart, into words.
+#[inline(always)]
+fn join<const STEP: usize>(words: &mut [Word], codes: &[u8], stride: usize) {
+    let width = words.len();
+    let rows: [&[u8]; STEP] = std::array::from_fn(|i| &codes[i * stride..][..width]);
+    for (lane, word) in words.iter_mut().enumerate() {
+        let mut joined = 0;
+        for (i, row) in rows.iter().enumerate() {
+            joined |= u32::from(row[lane]) << shift(i, STEP);
+        }
+        *word = joined.to_le_bytes();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Isa,
+        kernel::{Kernel, Loops, Simd},
+        panels::index,
+    };
+
+    /// Packs rows of plain elements.
+    struct Pack<'a> {
+        to: CodesMut<'a>,
+        from: Panels<'a, f32>,
         rows: usize,
-        (wide, codes): (&mut Vec<f32>, &mut Vec<u8>),
-        mut row: impl FnMut(usize, &mut [f32]),
-    ) {
-        let CodesShape { lanes, group, largest, .. } = self.shape;
-        wide.clear();
-        wide.resize(lanes, 0.0);
-        codes.clear();
-        codes.resize(lanes, 0);
-        for i in 0..rows {
-            row(i, wide);
-            let groups = wide.chunks(group).zip(codes.chunks_mut(group));
-            for (at, (values, codes)) in groups.enumerate() {
-                let scale = quantise(values, largest, codes);
-                self.put(i, at, scale, codes);
-            }
-        }
-        self.clear_from(rows);
     }
 
-    /// Writes one group of a row. Rows that share bytes come in their order.
-    #[inline(always)]
-    pub(crate) fn put(&mut self, row: usize, group: usize, scale: Scale, codes: &[u8]) {
-        let CodesShape { depth, group: lanes, .. } = self.shape;
-        let packed = self.shape.rows_per_byte();
-        // Groups before it are all of `lanes` lanes.
-        let before = if group == 0 { 0 } else { group * self.shape.bytes(lanes) };
-        let (scales, panels) = self.bytes[before..].split_at_mut(depth * Scale::BYTES);
-        bytemuck::cast_slice_mut::<u8, Scale>(scales)[row] = scale;
-        for (i, codes) in codes.chunks(PANEL).enumerate() {
-            let panel = &mut panels[i * PANEL * depth / packed..];
-            let bytes = &mut panel[row / packed * codes.len()..][..codes.len()];
-            if row.is_multiple_of(packed) {
-                bytes.copy_from_slice(codes);
-            } else {
-                bytes.iter_mut().zip(codes).for_each(|(byte, code)| *byte |= code << 4);
-            }
+    impl Loops for Pack<'_> {
+        fn run<S: Simd>(mut self, _: S) {
+            let (shape, wide) = (self.to.shape, &mut vec![0.0; self.from.lanes][..]);
+            let source = Quantised { from: self.from, rows: 0..self.rows, shape, wide };
+            self.to.write(self.rows, &mut Vec::new(), source);
         }
     }
 
-    /// Zeroes the rows from `row` on, scales too: factors of 0 meet no NaN there.
-    pub(crate) fn clear_from(&mut self, row: usize) {
-        let zeros = vec![0; self.shape.group];
-        for row in row..self.shape.depth {
-            for (at, (_, lanes)) in self.shape.groups().enumerate() {
-                self.put(row, at, Scale::from_bits(0), &zeros[..lanes]);
+    fn codes_are_those_of_the_definition(kernel: Kernel, shape: CodesShape, rows: usize) {
+        let CodesShape { depth, lanes, group, largest } = shape;
+        let value =
+            |row: usize, lane: usize| ((row * lanes + lane) as f32 * 0.37).sin() * 9.0 - 2.0;
+        let mut data = vec![f32::NAN; depth * lanes];
+        for row in 0..rows {
+            for lane in 0..lanes {
+                data[index::<f32>(depth, lanes, row, lane)] = value(row, lane);
+            }
+        }
+        let bytes: usize = shape.groups().map(|(_, lanes)| shape.bytes(lanes)).sum();
+        // What nobody writes stays NaN and no code.
+        let mut words = vec![u32::MAX; bytes / 4];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+        let from = Panels { data: &data, depth, lanes };
+        kernel.run(Pack { to: CodesMut { shape, bytes }, from, rows });
+
+        let (mut scales, mut codes) = (Vec::new(), Vec::new());
+        for row in 0..depth {
+            Codes { shape, bytes }.row(row, &mut scales, &mut codes);
+            assert_eq!(scales.len(), lanes.div_ceil(group));
+            let groups = scales.iter().zip(codes.chunks(group));
+            for (at, (&scale, codes)) in groups.enumerate() {
+                let values: Vec<f32> =
+                    (0..codes.len()).map(|i| value(row, at * group + i)).collect();
+                let mut want = vec![0; codes.len()];
+                let want_scale = if row < rows {
+                    quantise(&values, largest, &mut want)
+                } else {
+                    Scale::from_bits(0)
+                };
+                assert_eq!((scale, codes), (want_scale, &want[..]), "row {row} of {shape:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_packs_alike() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let kernel = Kernel::new(isa).unwrap();
+            for largest in [255, 15] {
+                for lanes in [1, 3, 32, 33, 64, 70, 128] {
+                    for (depth, rows) in [(8, 8), (8, 1), (24, 20), (64, 64)] {
+                        for group in [lanes, PANEL.min(lanes)] {
+                            let shape = CodesShape { depth, lanes, group, largest };
+                            codes_are_those_of_the_definition(kernel, shape, rows);
+                        }
+                    }
+                }
             }
         }
     }

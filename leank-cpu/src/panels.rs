@@ -101,13 +101,15 @@ impl HeadPlace {
         if lean && packed.kept == 0 {
             return None;
         }
-        let (format, channels, v_offset) = if lean {
-            (packed.format, packed.stored, packed.v_offset - packed.k_offset)
+        let (format, [channels, depth], v_offset) = if lean {
+            let depths = [packed.stored, packed.stored_tokens];
+            (packed.format, depths, packed.v_offset - packed.k_offset)
         } else {
             let v_offset = layout.full_v_offset(head) - layout.full_k_offset(head);
-            (HeadFormat::plain(config.dtype), layout.full_channels, v_offset)
+            let depths = [layout.full_channels, layout.stored_tokens];
+            (HeadFormat::plain(config.dtype), depths, v_offset)
         };
-        let (depth, lanes) = (layout.stored_tokens, config.shape.head_dim);
+        let lanes = config.shape.head_dim;
         let (k, v) = (Tensor::K, Tensor::V);
         Some(Self {
             k: Section {

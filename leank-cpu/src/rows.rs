@@ -7,7 +7,7 @@ use leank_core::{
 };
 
 use crate::{
-    codes::{Codes, CodesMut},
+    codes::{CodeRows, Codes, CodesMut},
     element::{Element as _, with_element},
     kernel::Portable,
     panels::{HeadPlace, PANEL, Section, index},
@@ -76,19 +76,33 @@ fn read_codes(from: Codes<'_>, rows: &Rows, bytes: &mut [u8]) {
     }
 }
 
+/// Rows of scales and codes from a stream.
+struct Stored<'a> {
+    /// Little-endian, row by row.
+    scales: &'a [[u8; Scale::BYTES]],
+    codes: Vec<u8>,
+    width: usize,
+    /// Lanes that share a scale.
+    lanes: usize,
+}
+
+impl CodeRows for Stored<'_> {
+    fn group(&mut self, row: usize, group: usize, codes: &mut [u8]) -> Scale {
+        let Self { width, lanes, .. } = *self;
+        codes.copy_from_slice(&self.codes[row * width + group * lanes..][..codes.len()]);
+        Scale::from_bits(u32::from_le_bytes(self.scales[row * width.div_ceil(lanes) + group]))
+    }
+}
+
 /// Copies scales and codes from `bytes`.
 fn write_codes(mut to: CodesMut<'_>, rows: &Rows, bytes: &[u8]) {
     let (scales, codes) = bytes.split_at(rows.scale_bytes());
-    let scales = scales.as_chunks::<{ Scale::BYTES }>().0.iter();
-    let mut scales = scales.map(|bits| Scale::from_bits(u32::from_le_bytes(*bits)));
     let halves = codes.iter().flat_map(|byte| [byte & 15, byte >> 4]);
-    let codes: Vec<u8> = if rows.format.bits() == 4 { halves.collect() } else { codes.to_vec() };
+    let codes = if rows.format.bits() == 4 { halves.collect() } else { codes.to_vec() };
     let (count, width) = codes_extent(rows);
-    for (row, codes) in codes.chunks(width).take(count).enumerate() {
-        let groups = codes.chunks(to.shape.group).zip(&mut scales);
-        groups.enumerate().for_each(|(group, (codes, scale))| to.put(row, group, scale, codes));
-    }
-    to.clear_from(count);
+    let (scales, _) = scales.as_chunks();
+    let stored = Stored { scales, codes, width, lanes: to.shape.group };
+    to.write(count, &mut Vec::new(), stored);
 }
 
 /// The blocks of a cache, to be filled from a saved sequence.

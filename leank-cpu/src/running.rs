@@ -20,8 +20,9 @@ pub(crate) struct Extent {
     pub(crate) weight_bytes: usize,
     /// Bytes of a row of queries for full and for lean blocks.
     pub(crate) query_bytes: [usize; 2],
-    /// Elements of a row of queries or weights for codes, at most; 0 without codes.
-    pub(crate) folded: usize,
+    /// Elements of a row of queries or weights for codes, of all groups that share scales, and the number
+    /// of groups, at most; 0 without codes.
+    pub(crate) folded: [usize; 2],
 }
 
 /// Memory for query rows, in one stretch. K and V stream through the first-level cache; what is used
@@ -40,7 +41,8 @@ impl Arena {
         let stride = block.next_multiple_of(MAX_LANES);
         let lines = |bytes: usize| bytes.div_ceil(size_of::<Line>());
         let floats = |count: usize| lines(count * size_of::<f32>());
-        let offset_rows = if folded == 0 { 0 } else { rows };
+        let [folded, groups] = folded;
+        let coded_rows = if groups == 0 { 0 } else { rows };
         let sizes = [
             lines(rows * query_bytes[0]),
             lines(rows * query_bytes[1]),
@@ -50,18 +52,20 @@ impl Arena {
             floats(rows),
             floats(rows * stride),
             floats(rows * folded),
-            floats(offset_rows),
+            lines(groups * rows * size_of::<Linear>()),
+            floats(coded_rows),
         ];
         let total: usize = sizes.iter().sum();
         if self.0.len() < total {
             self.0.resize(total, Line::zeroed());
         }
         let mut rest = &mut self.0[..];
-        let [full, lean, weights, sums, totals, bases, logits, left, offsets] = sizes.map(|size| {
-            let (part, others) = std::mem::take(&mut rest).split_at_mut(size);
-            rest = others;
-            part
-        });
+        let [full, lean, weights, sums, totals, bases, logits, left, linear, tops] =
+            sizes.map(|size| {
+                let (part, others) = std::mem::take(&mut rest).split_at_mut(size);
+                rest = others;
+                part
+            });
         let floats =
             |lines, count: usize| &mut bytemuck::cast_slice_mut::<Line, f32>(lines)[..count];
         let running = Running {
@@ -74,25 +78,37 @@ impl Arena {
             logits: floats(logits, rows * stride),
             folded: Folded {
                 left: floats(left, rows * folded),
-                offsets: floats(offsets, offset_rows),
+                sums: &mut bytemuck::cast_slice_mut(linear)[..groups * rows],
+                tops: floats(tops, coded_rows),
             },
         };
         ([full, lean], running)
     }
 }
 
+/// What a product with codes becomes of its sums: `factor · sum + offset`.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Linear {
+    pub(crate) factor: f32,
+    /// What the zero points add.
+    pub(crate) offset: f32,
+}
+
 /// A left side of a product with codes, times their scales: nothing without codes.
 #[derive(Debug)]
 pub(crate) struct Folded<'a> {
-    /// Queries or weights times the steps, at most as long as either.
+    /// Queries or weights times the steps, `[groups, rows, stride]`, as long as the longest.
     pub(crate) left: &'a mut [f32],
-    /// What the zero points add to each row.
-    pub(crate) offsets: &'a mut [f32],
+    /// `[groups, rows]`
+    pub(crate) sums: &'a mut [Linear],
+    /// The largest magnitude of each row before.
+    pub(crate) tops: &'a mut [f32],
 }
 
 impl Folded<'_> {
     pub(crate) fn reborrow(&mut self) -> Folded<'_> {
-        Folded { left: self.left, offsets: self.offsets }
+        Folded { left: self.left, sums: self.sums, tops: self.tops }
     }
 }
 

@@ -11,6 +11,7 @@ use leank_core::{
 };
 
 use crate::{
+    codes::Quantised,
     element::{Element, convert, with_element},
     executor::Executor,
     kernel::{Kernel, Loops, Simd},
@@ -84,11 +85,11 @@ struct Plain<'a> {
     bytes: &'a mut [u8],
 }
 
-/// Writing new tokens of one head to one block.
+/// Writing new tokens of one head to a block of plain elements.
 struct Appending<'a> {
     writer: Writer<'a>,
-    run: Run,
-    bytes: &'a mut [u8],
+    run: &'a Run,
+    to: Plain<'a>,
     views: [HostView<'a>; 2],
     scratch: &'a mut Scratch,
 }
@@ -137,7 +138,7 @@ impl Writer<'_> {
         runs.extend(store.lean[layer.0].heads_mut(lean.into_iter()));
         let elements = 2 * k.shape().tokens * k.shape().heads * k.shape().head_dim;
         self.for_each(runs, elements, |scratch, (run, bytes)| {
-            self.kernel.run(Appending { writer: self, run, bytes, views: [k, v], scratch });
+            self.write_run(&run, bytes, [k, v], scratch);
         });
         Ok(())
     }
@@ -190,54 +191,48 @@ impl Writer<'_> {
 impl Loops for Appending<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { writer, run, bytes, views, scratch } = self;
-        let (config, head) = (writer.config, (run.layer, run.head));
-        let kept = config.mask.head(run.layer, run.head).kept();
-        let place = run.place;
-        if let (LeanFormat::Plain(k), LeanFormat::Plain(v)) = (place.k.format, place.v.format) {
-            let kept = place.lean.then_some(kept);
-            let to = Plain { place, types: [k, v], kept, bytes };
-            return writer.write_plain(simd, &run, to, views, scratch);
-        }
-        // Scales need all tokens of the block, which come together: blocks that are not written as a
-        // whole are full ones.
-        let Some(whole) = HeadPlace::of(config, writer.layout, head, Block::Full(0)) else {
-            return;
-        };
-        let mut block = std::mem::take(&mut scratch.block);
-        block.resize(writer.layout.full_head_bytes().div_ceil(size_of::<Line>()), Line::zeroed());
-        let from = bytemuck::cast_slice_mut(&mut block);
-        let to = Plain { place: whole, types: [config.dtype; 2], kept: None, bytes: from };
-        writer.write_plain(simd, &run, to, views, scratch);
-        let from = bytemuck::cast_slice(&block);
-        let block_of = Whole { kept, whole, packed: place, from };
-        Packing { block: block_of, bytes, scratch }.run(simd);
-        scratch.block = block;
-    }
-}
-
-impl Writer<'_> {
-    /// Writes new tokens of one head to a block of plain elements.
-    #[inline(always)]
-    fn write_plain<S: Simd>(
-        self,
-        simd: S,
-        run: &Run,
-        to: Plain<'_>,
-        [k, v]: [HostView<'_>; 2],
-        scratch: &mut Scratch,
-    ) {
+        let Self { writer, run, to, views: [k, v], scratch } = self;
         let Plain { place, types, kept, bytes } = to;
         with_element!(types[0], T => {
             let mut to = place.k.panels_mut::<T>(bytes);
             let from = Rows { view: k, kept, width: to.depth };
-            self.write(run, from, scratch, |first, rows| to.write_lanes(simd, first, rows));
+            writer.write(run, from, scratch, |first, rows| to.write_lanes(simd, first, rows));
         });
         with_element!(types[1], T => {
             let mut to = place.v.panels_mut::<T>(bytes);
             let from = Rows { view: v, kept: None, width: to.lanes };
-            self.write(run, from, scratch, |first, rows| to.write_rows(first, rows));
+            writer.write(run, from, scratch, |first, rows| to.write_rows(first, rows));
         });
+    }
+}
+
+impl Writer<'_> {
+    /// Writes new tokens of one head to one block.
+    fn write_run(
+        self,
+        run: &Run,
+        bytes: &mut [u8],
+        views: [HostView<'_>; 2],
+        scratch: &mut Scratch,
+    ) {
+        let (config, place) = (self.config, run.place);
+        let kept = config.mask.head(run.layer, run.head).kept();
+        if let (LeanFormat::Plain(k), LeanFormat::Plain(v)) = (place.k.format, place.v.format) {
+            let to = Plain { place, types: [k, v], kept: place.lean.then_some(kept), bytes };
+            return self.kernel.run(Appending { writer: self, run, to, views, scratch });
+        }
+        // Scales need all tokens of the block, which come together: blocks that are not written as a
+        // whole are full ones.
+        let Some(whole) = self.place(run.layer, run.head, Block::Full(0)) else { return };
+        let mut block = std::mem::take(&mut scratch.block);
+        block.resize(self.layout.full_head_bytes().div_ceil(size_of::<Line>()), Line::zeroed());
+        let from = bytemuck::cast_slice_mut(&mut block);
+        let to = Plain { place: whole, types: [config.dtype; 2], kept: None, bytes: from };
+        self.kernel.run(Appending { writer: self, run, to, views, scratch });
+        let from = bytemuck::cast_slice(&block);
+        let packing = Whole { kept, whole, packed: place, from };
+        self.kernel.run(Packing { block: packing, bytes, scratch });
+        scratch.block = block;
     }
 
     /// Hands over rows `[tokens, width]` as they will be stored, those of a panel of lanes at a
@@ -299,7 +294,7 @@ impl Loops for Packing<'_> {
 fn pack<S: Element>(
     from: Matrix<'_>,
     to: Section,
-    mut rows: impl ExactSizeIterator<Item = usize> + Clone,
+    rows: impl ExactSizeIterator<Item = usize> + Clone,
     (bytes, scratch): (&mut [u8], &mut Scratch),
 ) {
     let from = from.panels::<S>();
@@ -307,9 +302,11 @@ fn pack<S: Element>(
         return with_element!(dtype, T => to.panels_mut::<T>(bytes).gather(from, rows));
     }
     let Scratch { wide, codes, .. } = scratch;
-    to.codes_mut(bytes).quantise(rows.len(), (wide, codes), |_, wide| {
-        rows.by_ref().take(1).for_each(|row| from.read_row(row, wide));
-    });
+    let mut to = to.codes_mut(bytes);
+    wide.clear();
+    wide.resize(to.shape.lanes, 0.0);
+    let shape = to.shape;
+    to.write(rows.len(), codes, Quantised { from, rows, shape, wide });
 }
 
 /// Moves the kept channels to the front; their number.

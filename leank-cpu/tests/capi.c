@@ -152,6 +152,10 @@ static void configurations(const leank_mask *mask)
     config.lean_formats = formats, config.lean_formats_len = LAYERS * KV_HEADS;
     OK(leank_config_footprint(&config, TOKENS, &footprint, sizeof footprint));
     TRUE(footprint.bytes < with_f32);
+    uint64_t with_plain = footprint.bytes;
+    for (int i = 0; i < LAYERS * KV_HEADS; i++) formats[i].k = LEANK_INT8, formats[i].v = LEANK_INT4;
+    OK(leank_config_footprint(&config, TOKENS, &footprint, sizeof footprint));
+    TRUE(footprint.bytes < with_plain);
     config.lean_formats_len = 3;
     SAYS(LEANK_MISMATCH, leank_cache_create(NULL, &config, &cache), "formats");
     formats[2].v = 77, config.lean_formats_len = 4;

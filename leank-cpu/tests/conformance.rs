@@ -36,6 +36,11 @@ impl Subject for OnCpu {
         let narrow = self.0.isa() == Isa::Avx512Bf16 && dtype == Dtype::Bf16;
         if narrow { 6e-2 } else { 2e-5 }
     }
+
+    /// Queries and weights of 16 bits.
+    fn coded_arithmetic_error(&self) -> f64 {
+        if self.0.isa() == Isa::Avx512Bf16 { 5e-3 } else { 2e-5 }
+    }
 }
 
 /// The suite on one instruction set; says so where this CPU lacks it.

@@ -92,6 +92,11 @@ pub trait Subject {
         2e-5
     }
 
+    /// The same for products with codes, whatever full blocks are.
+    fn coded_arithmetic_error(&self) -> f64 {
+        2e-5
+    }
+
     /// Random cases per property; fewer where proptest's `PROPTEST_CASES` says so.
     fn cases(&self) -> u32 {
         192

@@ -179,10 +179,9 @@ impl<'s, S: Subject> World<'s, S> {
         // Errors of a logit add up over the channels.
         let channels = (self.config.shape.head_dim as f64 / 128.0).max(1.0);
         let stored_as = self.formats(layer);
-        let errors = stored_as.iter().filter_map(|format| match format {
-            LeanFormat::Plain(dtype) => Some(self.subject.arithmetic_error(*dtype)),
-            // Multiplied as the backend likes to.
-            _ => None,
+        let errors = stored_as.iter().map(|format| match format {
+            LeanFormat::Plain(dtype) => self.subject.arithmetic_error(*dtype),
+            _ => self.subject.coded_arithmetic_error(),
         });
         let arithmetic = channels * errors.fold(0.0, f64::max);
         let stored = self.oracle(layer, name, positions.clone(), true);

@@ -37,8 +37,24 @@ pub(super) fn dtype(what: &'static str, number: i32) -> Result<Dtype> {
     }
 }
 
+/// Formats of lean blocks by the header's numbers: the element types', and those of codes.
+fn lean_format(number: i32) -> Result<LeanFormat> {
+    match number {
+        0..=2 => dtype("lean format", number).map(LeanFormat::Plain),
+        3 => Ok(LeanFormat::Int8),
+        4 => Ok(LeanFormat::Int4),
+        _ => {
+            let why = format!(
+                "{number} is none of LEANK_F32 (0), LEANK_F16 (1), LEANK_BF16 (2), LEANK_INT8 (3) and \
+                 LEANK_INT4 (4)"
+            );
+            Err(Error::invalid("lean format", why).into())
+        }
+    }
+}
+
 c_struct! {
-    /// Types of one head in lean blocks.
+    /// Formats of one head in lean blocks.
     Format = "leank_head_format" {
         k: i32,
         v: i32,
@@ -120,8 +136,7 @@ impl Config {
             // SAFETY: the caller's promise.
             let formats =
                 unsafe { memory::slice("lean formats", self.lean_formats, self.lean_formats_len) }?;
-            let plain = |number| dtype("lean format", number).map(LeanFormat::Plain);
-            let both = |f: &Format| Ok(HeadFormat { k: plain(f.k)?, v: plain(f.v)? });
+            let both = |f: &Format| Ok(HeadFormat { k: lean_format(f.k)?, v: lean_format(f.v)? });
             config.formats = Some(formats.iter().map(both).collect::<Result<_>>()?);
         }
         config.validate()?;

@@ -3,8 +3,15 @@
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
+use leank_core::quant::Scale;
 
-use super::{entries, product::Bf16Pairs, simd::Simd};
+use super::{
+    coded::{U4s, U8s},
+    entries,
+    product::Bf16Pairs,
+    simd::Simd,
+};
+use crate::codes::Word;
 
 /// AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +26,7 @@ impl Avx2 {
     }
 }
 
-entries!(Avx2, Bf16Pairs, "avx2,fma,f16c");
+entries!(Avx2, [Bf16Pairs, U8s, U4s], "avx2,fma,f16c");
 
 /// One operation of the token's instruction set.
 macro_rules! op {
@@ -100,20 +107,42 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn load_u8(self, from: *const u8) -> __m256 {
+    unsafe fn load_scales(self, from: *const Scale) -> [__m256; 2] {
         // SAFETY: the token, and the caller's promise.
-        let codes = unsafe { _mm_loadl_epi64(from.cast()) };
-        op!(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)))
+        let scales = unsafe { _mm256_loadu_si256(from.cast()) };
+        op!([
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(scales)),
+            _mm256_cvtepi32_ps(_mm256_srai_epi32::<16>(scales)),
+        ])
     }
 
     #[inline(always)]
-    unsafe fn load_u4_pairs(self, from: *const u8) -> [__m256; 2] {
+    unsafe fn load_u8_words(self, from: *const Word) -> [__m256; 4] {
         // SAFETY: the token, and the caller's promise.
-        let codes = unsafe { _mm_loadl_epi64(from.cast()) };
-        let pairs = op!(_mm256_cvtepu8_epi32(codes));
+        let words = unsafe { _mm256_loadu_si256(from.cast()) };
+        let low = op!(_mm256_set1_epi32(0xff));
         op!([
-            _mm256_cvtepi32_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(15))),
-            _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(pairs)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(words, low)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<8>(words), low)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<16>(words), low)),
+            _mm256_cvtepi32_ps(_mm256_srli_epi32::<24>(words)),
+        ])
+    }
+
+    #[inline(always)]
+    unsafe fn load_u4_words(self, from: *const Word) -> [__m256; 8] {
+        // SAFETY: the token, and the caller's promise.
+        let words = unsafe { _mm256_loadu_si256(from.cast()) };
+        let low = op!(_mm256_set1_epi32(15));
+        op!([
+            _mm256_cvtepi32_ps(_mm256_and_si256(words, low)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<8>(words), low)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<16>(words), low)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<24>(words), low)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<4>(words), low)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<12>(words), low)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32::<20>(words), low)),
+            _mm256_cvtepi32_ps(_mm256_srli_epi32::<28>(words)),
         ])
     }
 

@@ -2,19 +2,26 @@
 //! instruction.
 //!
 //! `vdpbf16ps` multiplies bf16 by bf16 and sums in f32, so queries and softmax weights are rounded
-//! to bf16 first (relative error 2⁻⁹), as attention kernels on tensor cores do.
+//! to bf16 first (relative error 2⁻⁹), as attention kernels on tensor cores do. What has it also has
+//! VNNI, whose `vpdpbusd` multiplies codes by integers of 8 bits: queries and weights become two such
+//! integers each, 16 bits of a bound on the largest one of their row: the largest query or weight times
+//! the largest step.
 
 use std::arch::x86_64::*;
 
+use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
+use leank_core::quant::Scale;
 
 use super::{
+    coded::{CodeLanes, U4s, U8s},
     entries,
-    product::{Bf16Pairs, Lanes, plain_single},
+    product::{Bf16Pairs, Lanes, f32_sums, plain_single},
     simd::Simd,
 };
+use crate::{codes::Word, running::Linear};
 
-/// AVX-512 F, BW, DQ and VL; BF16 too where the parameter says so.
+/// AVX-512 F, BW, DQ and VL; BF16 and VNNI too where the parameter says so.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512<const BF16: bool>(());
 
@@ -24,13 +31,19 @@ impl<const BF16: bool> Avx512<BF16> {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
-            && (!BF16 || is_x86_feature_detected!("avx512bf16"));
+            && (!BF16
+                || is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni"));
         has.then_some(Self(()))
     }
 }
 
-entries!(Avx512<false>, Bf16Pairs, "avx512f,avx512bw,avx512dq,avx512vl");
-entries!(Avx512<true>, Bf16Dot, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16");
+entries!(Avx512<false>, [Bf16Pairs, U8s, U4s], "avx512f,avx512bw,avx512dq,avx512vl");
+entries!(
+    Avx512<true>,
+    [Bf16Dot, CodeDot<1>, CodeDot<2>],
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni"
+);
 
 /// One operation of the token's instruction set.
 macro_rules! op {
@@ -111,24 +124,41 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
 
     #[inline(always)]
-    unsafe fn load_u8(self, from: *const u8) -> __m512 {
+    unsafe fn load_scales(self, from: *const Scale) -> [__m512; 2] {
         // SAFETY: the token, and the caller's promise.
-        let codes = unsafe { _mm_loadu_si128(from.cast()) };
-        op!(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)))
+        steps_and_zeros(unsafe { _mm512_loadu_si512(from.cast()) })
     }
 
     #[inline(always)]
-    unsafe fn load_u4_pairs(self, from: *const u8) -> [__m512; 2] {
+    unsafe fn load_u8_words(self, from: *const Word) -> [__m512; 4] {
         // SAFETY: the token, and the caller's promise.
-        let codes = unsafe { _mm_loadu_si128(from.cast()) };
-        let pairs = op!(_mm512_cvtepu8_epi32(codes));
+        let words = unsafe { _mm512_loadu_si512(from.cast()) };
+        let low = op!(_mm512_set1_epi32(0xff));
+        op!([
+            _mm512_cvtepi32_ps(_mm512_and_si512(words, low)),
+            _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32::<8>(words), low)),
+            _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32::<16>(words), low)),
+            _mm512_cvtepi32_ps(_mm512_srli_epi32::<24>(words)),
+        ])
+    }
+
+    #[inline(always)]
+    unsafe fn load_u4_words(self, from: *const Word) -> [__m512; 8] {
+        // SAFETY: the token, and the caller's promise.
+        let words = unsafe { _mm512_loadu_si512(from.cast()) };
         // `vpermps` looks at the lower four bits only.
         let table = op!(_mm512_setr_ps(
             0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0
         ));
         op!([
-            _mm512_permutexvar_ps(pairs, table),
-            _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(pairs), table),
+            _mm512_permutexvar_ps(words, table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<8>(words), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<16>(words), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<24>(words), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(words), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<12>(words), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<20>(words), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<28>(words), table),
         ])
     }
 
@@ -144,6 +174,16 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         let narrow = op!(_mm512_cvtneps_pbh(x));
         // SAFETY: the caller's promise; both are sixteen 16-bit elements.
         unsafe { to.cast::<__m256bh>().write_unaligned(narrow) };
+    }
+
+    #[inline(always)]
+    fn largest(self, x: __m512) -> f32 {
+        op!(_mm512_reduce_max_ps(x))
+    }
+
+    #[inline(always)]
+    fn sum(self, x: __m512) -> f32 {
+        op!(_mm512_reduce_add_ps(x))
     }
 
     #[inline(always)]
@@ -164,6 +204,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
 pub(crate) struct Bf16Dot;
 
 impl Lanes<Avx512<true>> for Bf16Dot {
+    f32_sums!(Avx512<true>);
     type Group = [bf16; 2];
     type Left = bf16;
     type Wide = __m512i;
@@ -195,4 +236,151 @@ impl Lanes<Avx512<true>> for Bf16Dot {
     fn single(factors: &[bf16], group: [bf16; 2], sum: f32) -> f32 {
         plain_single::<_, bf16>(factors, group, sum)
     }
+}
+
+/// An integer of 16 bits as an upper and a lower digit, both with a sign. Four of them lie as four upper
+/// digits and four lower ones.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(transparent)]
+pub(crate) struct Digits([i8; 2]);
+
+impl Digits {
+    /// The largest integer: 127 · 256 + 127.
+    const LARGEST: f32 = 32_639.0;
+
+    /// The sum of four integers times codes.
+    #[inline(always)]
+    fn product(four: &[Self; 4], codes: Word) -> f32 {
+        let [upper, lower]: [[i8; 4]; 2] = bytemuck::cast(*four);
+        let integer = |i: usize| 256 * i32::from(upper[i]) + i32::from(lower[i]);
+        (0..4).map(|i| (integer(i) * i32::from(codes[i])) as f32).sum()
+    }
+}
+
+/// Codes times integers of 16 bits, which are two digits of 8: words of `WORDS` times four codes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CodeDot<const WORDS: usize>;
+
+impl<const WORDS: usize> Lanes<Avx512<true>> for CodeDot<WORDS> {
+    type Group = Word;
+    type Left = Digits;
+    /// Sums of products with the upper digits and with the lower ones.
+    type Sum = [__m512i; 2];
+    type Wide = [__m512i; WORDS];
+    type Splat = [[__m512i; 2]; WORDS];
+    const STEP: usize = 4 * WORDS;
+    const VECTORS: usize = WORDS;
+    const SUMS: usize = 2;
+
+    #[inline(always)]
+    fn zero(_: Avx512<true>) -> [__m512i; 2] {
+        [op!(_mm512_setzero_si512()); 2]
+    }
+
+    #[inline(always)]
+    unsafe fn load(_: Avx512<true>, from: *const Word) -> [__m512i; WORDS] {
+        // SAFETY: the token, and the caller's promise.
+        let words = unsafe { _mm512_loadu_si512(from.cast()) };
+        if WORDS == 1 {
+            return [words; WORDS];
+        }
+        let halves = op!(_mm512_set1_epi8(15));
+        std::array::from_fn(|word| match word {
+            0 => op!(_mm512_and_si512(words, halves)),
+            _ => op!(_mm512_and_si512(_mm512_srli_epi32::<4>(words), halves)),
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn splat(_: Avx512<true>, from: *const Digits) -> [[__m512i; 2]; WORDS] {
+        std::array::from_fn(|word| {
+            [0, 1].map(|digit| {
+                let from = from.cast::<i32>().wrapping_add(2 * word + digit);
+                // SAFETY: the caller's promise: four factors are two words.
+                let digits = unsafe { from.read_unaligned() };
+                op!(_mm512_set1_epi32(digits))
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn mul_add(
+        _: Avx512<true>,
+        factor: [[__m512i; 2]; WORDS],
+        wide: [__m512i; WORDS],
+        [mut upper, mut lower]: [__m512i; 2],
+    ) -> [__m512i; 2] {
+        for ([upper_factor, lower_factor], wide) in factor.into_iter().zip(wide) {
+            upper = op!(_mm512_dpbusd_epi32(upper, wide, upper_factor));
+            lower = op!(_mm512_dpbusd_epi32(lower, wide, lower_factor));
+        }
+        [upper, lower]
+    }
+
+    #[inline(always)]
+    fn finish(_: Avx512<true>, [upper, lower]: [__m512i; 2]) -> __m512 {
+        let base = op!(_mm512_set1_ps(256.0));
+        op!(_mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), base, _mm512_cvtepi32_ps(lower)))
+    }
+
+    #[inline(always)]
+    fn single(factors: &[Digits], word: Word, sum: f32) -> f32 {
+        let codes =
+            |shift: usize| word.map(|pair| if WORDS == 1 { pair } else { pair >> shift & 15 });
+        let words = factors.as_chunks::<4>().0.iter().enumerate();
+        words.fold(sum, |sum, (i, factors)| sum + Digits::product(factors, codes(4 * i)))
+    }
+}
+
+impl<const WORDS: usize> CodeLanes<Avx512<true>> for CodeDot<WORDS> {
+    const BOUNDED: bool = true;
+
+    #[inline(always)]
+    fn fold(
+        simd: Avx512<true>,
+        row: &[f32],
+        scales: &[Scale],
+        bound: f32,
+        to: &mut [f32],
+    ) -> Linear {
+        assert!(row.len() == scales.len() && to.len() == scales.len(), "a scale for each factor");
+        assert!(scales.len().is_multiple_of(8), "whole steps");
+        let to: &mut [u8] = bytemuck::cast_slice_mut(to);
+        // Large enough for a finite inverse.
+        let bound = bound.max(1e-30);
+        let inverse = simd.splat(Digits::LARGEST / bound);
+        let mut offset = simd.splat(0.0);
+        for i in (0..scales.len()).step_by(16) {
+            let mask = if scales.len() - i < 16 { 0xff } else { 0xffff };
+            // SAFETY: there are as many more scales as the mask has bits.
+            let stored = unsafe { _mm512_maskz_loadu_epi32(mask, scales[i..].as_ptr().cast()) };
+            // SAFETY: the row is as long.
+            let x = unsafe { _mm512_maskz_loadu_ps(mask, row[i..].as_ptr()) };
+            let [step, zero] = steps_and_zeros(stored);
+            let x = op!(_mm512_mul_ps(x, step));
+            // NaN has no digits, but reaches the results by the offset.
+            offset = simd.mul_add(x, zero, offset);
+            let integers = op!(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
+            let lower = op!(_mm512_cvtepi32_epi8(integers));
+            let rounded = op!(_mm512_add_epi32(integers, _mm512_set1_epi32(128)));
+            let upper = op!(_mm512_cvtepi32_epi8(_mm512_srai_epi32::<8>(rounded)));
+            let digits = op!([_mm_unpacklo_epi32(upper, lower), _mm_unpackhi_epi32(upper, lower)]);
+            for (digits, to) in digits.into_iter().zip(to[2 * i..].as_chunks_mut::<16>().0) {
+                // SAFETY: sixteen bytes.
+                unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), digits) };
+            }
+        }
+        // Nor has what is infinite.
+        let factor = if bound < f32::INFINITY { bound / Digits::LARGEST } else { f32::NAN };
+        Linear { factor, offset: simd.sum(offset) }
+    }
+}
+
+/// Steps and zero points of scales.
+#[inline(always)]
+fn steps_and_zeros(scales: __m512i) -> [__m512; 2] {
+    op!([
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(scales)),
+        _mm512_cvtepi32_ps(_mm512_srai_epi32::<16>(scales)),
+    ])
 }

@@ -4,90 +4,137 @@
 //! `Σ_d left[r, d] · value[d, lane]` is `Σ_d folded[r, d] · code[d, lane] + offset[r]` with
 //! `folded[r, d] = left[r, d] · step[d]` and `offset[r] = Σ_d folded[r, d] · zero[d]`: scales are folded into
 //! the left side once for all lanes that share them, and codes go from memory into the product as they
-//! are. All of it in single precision.
+//! are: in single precision, or as integers where the instruction set multiplies those faster.
 
 use leank_core::quant::Scale;
 
 use super::{
-    Engine, Loops,
-    product::{Ahead, ByRow, Finish, Lanes, Product, Right},
-    simd::{MAX_LANES, Simd},
+    Engine,
+    product::{Ahead, ByRow, Finish, Lanes, Product, Right, f32_sums},
+    simd::Simd,
 };
 use crate::{
-    codes::Codes,
-    running::{Folded, Line},
+    codes::{Codes, Word},
+    running::{Folded, Line, Linear},
 };
 
-/// Codes of 8 bits.
+/// How codes are multiplied.
+pub(crate) trait CodeLanes<S: Simd>: Lanes<S, Group = Word> {
+    /// Whether [`CodeLanes::fold`] needs to know how large factors can become.
+    const BOUNDED: bool;
+
+    /// Writes a row of the left side times the steps of as many scales, as the product reads it.
+    /// `bound`: no factor is larger, where [`CodeLanes::BOUNDED`] asks for it.
+    fn fold(simd: S, row: &[f32], scales: &[Scale], bound: f32, to: &mut [f32]) -> Linear;
+}
+
+/// Codes of 8 bits, widened.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct U8s;
 
-/// Pairs of codes of 4 bits.
+/// Codes of 4 bits, widened.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct U4Pairs;
+pub(crate) struct U4s;
 
-impl<S: Simd> Lanes<S> for U8s {
-    type Group = u8;
-    type Left = f32;
-    type Wide = S::F32;
-    type Splat = S::F32;
-    const STEP: usize = 1;
-    const VECTORS: usize = 1;
+macro_rules! wide_codes {
+    ($lanes:ty, $rows:literal, $load:ident, $code:expr) => {
+        impl<S: Simd> Lanes<S> for $lanes {
+            type Group = Word;
+            type Left = f32;
+            type Wide = [S::F32; $rows];
+            type Splat = [S::F32; $rows];
+            const STEP: usize = $rows;
+            const VECTORS: usize = $rows;
+            f32_sums!(S);
 
-    #[inline(always)]
-    unsafe fn load(simd: S, from: *const u8) -> S::F32 {
-        // SAFETY: the caller's promise.
-        unsafe { simd.load_u8(from) }
+            #[inline(always)]
+            unsafe fn load(simd: S, from: *const Word) -> Self::Wide {
+                // SAFETY: the caller's promise.
+                unsafe { simd.$load(from) }
+            }
+
+            #[inline(always)]
+            unsafe fn splat(simd: S, from: *const f32) -> Self::Splat {
+                // SAFETY: the caller's promise.
+                let factors = unsafe { *from.cast::<[f32; $rows]>() };
+                factors.map(|factor| simd.splat(factor))
+            }
+
+            #[inline(always)]
+            fn mul_add(simd: S, factors: Self::Splat, wide: Self::Wide, sum: S::F32) -> S::F32 {
+                let both = factors.into_iter().zip(wide);
+                both.fold(sum, |sum, (factor, wide)| simd.mul_add(factor, wide, sum))
+            }
+
+            #[inline(always)]
+            fn single(factors: &[f32], word: Word, sum: f32) -> f32 {
+                let code = |i| f32::from($code(word, i));
+                factors.iter().enumerate().fold(sum, |sum, (i, factor)| sum + factor * code(i))
+            }
+        }
+
+        impl<S: Simd> CodeLanes<S> for $lanes {
+            const BOUNDED: bool = false;
+
+            #[inline(always)]
+            fn fold(simd: S, row: &[f32], scales: &[Scale], _: f32, to: &mut [f32]) -> Linear {
+                fold(simd, row, scales, to)
+            }
+        }
+    };
+}
+wide_codes!(U8s, 4, load_u8_words, |word: Word, i: usize| word[i]);
+wide_codes!(U4s, 8, load_u4_words, |word: Word, i: usize| word[i % 4] >> (i / 4 * 4) & 15);
+
+/// [`CodeLanes::fold`] in single precision.
+#[inline(always)]
+fn fold<S: Simd>(simd: S, row: &[f32], scales: &[Scale], to: &mut [f32]) -> Linear {
+    assert!(row.len() == scales.len() && to.len() == scales.len(), "a scale for each factor");
+    let whole = scales.len() / S::LANES * S::LANES;
+    let mut offset = simd.splat(0.0);
+    for i in (0..whole).step_by(S::LANES) {
+        // SAFETY: there are `LANES` more scales.
+        let [step, zero] = unsafe { simd.load_scales(scales[i..].as_ptr()) };
+        // SAFETY: the row is as long.
+        let x = unsafe { simd.load(row[i..].as_ptr()) };
+        let x = simd.mul_add(x, step, simd.splat(0.0));
+        offset = simd.mul_add(x, zero, offset);
+        // SAFETY: so is what it becomes.
+        unsafe { simd.store(to[i..].as_mut_ptr(), x) };
     }
-
-    #[inline(always)]
-    unsafe fn splat(simd: S, from: *const f32) -> S::F32 {
-        // SAFETY: the caller's promise.
-        simd.splat(unsafe { *from })
+    let mut offset = simd.sum(offset);
+    for (i, scale) in scales.iter().enumerate().skip(whole) {
+        to[i] = row[i] * scale.step();
+        offset += to[i] * scale.zero();
     }
-
-    #[inline(always)]
-    fn mul_add(simd: S, factor: S::F32, wide: S::F32, sum: S::F32) -> S::F32 {
-        simd.mul_add(factor, wide, sum)
-    }
-
-    #[inline(always)]
-    fn single(factors: &[f32], code: u8, sum: f32) -> f32 {
-        sum + factors[0] * f32::from(code)
-    }
+    Linear { factor: 1.0, offset }
 }
 
-impl<S: Simd> Lanes<S> for U4Pairs {
-    type Group = u8;
-    type Left = f32;
-    type Wide = [S::F32; 2];
-    type Splat = [S::F32; 2];
-    const STEP: usize = 2;
-    const VECTORS: usize = 2;
-
-    #[inline(always)]
-    unsafe fn load(simd: S, from: *const u8) -> [S::F32; 2] {
-        // SAFETY: the caller's promise.
-        unsafe { simd.load_u4_pairs(from) }
+/// The largest magnitude of a multiple of eight numbers, NaN apart.
+#[inline(always)]
+fn largest<S: Simd>(simd: S, numbers: &[f32]) -> f32 {
+    let whole = numbers.len() / S::LANES * S::LANES;
+    let mut most = simd.splat(0.0);
+    for i in (0..whole).step_by(S::LANES) {
+        // SAFETY: there are `LANES` more.
+        let x = unsafe { simd.load(numbers[i..].as_ptr()) };
+        // The second one where the first one is NaN.
+        most = simd.max(simd.max(x, simd.sub(simd.splat(0.0), x)), most);
     }
+    numbers[whole..].iter().fold(simd.largest(most), |most, x| most.max(x.abs()))
+}
 
-    #[inline(always)]
-    unsafe fn splat(simd: S, from: *const f32) -> [S::F32; 2] {
-        // SAFETY: the caller's promise.
-        let [even, odd] = unsafe { *from.cast::<[f32; 2]>() };
-        [simd.splat(even), simd.splat(odd)]
+/// The largest step, NaN apart.
+#[inline(always)]
+fn largest_step<S: Simd>(simd: S, scales: &[Scale]) -> f32 {
+    let whole = scales.len() / S::LANES * S::LANES;
+    let mut most = simd.splat(0.0);
+    for i in (0..whole).step_by(S::LANES) {
+        // SAFETY: there are `LANES` more.
+        let [step, _] = unsafe { simd.load_scales(scales[i..].as_ptr()) };
+        most = simd.max(step, most);
     }
-
-    #[inline(always)]
-    fn mul_add(simd: S, factor: [S::F32; 2], wide: [S::F32; 2], sum: S::F32) -> S::F32 {
-        simd.mul_add(factor[1], wide[1], simd.mul_add(factor[0], wide[0], sum))
-    }
-
-    #[inline(always)]
-    fn single(factors: &[f32], pair: u8, sum: f32) -> f32 {
-        let codes = [pair & 15, pair >> 4];
-        factors.iter().zip(codes).fold(sum, |sum, (factor, code)| sum + factor * f32::from(code))
-    }
+    scales[whole..].iter().fold(simd.largest(most), |most, scale| most.max(scale.step()))
 }
 
 /// The two sides of a product with codes.
@@ -105,83 +152,77 @@ pub(crate) struct CodedProduct<'a> {
 }
 
 /// The product.
-pub(super) fn product<S: Engine, L: Lanes<S, Group = u8, Left = f32>>(
+pub(super) fn product<S: Engine, L: CodeLanes<S>>(
     simd: S,
     args: CodedProduct<'_>,
     mut finish: impl Finish<S>,
 ) {
-    let CodedProduct { left, stride, depth, codes, lanes, ahead, folded } = args;
-    let Folded { left: folded, offsets } = folded;
-    let folded = &mut folded[..left.len()];
+    let CodedProduct { left, stride, depth, codes, lanes, ahead, mut folded } = args;
+    simd.fold::<L>(Fold { left, stride, codes, folded: folded.reborrow(), ahead });
+    let Folded { left: folded, sums: linear, tops } = folded;
     let steps = codes.shape.depth / L::STEP;
-    for group in codes.groups().take_while(|group| group.first < lanes) {
-        let scales = group.scales;
-        let fold = Fold { left, stride, scales, folded, offsets, ahead };
-        Engine::run(simd, fold);
+    let parts = folded.chunks(left.len()).zip(linear.chunks(tops.len()));
+    let groups = codes.groups().take_while(|group| group.first < lanes);
+    for (group, (folded, linear)) in groups.zip(parts) {
         let product = Product {
-            left: folded,
-            order: ByRow(stride),
-            rows: offsets.len(),
+            left: bytemuck::cast_slice(folded),
+            order: ByRow(stride * (size_of::<f32>() / size_of::<L::Left>())),
+            rows: linear.len(),
             depth,
-            right: Right { data: group.codes, steps, lanes: group.lanes },
+            right: Right { data: group.words, steps, lanes: group.lanes },
             lanes: group.lanes.min(lanes - group.first),
             ahead,
         };
-        let offset = Offset { offsets, first: group.first, finish: &mut finish };
-        simd.product::<L, _>(product, offset);
+        let add = AddOffsets { linear, first: group.first, finish: &mut finish };
+        simd.product::<L, _>(product, add);
     }
 }
 
-/// Folds scales into a left side.
-struct Fold<'a> {
+/// Folding all scales of K or V into a left side.
+pub(super) struct Fold<'a> {
     left: &'a [f32],
     stride: usize,
-    scales: &'a [Scale],
-    folded: &'a mut [f32],
-    offsets: &'a mut [f32],
+    codes: Codes<'a>,
+    folded: Folded<'a>,
     ahead: Ahead,
 }
 
-impl Loops for Fold<'_> {
+impl Fold<'_> {
+    /// Folds, for `L` to read.
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Self { left, stride, scales, folded, offsets, ahead } = self;
-        for line in scales.chunks(size_of::<Line>() / size_of::<Scale>()) {
-            if let Some(to) = ahead.ask_for(line.as_ptr().cast()) {
-                simd.prefetch(to);
-            }
+    pub(super) fn run<S: Simd, L: CodeLanes<S>>(self, simd: S) {
+        let Self { left, stride, codes, folded, ahead } = self;
+        let Folded { left: to, sums: linear, tops } = folded;
+        let (rows, depth) = (tops.len(), codes.shape.depth);
+        for (row, top) in tops.iter_mut().enumerate() {
+            *top = if L::BOUNDED { largest(simd, &left[row * stride..][..depth]) } else { 0.0 };
         }
-        let rows = left.chunks_exact(stride).zip(folded.chunks_exact_mut(stride));
-        let (scales, last) = scales.as_chunks::<MAX_LANES>();
-        for ((left, folded), offset) in rows.zip(offsets) {
-            let (left, left_last) = left.split_at(scales.len() * MAX_LANES);
-            let (folded, folded_last) = folded.split_at_mut(scales.len() * MAX_LANES);
-            let chunks = left.as_chunks::<MAX_LANES>().0.iter().zip(scales);
-            let mut sums = [0.0; MAX_LANES];
-            for ((left, scales), folded) in chunks.zip(folded.as_chunks_mut::<MAX_LANES>().0) {
-                for i in 0..MAX_LANES {
-                    folded[i] = left[i] * scales[i].step();
-                    sums[i] += folded[i] * scales[i].zero();
+        for (at, group) in codes.groups().enumerate() {
+            let scales = group.scales;
+            for line in scales.chunks(size_of::<Line>() / size_of::<Scale>()) {
+                if let Some(to) = ahead.ask_for(line.as_ptr().cast()) {
+                    simd.prefetch(to);
                 }
             }
-            for (i, scale) in last.iter().enumerate() {
-                folded_last[i] = left_last[i] * scale.step();
-                sums[i] += folded_last[i] * scale.zero();
+            let step = if L::BOUNDED { largest_step(simd, scales) } else { 0.0 };
+            for row in 0..rows {
+                let from = &left[row * stride..][..depth];
+                let to = &mut to[(at * rows + row) * stride..][..depth];
+                linear[at * rows + row] = L::fold(simd, from, scales, tops[row] * step, to);
             }
-            *offset = sums.iter().sum();
         }
     }
 }
 
-/// Adds the offsets on the way.
-struct Offset<'a, F> {
-    offsets: &'a [f32],
+/// Makes of sums what they are short of, on the way.
+struct AddOffsets<'a, F> {
+    linear: &'a [Linear],
     /// The lane that the product calls its first.
     first: usize,
     finish: &'a mut F,
 }
 
-impl<S: Simd, F: Finish<S>> Finish<S> for Offset<'_, F> {
+impl<S: Simd, F: Finish<S>> Finish<S> for AddOffsets<'_, F> {
     #[inline(always)]
     fn begin<const R: usize, const V: usize>(&mut self, simd: S, row: usize, lane: usize) {
         self.finish.begin::<R, V>(simd, row, self.first + lane);
@@ -195,10 +236,10 @@ impl<S: Simd, F: Finish<S>> Finish<S> for Offset<'_, F> {
         lane: usize,
         mut sums: [[S::F32; V]; R],
     ) {
-        for (sums, &offset) in sums.iter_mut().zip(&self.offsets[row..row + R]) {
-            let offset = simd.splat(offset);
+        for (sums, linear) in sums.iter_mut().zip(&self.linear[row..row + R]) {
+            let (factor, offset) = (simd.splat(linear.factor), simd.splat(linear.offset));
             for sum in sums {
-                *sum = simd.add(*sum, offset);
+                *sum = simd.mul_add(*sum, factor, offset);
             }
         }
         self.finish.vectors(simd, row, self.first + lane, sums);
@@ -206,6 +247,7 @@ impl<S: Simd, F: Finish<S>> Finish<S> for Offset<'_, F> {
 
     #[inline(always)]
     fn single(&mut self, row: usize, lane: usize, sum: f32) {
-        self.finish.single(row, self.first + lane, sum + self.offsets[row]);
+        let Linear { factor, offset } = self.linear[row];
+        self.finish.single(row, self.first + lane, sum * factor + offset);
     }
 }

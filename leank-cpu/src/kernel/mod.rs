@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `portable.rs` | any |
 //! | `avx2.rs` | x86-64 with AVX2, FMA, F16C |
-//! | `avx512.rs` | x86-64 with AVX-512 F, BW, DQ, VL; and with BF16: pairs of bf16 in one instruction |
+//! | `avx512.rs` | x86-64 with AVX-512 F, BW, DQ, VL; and with BF16 and VNNI: pairs of bf16, fours of codes in one instruction |
 //! | `neon.rs` | 64-bit ARM |
 //!
 //! [`Kernel`] is chosen once per backend; every call goes through one `match` to code that was
@@ -39,7 +39,7 @@ use crate::{
     panels::Matrix,
     running::{Folded, Line, Running},
 };
-use coded::{CodedProduct, U4Pairs, U8s};
+use coded::{CodeLanes, CodedProduct, Fold, U4s, U8s};
 use left::Factor;
 pub(crate) use product::{Ahead, Right};
 use product::{Bf16Pairs, ByRow, ByStep, F16s, F32s, Finish, Lanes, Order, Product, Sums, ToSteps};
@@ -55,8 +55,9 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// AVX-512 with BF16. Queries and softmax weights that meet bf16 storage are rounded to bf16,
-    /// relative error 2⁻⁹; [`Isa::Avx512`] does not.
+    /// AVX-512 with BF16 and VNNI. Queries and softmax weights that meet bf16 storage are rounded to
+    /// bf16, relative error 2⁻⁹, and those that meet codes to 16 bits of a bound on the largest of a block;
+    /// [`Isa::Avx512`] does neither.
     Avx512Bf16,
     /// 64-bit ARM.
     Neon,
@@ -114,7 +115,11 @@ pub(crate) trait Loops {
 /// Code for one instruction set.
 trait Engine: Simd {
     /// How pairs of bf16 are multiplied.
-    type Bf16: Lanes<Self, Group = [bf16; 2]>;
+    type Bf16: Lanes<Self, Group = [bf16; 2], Left: Factor>;
+    /// How codes of 8 bits are multiplied.
+    type U8: CodeLanes<Self>;
+    /// How codes of 4 bits are multiplied.
+    type U4: CodeLanes<Self>;
 
     /// [`product::product`]
     fn product<L: Lanes<Self>, O: Order>(
@@ -123,12 +128,17 @@ trait Engine: Simd {
         finish: impl Finish<Self>,
     );
 
+    /// [`Fold::run`]
+    fn fold<L: CodeLanes<Self>>(self, fold: Fold<'_>);
+
     /// [`Loops::run`]
     fn run(self, loops: impl Loops);
 }
 
 impl Engine for Portable {
     type Bf16 = Bf16Pairs;
+    type U8 = U8s;
+    type U4 = U4s;
 
     fn product<L: Lanes<Self>, O: Order>(
         self,
@@ -136,6 +146,10 @@ impl Engine for Portable {
         mut finish: impl Finish<Self>,
     ) {
         product::product::<Self, L, O>(self, args, &mut finish);
+    }
+
+    fn fold<L: CodeLanes<Self>>(self, fold: Fold<'_>) {
+        fold.run::<Self, L>(self);
     }
 
     fn run(self, loops: impl Loops) {
@@ -146,9 +160,11 @@ impl Engine for Portable {
 /// Compiles the general code for a token's instruction set.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! entries {
-    ($token:ty, $bf16:ty, $features:literal) => {
+    ($token:ty, [$bf16:ty, $u8:ty, $u4:ty], $features:literal) => {
         impl super::Engine for $token {
             type Bf16 = $bf16;
+            type U8 = $u8;
+            type U4 = $u4;
 
             fn product<L: super::Lanes<Self>, O: super::Order>(
                 self,
@@ -165,6 +181,15 @@ macro_rules! entries {
                 }
                 // SAFETY: a token exists only where the CPU has the instruction set.
                 unsafe { compiled::<L, O>(self, args, finish) }
+            }
+
+            fn fold<L: super::CodeLanes<Self>>(self, fold: super::Fold<'_>) {
+                #[target_feature(enable = $features)]
+                fn compiled<L: super::CodeLanes<$token>>(simd: $token, fold: super::Fold<'_>) {
+                    fold.run::<$token, L>(simd);
+                }
+                // SAFETY: a token exists only where the CPU has the instruction set.
+                unsafe { compiled::<L>(self, fold) }
             }
 
             fn run(self, loops: impl super::Loops) {
@@ -253,11 +278,11 @@ macro_rules! on_lanes {
         match $format {
             LeanFormat::Plain(dtype) => on_plain!(dtype, $S, $L => $plain),
             LeanFormat::Int8 => {
-                type $L = U8s;
+                type $L = <$S as Engine>::U8;
                 $coded
             }
             LeanFormat::Int4 => {
-                type $L = U4Pairs;
+                type $L = <$S as Engine>::U4;
                 $coded
             }
             other => unreachable!("the backend refuses {other}"),

@@ -3,8 +3,15 @@
 use std::arch::aarch64::*;
 
 use half::{bf16, f16};
+use leank_core::quant::Scale;
 
-use super::{entries, product::Bf16Pairs, simd::Simd};
+use super::{
+    coded::{U4s, U8s},
+    entries,
+    product::Bf16Pairs,
+    simd::Simd,
+};
+use crate::codes::Word;
 
 /// NEON.
 #[derive(Clone, Copy, Debug)]
@@ -16,7 +23,7 @@ impl Neon {
     }
 }
 
-entries!(Neon, Bf16Pairs, "neon");
+entries!(Neon, [Bf16Pairs, U8s, U4s], "neon");
 
 /// One operation of the token's instruction set.
 macro_rules! op {
@@ -107,20 +114,42 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    unsafe fn load_u8(self, from: *const u8) -> float32x4_t {
-        op!(vcvtq_f32_u32(widen(
-            // SAFETY: the caller's promise.
-            unsafe { from.cast::<u32>().read_unaligned() }
-        )))
+    unsafe fn load_scales(self, from: *const Scale) -> [float32x4_t; 2] {
+        // SAFETY: the token, and the caller's promise.
+        let scales = unsafe { vld1q_u32(from.cast()) };
+        op!([
+            vreinterpretq_f32_u32(vshlq_n_u32::<16>(scales)),
+            vcvtq_f32_s32(vshrq_n_s32::<16>(vreinterpretq_s32_u32(scales))),
+        ])
     }
 
     #[inline(always)]
-    unsafe fn load_u4_pairs(self, from: *const u8) -> [float32x4_t; 2] {
-        // SAFETY: the caller's promise.
-        let pairs = widen(unsafe { from.cast::<u32>().read_unaligned() });
+    unsafe fn load_u8_words(self, from: *const Word) -> [float32x4_t; 4] {
+        // SAFETY: the token, and the caller's promise.
+        let words = unsafe { vld1q_u32(from.cast()) };
+        let low = op!(vdupq_n_u32(0xff));
         op!([
-            vcvtq_f32_u32(vandq_u32(pairs, vdupq_n_u32(15))),
-            vcvtq_f32_u32(vshrq_n_u32::<4>(pairs)),
+            vcvtq_f32_u32(vandq_u32(words, low)),
+            vcvtq_f32_u32(vandq_u32(vshrq_n_u32::<8>(words), low)),
+            vcvtq_f32_u32(vandq_u32(vshrq_n_u32::<16>(words), low)),
+            vcvtq_f32_u32(vshrq_n_u32::<24>(words)),
+        ])
+    }
+
+    #[inline(always)]
+    unsafe fn load_u4_words(self, from: *const Word) -> [float32x4_t; 8] {
+        // SAFETY: the token, and the caller's promise.
+        let words = unsafe { vld1q_u32(from.cast()) };
+        let low = op!(vdupq_n_u32(15));
+        op!([
+            vcvtq_f32_u32(vandq_u32(words, low)),
+            vcvtq_f32_u32(vandq_u32(vshrq_n_u32::<8>(words), low)),
+            vcvtq_f32_u32(vandq_u32(vshrq_n_u32::<16>(words), low)),
+            vcvtq_f32_u32(vandq_u32(vshrq_n_u32::<24>(words), low)),
+            vcvtq_f32_u32(vandq_u32(vshrq_n_u32::<4>(words), low)),
+            vcvtq_f32_u32(vandq_u32(vshrq_n_u32::<12>(words), low)),
+            vcvtq_f32_u32(vandq_u32(vshrq_n_u32::<20>(words), low)),
+            vcvtq_f32_u32(vshrq_n_u32::<28>(words)),
         ])
     }
 
@@ -146,10 +175,4 @@ impl Simd for Neon {
     fn interleave(self, a: float32x4_t, b: float32x4_t) -> [float32x4_t; 2] {
         op!([vzip1q_f32(a, b), vzip2q_f32(a, b)])
     }
-}
-
-/// Four bytes, as they lie in memory.
-#[inline(always)]
-fn widen(bytes: u32) -> uint32x4_t {
-    op!(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes.into())))))
 }

@@ -2,9 +2,10 @@
 //! maps to whatever vectors the target has.
 
 use half::{bf16, f16};
-use leank_core::widen_f16;
+use leank_core::{quant::Scale, widen_f16};
 
 use super::simd::Simd;
+use crate::codes::Word;
 
 /// Plain Rust.
 #[derive(Clone, Copy, Debug)]
@@ -87,17 +88,24 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    unsafe fn load_u8(self, from: *const u8) -> Lanes {
+    unsafe fn load_scales(self, from: *const Scale) -> [Lanes; 2] {
         // SAFETY: as above.
-        let codes = unsafe { *from.cast::<[u8; LANES]>() };
-        codes.map(f32::from)
+        let scales = unsafe { *from.cast::<[Scale; LANES]>() };
+        [scales.map(Scale::step), scales.map(Scale::zero)]
     }
 
     #[inline(always)]
-    unsafe fn load_u4_pairs(self, from: *const u8) -> [Lanes; 2] {
+    unsafe fn load_u8_words(self, from: *const Word) -> [Lanes; 4] {
         // SAFETY: as above.
-        let pairs = unsafe { *from.cast::<[u8; LANES]>() };
-        [pairs.map(|pair| f32::from(pair & 15)), pairs.map(|pair| f32::from(pair >> 4))]
+        let words = unsafe { *from.cast::<[Word; LANES]>() };
+        std::array::from_fn(|i| words.map(|word| f32::from(word[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn load_u4_words(self, from: *const Word) -> [Lanes; 8] {
+        // SAFETY: as above.
+        let words = unsafe { *from.cast::<[Word; LANES]>() };
+        std::array::from_fn(|i| words.map(|word| f32::from(word[i % 4] >> (i / 4 * 4) & 15)))
     }
 
     #[inline(always)]

@@ -23,7 +23,9 @@ pub(crate) trait Lanes<S: Simd>: Copy {
     /// What a lane has of a step in storage.
     type Group: bytemuck::Pod;
     /// Element of the left side.
-    type Left: Factor;
+    type Left: bytemuck::Pod;
+    /// A vector of sums.
+    type Sum: Copy;
     /// A loaded vector of stored elements.
     type Wide: Copy;
     /// A broadcast element (or pair) of the left side.
@@ -32,6 +34,8 @@ pub(crate) trait Lanes<S: Simd>: Copy {
     const STEP: usize;
     /// Registers that a loaded vector takes.
     const VECTORS: usize;
+    /// Registers that a vector of sums takes.
+    const SUMS: usize = 1;
 
     /// Loads `S::LANES` lanes.
     ///
@@ -45,12 +49,36 @@ pub(crate) trait Lanes<S: Simd>: Copy {
     /// `from` is readable for `STEP` elements.
     unsafe fn splat(simd: S, from: *const Self::Left) -> Self::Splat;
 
-    /// `sum + factor · wide`, summed over the step.
-    fn mul_add(simd: S, factor: Self::Splat, wide: Self::Wide, sum: S::F32) -> S::F32;
+    /// Sums of nothing.
+    fn zero(simd: S) -> Self::Sum;
 
-    /// The same for a single lane; `factors` may end within the step.
+    /// `sum + factor · wide`, summed over the step.
+    fn mul_add(simd: S, factor: Self::Splat, wide: Self::Wide, sum: Self::Sum) -> Self::Sum;
+
+    /// Sums in single precision.
+    fn finish(simd: S, sum: Self::Sum) -> S::F32;
+
+    /// [`Lanes::mul_add`] for a single lane; there is a factor for each element of the step.
     fn single(factors: &[Self::Left], group: Self::Group, sum: f32) -> f32;
 }
+
+/// [`Lanes`] whose sums are in single precision all along.
+macro_rules! f32_sums {
+    ($S:ty) => {
+        type Sum = <$S as Simd>::F32;
+
+        #[inline(always)]
+        fn zero(simd: $S) -> Self::Sum {
+            simd.splat(0.0)
+        }
+
+        #[inline(always)]
+        fn finish(_: $S, sum: Self::Sum) -> Self::Sum {
+            sum
+        }
+    };
+}
+pub(super) use f32_sums;
 
 /// [`Lanes::single`] for plain elements.
 #[inline(always)]
@@ -81,6 +109,7 @@ macro_rules! plain_lanes {
             type Splat = S::F32;
             const STEP: usize = 1;
             const VECTORS: usize = 1;
+            f32_sums!(S);
 
             #[inline(always)]
             unsafe fn load(simd: S, from: *const [$stored; 1]) -> S::F32 {
@@ -116,6 +145,7 @@ impl<S: Simd> Lanes<S> for Bf16Pairs {
     type Splat = [S::F32; 2];
     const STEP: usize = 2;
     const VECTORS: usize = 2;
+    f32_sums!(S);
 
     #[inline(always)]
     unsafe fn load(simd: S, from: *const [bf16; 2]) -> [S::F32; 2] {
@@ -419,8 +449,7 @@ pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
             for lane in lane..width.min(lanes - first) {
                 for row in row..row + some {
                     let sum = (0..steps).fold(0.0, |sum, step| {
-                        let factors = &left[left_at(row, step)..];
-                        let factors = &factors[..L::STEP.min(depth - step * L::STEP)];
+                        let factors = &left[left_at(row, step)..][..L::STEP];
                         L::single(factors, panel[step * width + lane], sum)
                     });
                     finish.single(row, first + lane, sum);
@@ -463,7 +492,7 @@ unsafe fn pass_vectors<S: Simd, L: Lanes<S>, O: Order, const R: usize>(
     vectors: usize,
     finish: &mut impl Finish<S>,
 ) -> usize {
-    let fits = |vectors: usize| (R + L::VECTORS - 1) * vectors <= S::ACCUMULATORS;
+    let fits = |vectors: usize| (R * L::SUMS + L::VECTORS - 1) * vectors <= S::ACCUMULATORS;
     let (row, lane) = (args.row, args.lane);
     if vectors >= 4 && fits(4) {
         finish.begin::<R, 4>(simd, row, lane);
@@ -497,7 +526,7 @@ unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
     simd: S,
     args: Pass<L::Left, L::Group, O>,
 ) -> [[S::F32; V]; R] {
-    let mut sums = [[simd.splat(0.0); V]; R];
+    let mut sums = [[L::zero(simd); V]; R];
     for step in 0..args.steps {
         // SAFETY: the caller's promise, for this step and each vector.
         let wide: [L::Wide; V] = std::array::from_fn(|v| unsafe {
@@ -523,5 +552,11 @@ unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
             }
         }
     }
-    sums
+    let mut finished = [[simd.splat(0.0); V]; R];
+    for r in 0..R {
+        for v in 0..V {
+            finished[r][v] = L::finish(simd, sums[r][v]);
+        }
+    }
+    finished
 }

@@ -1,6 +1,9 @@
 //! What the kernel asks of an instruction set: one vector of f32 and a dozen operations.
 
 use half::{bf16, f16};
+use leank_core::quant::Scale;
+
+use crate::codes::Word;
 
 /// Largest number of lanes of any instruction set.
 pub(crate) const MAX_LANES: usize = 16;
@@ -63,17 +66,23 @@ pub(crate) trait Simd: Copy {
     /// `from` is readable for `2 · LANES` elements.
     unsafe fn load_bf16_pairs(self, from: *const bf16) -> [Self::F32; 2];
 
-    /// `LANES` bytes as numbers.
+    /// Steps and zero points of `LANES` scales.
     ///
     /// # Safety
     /// `from` is readable for that many.
-    unsafe fn load_u8(self, from: *const u8) -> Self::F32;
+    unsafe fn load_scales(self, from: *const Scale) -> [Self::F32; 2];
 
-    /// The lower halves of `LANES` bytes as numbers, and the upper ones.
+    /// Codes of 8 bits in `LANES` words as numbers, those of the first row first.
     ///
     /// # Safety
     /// `from` is readable for that many.
-    unsafe fn load_u4_pairs(self, from: *const u8) -> [Self::F32; 2];
+    unsafe fn load_u8_words(self, from: *const Word) -> [Self::F32; 4];
+
+    /// Codes of 4 bits in `LANES` words as numbers, those of the first row first.
+    ///
+    /// # Safety
+    /// `from` is readable for that many.
+    unsafe fn load_u4_words(self, from: *const Word) -> [Self::F32; 8];
 
     /// Writes `LANES` elements.
     ///
@@ -94,6 +103,24 @@ pub(crate) trait Simd: Copy {
             // SAFETY: the caller's promise.
             unsafe { *to.wrapping_add(lane) = bf16::from_f32(*x) };
         }
+    }
+
+    /// The sum of all lanes.
+    #[inline(always)]
+    fn sum(self, x: Self::F32) -> f32 {
+        let mut lanes = [0.0; MAX_LANES];
+        // SAFETY: no vector is longer.
+        unsafe { self.store(lanes.as_mut_ptr(), x) };
+        lanes[..Self::LANES].iter().sum()
+    }
+
+    /// The largest lane; none is NaN.
+    #[inline(always)]
+    fn largest(self, x: Self::F32) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; MAX_LANES];
+        // SAFETY: no vector is longer.
+        unsafe { self.store(lanes.as_mut_ptr(), x) };
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
 
     /// Asks for the cache line at `address`, which need not be valid.
