@@ -26,7 +26,8 @@ pub struct CacheConfig {
     pub windows: Windows,
     /// Tokens per block.
     pub block: usize,
-    /// Element type of full blocks, and of lean ones where `formats` says nothing else.
+    /// Element type of full blocks, and of lean ones where neither `formats` nor the mask says
+    /// something else.
     pub dtype: Dtype,
     /// Formats of the heads in lean blocks, layer-major; `None`: what the mask asks for beside full
     /// blocks of `dtype`, which is plain elements of `dtype` where it asks for nothing.

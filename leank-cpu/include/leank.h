@@ -184,7 +184,8 @@ typedef struct leank_mask_info {
     /* The windows that it was learned for; LEANK_AUTO where it does not say. */
     size_t sink;
     size_t recent;
-    /* Shares of the dense model outside the windows: channels of K, V, and bytes of both. */
+    /* Shares of the dense model outside the windows: channels of K, V, and bytes of both (the dense
+     * ones of 16 bits an element; blocks of 64 tokens, scales included, no padding). */
     double kept_k;
     double kept_v;
     double middle_bytes;

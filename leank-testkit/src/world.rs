@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use leank_core::{
-    Backend, Cache, CacheConfig, Layer, LeanFormat, Result, SequenceId, StepEntry, Tensor,
-    blocks::is_lean, oracle::Attention, quant::round_trip,
+    Backend, Cache, CacheConfig, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
+    StepEntry, Tensor, blocks::is_lean, oracle::Attention, quant::round_trip,
 };
 
 use crate::{CacheOf, Case, Kind, Load, Rows, Subject, data::activation, rounding_error};
@@ -176,33 +176,58 @@ impl<'s, S: Subject> World<'s, S> {
             .filter(|(l, n, p, _)| *l == layer && *n == name && positions.contains(p))
             .flat_map(|(_, _, _, row)| row.iter().copied())
             .collect();
-        // Errors of a logit add up over the channels.
-        let channels = (self.config.shape.head_dim as f64 / 128.0).max(1.0);
-        let stored_as = self.formats(layer);
-        let errors = stored_as.iter().map(|format| match format {
-            LeanFormat::Plain(dtype) => self.subject.arithmetic_error(*dtype),
-            _ => self.subject.coded_arithmetic_error(),
-        });
-        let arithmetic = channels * errors.fold(0.0, f64::max);
+        // A head's outputs depend on its own formats only.
+        let bounds: Vec<_> =
+            self.config.shape.kv_head_indices().map(|head| self.bounds(layer, head)).collect();
         let stored = self.oracle(layer, name, positions.clone(), true);
-        compare(&got, &stored, arithmetic, "the oracle on stored values");
+        let arithmetic = |head: usize| bounds[head].arithmetic;
+        self.compare(&got, &stored, arithmetic, "the oracle on stored values");
         if self.stain.is_some() {
             return;
         }
-        let roundings = stored_as.into_iter().map(rounding_error);
-        let bound = arithmetic.max(roundings.fold(0.0, f64::max));
         let exact = self.oracle(layer, name, positions, false);
-        compare(&got, &exact, bound, "the oracle on exact values");
+        self.compare(&got, &exact, |head| bounds[head].storage, "the oracle on exact values");
     }
 
-    /// The formats in which the layer is stored.
-    fn formats(&self, layer: Layer) -> Vec<LeanFormat> {
-        let heads = self.config.shape.kv_head_indices();
-        let lean = heads.flat_map(|head| {
-            let format = self.config.format(layer, head);
-            [format.k, format.v]
+    /// How far outputs of a KV head's group may be off.
+    fn bounds(&self, layer: Layer, head: KvHead) -> Bounds {
+        let HeadFormat { k, v } = self.config.format(layer, head);
+        let formats = [k, v, LeanFormat::Plain(self.config.dtype)];
+        let largest = |bounds: [f64; 3]| bounds.into_iter().fold(0.0, f64::max);
+        // Errors of a logit add up over the channels.
+        let channels = (self.config.shape.head_dim as f64 / 128.0).max(1.0);
+        let errors = formats.map(|format| match format {
+            LeanFormat::Plain(dtype) => self.subject.arithmetic_error(dtype),
+            _ => self.subject.coded_arithmetic_error(),
         });
-        lean.chain([LeanFormat::Plain(self.config.dtype)]).collect()
+        let arithmetic = channels * largest(errors);
+        Bounds { arithmetic, storage: arithmetic.max(largest(formats.map(rounding_error))) }
+    }
+
+    /// Compares rows `[query heads, head_dim]`; `bound` is that of a KV head.
+    fn compare(
+        &self,
+        got: &[f32],
+        expected: &Expected,
+        bound: impl Fn(usize) -> f64,
+        against: &str,
+    ) {
+        let shape = self.config.shape;
+        assert_eq!(got.len(), expected.output.len());
+        for (i, (&got, &want)) in got.iter().zip(&expected.output).enumerate() {
+            if expected.stained && !want.is_finite() {
+                let same = got.is_nan() && want.is_nan() || f64::from(got) == want;
+                assert!(same, "element {i}: {got}, {against} says {want}");
+                continue;
+            }
+            let bound = bound(i / shape.head_dim % shape.query_heads / shape.group());
+            let error = (f64::from(got) - want).abs() / expected.largest;
+            // Written so that NaN fails.
+            assert!(
+                error <= bound,
+                "element {i}: {got}, {against} says {want} (error {error:.2e} > {bound:.0e})"
+            );
+        }
     }
 
     /// What the oracle says; on values as they are stored, or as they were given.
@@ -280,27 +305,18 @@ impl<'s, S: Subject> World<'s, S> {
     }
 }
 
+/// Largest errors of a KV head's outputs, as shares of the largest |v|.
+struct Bounds {
+    /// Against the oracle on stored values.
+    arithmetic: f64,
+    /// Against the oracle on exact ones.
+    storage: f64,
+}
+
 struct Expected {
     output: Vec<f64>,
     /// Largest |v|.
     largest: f64,
     /// Whether it may be NaN or infinite.
     stained: bool,
-}
-
-fn compare(got: &[f32], expected: &Expected, bound: f64, against: &str) {
-    assert_eq!(got.len(), expected.output.len());
-    for (i, (&got, &want)) in got.iter().zip(&expected.output).enumerate() {
-        if expected.stained && !want.is_finite() {
-            let same = got.is_nan() && want.is_nan() || f64::from(got) == want;
-            assert!(same, "element {i}: {got}, {against} says {want}");
-            continue;
-        }
-        let error = (f64::from(got) - want).abs() / expected.largest;
-        // Written so that NaN fails.
-        assert!(
-            error <= bound,
-            "element {i}: {got}, {against} says {want} (error {error:.2e} > {bound:.0e})"
-        );
-    }
 }

@@ -14,8 +14,9 @@
 //!
 //! # Format, versions 1 and 2
 //! Version 2 is written where lean blocks hold codes ([`quant`](crate::quant)), version 1 otherwise.
-//! They differ in the formats that they may name. All numbers are little-endian. Every part ends with a `u32`: the CRC-32 (zlib's) of all bytes
-//! before it since the start of the stream, earlier checksums left out.
+//! They differ in the formats that they may name. All numbers are little-endian. Every part ends with
+//! a `u32`: the CRC-32 (zlib's) of all bytes before it since the start of the stream, earlier checksums
+//! left out.
 //!
 //! | part | bytes |
 //! |---|---|
@@ -35,8 +36,9 @@
 //! A stream is read only into a cache of the same shape, windows, block size, types and mask;
 //! anything else is an [`Error::Mismatch`]. What is damaged, cut short or impossible is an
 //! [`Error::Format`], and so are scales that no packing makes ([`Scale::is_valid`]). Apart from that K
-//! and V are taken as they are, as [`Cache::append`](crate::Cache::append) takes them. Storage grows with the blocks that are really there, whatever the header claims. After an error
-//! the sequence is gone and its blocks are free.
+//! and V are taken as they are, as [`Cache::append`](crate::Cache::append) takes them. Storage grows
+//! with the blocks that are really there, whatever the header claims. After an error the sequence is
+//! gone and its blocks are free.
 
 mod crc;
 mod header;
