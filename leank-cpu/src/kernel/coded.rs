@@ -199,11 +199,9 @@ impl Fold<'_> {
         }
         for (at, group) in codes.groups().enumerate() {
             let scales = group.scales;
-            for line in scales.chunks(size_of::<Line>() / size_of::<Scale>()) {
-                if let Some(to) = ahead.ask_for(line.as_ptr().cast()) {
-                    simd.prefetch(to);
-                }
-            }
+            let asked = ahead.of_steps(scales.as_ptr().cast(), size_of::<Line>());
+            let lines = size_of_val(scales).div_ceil(size_of::<Line>());
+            (0..lines).filter_map(|line| asked.by(line)).for_each(|to| simd.prefetch(to));
             let step = if L::BOUNDED { largest_step(simd, scales) } else { 0.0 };
             for row in 0..rows {
                 let from = &left[row * stride..][..depth];

@@ -274,14 +274,45 @@ impl Ahead {
         Self { prefetch, distance: distance.min(bytes.len()), end, next }
     }
 
-    /// What to ask for while `from` is read.
+    /// What steps that read `bytes` bytes each, the first from `from`, ask for.
     #[inline(always)]
-    pub(super) fn ask_for(self, from: *const u8) -> Option<*const u8> {
-        let to = from.wrapping_add(self.distance);
-        if to < self.end {
-            return (self.prefetch == Prefetch::Everything).then_some(to);
-        }
-        Some(self.next.wrapping_add((to as usize).wrapping_sub(self.end as usize)))
+    pub(super) fn of_steps(self, from: *const u8, bytes: usize) -> Asked {
+        let here = from.wrapping_add(self.distance);
+        let turn = (self.end as usize).saturating_sub(here as usize).div_ceil(bytes);
+        let beyond = (here as usize).wrapping_sub(self.end as usize);
+        let begin = if self.prefetch == Prefetch::Everything { 0 } else { turn };
+        Asked { begin, turn, bytes, here, next: self.next.wrapping_add(beyond) }
+    }
+}
+
+/// What steps ask for: found out before them, so that they do little else than multiply.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    /// The first step that asks.
+    begin: usize,
+    /// The first step that asks for what comes next.
+    turn: usize,
+    /// Bytes from step to step.
+    bytes: usize,
+    /// What step 0 would ask for before the turn, and after it.
+    here: *const u8,
+    next: *const u8,
+}
+
+impl Asked {
+    const NOTHING: Self = Self {
+        begin: usize::MAX,
+        turn: usize::MAX,
+        bytes: 0,
+        here: std::ptr::null(),
+        next: std::ptr::null(),
+    };
+
+    /// What a step asks for.
+    #[inline(always)]
+    pub(super) fn by(&self, step: usize) -> Option<*const u8> {
+        let from = if step < self.turn { self.here } else { self.next };
+        (step >= self.begin).then(|| from.wrapping_add(step * self.bytes))
     }
 }
 
@@ -527,6 +558,9 @@ unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
     args: Pass<L::Left, L::Group, O>,
 ) -> [[S::F32; V]; R] {
     let mut sums = [[L::zero(simd); V]; R];
+    let asked = args.ahead.map_or(Asked::NOTHING, |ahead| {
+        ahead.of_steps(args.right.cast(), args.right_stride * size_of::<L::Group>())
+    });
     for step in 0..args.steps {
         // SAFETY: the caller's promise, for this step and each vector.
         let wide: [L::Wide; V] = std::array::from_fn(|v| unsafe {
@@ -542,12 +576,8 @@ unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
             }
         }
         // After the step's own loads, which would wait behind these.
-        let bytes = PANEL * size_of::<L::Group>();
-        let from = args.right.wrapping_add(step * args.right_stride).cast();
-        // Once per line, where a line holds several steps.
-        let begins_line = step.is_multiple_of((size_of::<Line>() / bytes).max(1));
-        if begins_line && let Some(to) = args.ahead.and_then(|ahead| ahead.ask_for(from)) {
-            for offset in (0..bytes).step_by(size_of::<Line>()) {
+        if let Some(to) = asked.by(step) {
+            for offset in (0..PANEL * size_of::<L::Group>()).step_by(size_of::<Line>()) {
                 simd.prefetch(to.wrapping_add(offset));
             }
         }
