@@ -1,8 +1,8 @@
 //! Bytes that claim to be a saved sequence.
 
 use leank_core::{
-    Backend, Cache, CacheConfig, ChannelMask, Error, HostView, HostViewMut, Layer, ModelMask,
-    ModelShape, StepEntry, ViewShape, Windows,
+    Backend, Cache, CacheConfig, ChannelMask, Dtype, Error, HeadFormat, HostView, HostViewMut,
+    Layer, LeanFormat, ModelMask, ModelShape, StepEntry, Tensor, ViewShape, Windows,
 };
 use leank_cpu::{Cpu, CpuCache, Serial};
 
@@ -10,6 +10,19 @@ use leank_cpu::{Cpu, CpuCache, Serial};
 const TOKENS: usize = 21;
 const BLOCK: usize = 4;
 const HEAD_DIM: usize = 8;
+
+/// Kept channels, head by head.
+const KEPT: [&[u16]; 4] = [&[1, 4], &[], &[0, 1, 2], &[7]];
+
+const F16: LeanFormat = LeanFormat::Plain(Dtype::F16);
+
+/// Formats in lean blocks, head by head: plain, codes, both.
+const FORMATS: [HeadFormat; 4] = [
+    HeadFormat { k: F16, v: F16 },
+    HeadFormat { k: F16, v: F16 },
+    HeadFormat { k: LeanFormat::Int8, v: LeanFormat::Int4 },
+    HeadFormat { k: F16, v: LeanFormat::Int8 },
+];
 
 /// Restores bytes: as they are where they begin as a saved sequence does; otherwise a sound one with
 /// bytes replaced (two for the place, one for the value) and good checksums, which would otherwise
@@ -47,11 +60,11 @@ pub fn saved_sequence(data: &[u8]) {
 fn cache(limit: Option<u64>) -> CpuCache {
     let shape = ModelShape::new(2, 2, 2, HEAD_DIM).expect("a small shape");
     let kept = |channels: &[u16]| ChannelMask::new(HEAD_DIM, channels.to_vec()).expect("of it");
-    let heads = vec![kept(&[1, 4]), kept(&[]), kept(&[0, 1, 2]), kept(&[7])];
-    let mask = ModelMask::new(2, 2, HEAD_DIM, heads).expect("of the shape");
+    let mask = ModelMask::new(2, 2, HEAD_DIM, KEPT.map(kept).to_vec()).expect("of the shape");
     let windows = Windows { sink: 3, recent: 6 };
     let config = CacheConfig::new(shape, mask).expect("the mask is of the shape");
-    let config = CacheConfig { windows, block: BLOCK, limit, ..config };
+    let formats = Some(FORMATS.to_vec());
+    let config = CacheConfig { windows, block: BLOCK, limit, formats, ..config };
     Cpu::with_executor(std::sync::Arc::new(Serial)).create(config).expect("a valid configuration")
 }
 
@@ -110,12 +123,18 @@ fn lengths(bytes: &[u8]) -> Vec<usize> {
     for block in 0..TOKENS.div_ceil(BLOCK) {
         let tokens = BLOCK.min(TOKENS - block * BLOCK);
         // One block of the sink, three lean ones; K and V of two heads, or of those that live.
-        let channels = if (1..4).contains(&block) {
-            [2 + HEAD_DIM, 3 + HEAD_DIM + 1 + HEAD_DIM]
-        } else {
-            [4 * HEAD_DIM; 2]
+        let bytes = |head: usize| {
+            let (format, kept) = (FORMATS[head], KEPT[head].len());
+            match kept {
+                _ if !(1..4).contains(&block) => 2 * F16.bytes(Tensor::K, tokens, HEAD_DIM),
+                0 => 0,
+                _ => {
+                    format.k.bytes(Tensor::K, tokens, kept)
+                        + format.v.bytes(Tensor::V, tokens, HEAD_DIM)
+                }
+            }
         };
-        lengths.extend(channels.map(|channels| tokens * channels * 2));
+        lengths.extend([bytes(0) + bytes(1), bytes(2) + bytes(3)]);
     }
     lengths
 }

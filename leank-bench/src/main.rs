@@ -64,6 +64,10 @@ struct WorkerArgs {
     /// masks (llama, qwen; sink 128, recent 768).
     #[arg(long, value_enum, default_value_t = Variant::Dense)]
     variant: Variant,
+    /// Formats of its lean blocks, bits of an element of K and V: 16 is the storage type. With codes,
+    /// DTYPE q8_0 means bf16 beside them.
+    #[arg(long, value_name = "kNvN", default_value = "k16v16")]
+    formats: HeadPrecision,
     /// Threads, pinned to the first cores; the environment's NT, or 1, by default.
     #[arg(long, value_name = "N", env = "NT", default_value = "1")]
     threads: NonZeroUsize,
@@ -93,7 +97,7 @@ impl WorkerArgs {
         if let Some(isa) = self.isa {
             cpu = cpu.with_isa(isa)?;
         }
-        let worker = Worker::new(cpu, self.variant, self.footprint_mib << 20);
+        let worker = Worker::new(cpu, self.variant, self.formats, self.footprint_mib << 20);
         Ok(worker.serve(io::stdin().lock(), io::stdout().lock())?)
     }
 }

@@ -148,3 +148,46 @@ impl CacheConfig {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ChannelMask, HeadPrecision};
+
+    fn masked(heads: Vec<ChannelMask>, precisions: Vec<HeadPrecision>) -> CacheConfig {
+        let shape = ModelShape::new(1, 2, 2, 8).unwrap();
+        let mask = ModelMask::new(1, 2, 8, heads).unwrap().with_precisions(precisions).unwrap();
+        CacheConfig::new(shape, mask).unwrap()
+    }
+
+    #[test]
+    fn a_mask_says_the_formats_and_a_configuration_others() {
+        let precisions = ["k8v4", "k16v16"].map(|name| name.parse().unwrap());
+        let config = masked(vec![ChannelMask::all(8); 2], precisions.into());
+        let format = |config: &CacheConfig, head| config.format(Layer(0), KvHead(head));
+        let coded = HeadFormat { k: LeanFormat::Int8, v: LeanFormat::Int4 };
+        assert_eq!(format(&config, 0), coded);
+        assert_eq!(format(&config, 1), HeadFormat::plain(Dtype::F16));
+        let formats = Some(vec![HeadFormat::plain(Dtype::F32), coded]);
+        let config = CacheConfig { formats, ..config };
+        assert_eq!(format(&config, 0), HeadFormat::plain(Dtype::F32));
+        assert_eq!(format(&config, 1), coded);
+    }
+
+    #[test]
+    fn formats_that_a_backend_lacks_are_named() {
+        let has = [LeanFormat::Plain(Dtype::F16), LeanFormat::Int8];
+        let precisions: Vec<HeadPrecision> =
+            ["k8v8", "k8v4"].map(|name| name.parse().unwrap()).into();
+        let config = masked(vec![ChannelMask::all(8); 2], precisions.clone());
+        let error = config.check_formats("a backend", &has).unwrap_err();
+        assert!(matches!(error, Error::Unavailable { what: "lean format", .. }), "{error:?}");
+        let message = error.to_string();
+        for part in ["int4", "V of layer 0, KV head 1", "a backend", "f16, int8"] {
+            assert!(message.contains(part), "{part:?} is not in {message:?}");
+        }
+        // Nothing of a dead head is stored.
+        let heads = vec![ChannelMask::all(8), ChannelMask::none(8)];
+        masked(heads, precisions).check_formats("a backend", &has).unwrap();
+    }
+}

@@ -364,6 +364,10 @@ fn codes_raise_the_version_and_unknown_formats_are_named() {
     let (mut cache, bytes) = sample_of((Dtype::Bf16, LeanFormat::Int8, LeanFormat::Int4));
     assert_eq!((version(&bytes), &bytes[AT_FORMATS..][..4]), (2, &[3, 4, 3, 4][..]));
     cache.restore(&bytes).unwrap();
+    let mut older = Cache::new(&cache.config);
+    let error = older.restore(&forged_header(&bytes, 8, &[1])).unwrap_err();
+    assert!(error.to_string().contains("version 1 has no codes"), "{error}");
+    assert!(older.is_untouched());
     for code in [5, 255] {
         let mut cache = Cache::new(&cache.config);
         let error = cache.restore(&forged_header(&bytes, AT_FORMATS, &[code])).unwrap_err();

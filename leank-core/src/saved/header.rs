@@ -89,7 +89,12 @@ impl Header {
         }
         let fields = input.take(length.into(), "its header")?;
         input.check("its header")?;
-        Self::parse(config, Fields(&fields))
+        let header = Self::parse(config, Fields(&fields))?;
+        // Its formats are those of the cache.
+        if version < self::version(config) {
+            return Err(bad(format!("version {version} has no codes, and it says that it has")));
+        }
+        Ok(header)
     }
 
     fn parse(config: &CacheConfig, mut fields: Fields<'_>) -> Result<Self> {
