@@ -27,6 +27,46 @@ impl LayoutRules {
         v_token_multiple: 1,
         section_align: 1,
     };
+
+    /// Where K and V of a head lie in a lean block when the head begins at byte `offset`, and where the
+    /// head ends. `format` is not looked at for a dead head, which has neither.
+    fn lean_head(self, offset: usize, head: Head) -> (LeanHead, usize) {
+        let Head { block, head_dim, kept, format } = head;
+        let align = |bytes: usize| bytes.next_multiple_of(self.section_align);
+        let rows = |rows: usize, format: LeanFormat| match format {
+            LeanFormat::Plain(_) => rows,
+            _ => rows.next_multiple_of(CODE_ROWS),
+        };
+        let stored = rows(kept.next_multiple_of(self.k_channel_multiple), format.k);
+        let stored_tokens = rows(block.next_multiple_of(self.v_token_multiple), format.v);
+        let k_tokens = block.next_multiple_of(self.k_token_multiple);
+        let v_offset = offset + align(format.k.bytes(Tensor::K, k_tokens, stored));
+        let v_channels =
+            if kept == 0 { 0 } else { head_dim.next_multiple_of(self.v_channel_multiple) };
+        let end = v_offset + align(format.v.bytes(Tensor::V, stored_tokens, v_channels));
+        (LeanHead { kept, stored, stored_tokens, k_offset: offset, v_offset, format }, end)
+    }
+
+    /// Bytes of a head that keeps `kept` channels in a lean block of `block` tokens: codes, scales and
+    /// padding; 0 for a dead head.
+    #[must_use]
+    pub fn lean_head_bytes(
+        self,
+        block: usize,
+        head_dim: usize,
+        kept: usize,
+        format: HeadFormat,
+    ) -> usize {
+        self.lean_head(0, Head { block, head_dim, kept, format }).1
+    }
+}
+
+/// What decides the bytes of a head in a lean block.
+struct Head {
+    block: usize,
+    head_dim: usize,
+    kept: usize,
+    format: HeadFormat,
 }
 
 /// Channels of K and tokens of V that are stored as codes are a multiple of this: kernels take so many
@@ -113,18 +153,10 @@ impl CacheLayout {
             let lean = shape.kv_head_indices().map(|head| {
                 let kept = config.mask.head(layer, head).kept_count();
                 let format = config.format(layer, head);
-                let rows = |rows: usize, format: LeanFormat| match format {
-                    LeanFormat::Plain(_) => rows,
-                    _ => rows.next_multiple_of(CODE_ROWS),
-                };
-                let stored = rows(kept.next_multiple_of(rules.k_channel_multiple), format.k);
-                let stored_tokens = rows(stored_tokens, format.v);
-                let k_offset = offset;
-                let v_offset = k_offset + align(format.k.bytes(Tensor::K, k_tokens, stored));
-                let v_channels = if kept == 0 { 0 } else { stored_v_channels };
-                let v_bytes = format.v.bytes(Tensor::V, stored_tokens, v_channels);
-                offset = v_offset + align(v_bytes);
-                LeanHead { kept, stored, stored_tokens, k_offset, v_offset, format }
+                let own = Head { block: config.block, head_dim: shape.head_dim, kept, format };
+                let (lean, end) = rules.lean_head(offset, own);
+                offset = end;
+                lean
             });
             let lean = lean.collect();
             LayerLayout { lean, lean_bytes: offset }

@@ -352,6 +352,18 @@ impl ModelMask {
         Ok(self)
     }
 
+    /// The same mask with one precision for every head, but for those of exempt layers, which stay
+    /// as they are.
+    #[must_use]
+    pub fn with_precision(mut self, precision: HeadPrecision) -> Self {
+        let exempt = |head: usize| self.is_exempt(Layer(head / self.kv_heads));
+        let of = |head| if exempt(head) { HeadPrecision::default() } else { precision };
+        let all: Vec<_> = (0..self.heads.len()).map(of).collect();
+        let all_plain = all.iter().all(|&head| head == HeadPrecision::default());
+        self.precisions = (!all_plain).then_some(all);
+        self
+    }
+
     /// Number of layers.
     #[must_use]
     pub fn layers(&self) -> usize {
@@ -538,6 +550,20 @@ mod tests {
         let plain = mask.clone().with_precisions(vec![HeadPrecision::default(); 2]).unwrap();
         assert_eq!(plain, mask);
         assert!(mask.with_precisions(vec![eight]).is_err());
+    }
+
+    #[test]
+    fn one_precision_for_all_but_exempt_layers() {
+        let eight = "k8v4".parse::<HeadPrecision>().unwrap();
+        let shape = ModelShape::new(2, 2, 2, 4).unwrap();
+        let mask = ModelMask::dense(&shape);
+        let all = mask.clone().with_precision(eight);
+        assert_eq!(all.precisions(), Some(&[eight; 4][..]));
+        assert_eq!(all.with_precision(HeadPrecision::default()), mask);
+        let info = MaskInfo { exempt_layers: vec![0], ..Default::default() };
+        let exempt = mask.with_info(info).unwrap().with_precision(eight);
+        assert_eq!(exempt.precision(Layer(0), KvHead(1)), HeadPrecision::default());
+        assert_eq!(exempt.precision(Layer(1), KvHead(0)), eight);
     }
 
     #[test]

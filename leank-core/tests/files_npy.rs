@@ -114,3 +114,24 @@ fn what_is_not_a_mask_is_refused_by_name() {
         assert!(message.contains(expected), "{expected:?} not in: {message}");
     }
 }
+
+#[test]
+fn a_mask_with_precisions_is_not_halved_silently() {
+    use leank_core::{
+        HeadPrecision, ModelMask, ModelShape,
+        files::{Format, to_bytes, write_mask},
+    };
+    let mask = ModelMask::dense(&ModelShape::new(2, 1, 1, 4).unwrap());
+    let eight: HeadPrecision = "k8v16".parse().unwrap();
+    let coded = mask.clone().with_precisions(vec![eight, HeadPrecision::default()]).unwrap();
+    for format in [Format::Npy, Format::Pth] {
+        assert!(to_bytes(&mask, format).is_ok());
+        let message = to_bytes(&coded, format).unwrap_err().to_string();
+        assert!(message.contains("1 of 2 heads"), "{message}");
+        assert!(message.contains("write .safetensors"), "{message}");
+    }
+    assert!(to_bytes(&coded, Format::Native).is_ok());
+    let folder = tempfile::tempdir().unwrap();
+    assert!(write_mask(&folder.path().join("mask.npy"), &coded).is_err());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}

@@ -171,17 +171,34 @@ pub fn read_mask(path: &Path, options: &ReadOptions) -> Result<ModelMask> {
 ///
 /// # Errors
 /// [`Error::Io`] when the file cannot be written; [`Error::Invalid`] for an extension that is
-/// unknown or read only; [`Error::Unavailable`] when the build lacks the feature `interop`.
+/// unknown or read only, and as [`to_bytes`]; [`Error::Unavailable`] when the build lacks the
+/// feature `interop`.
 pub fn write_mask(path: &Path, mask: &ModelMask) -> Result<()> {
     let format = Format::from_path(path)?;
     write_atomic(path, &to_bytes(mask, format)?)
 }
 
+/// Refuses a mask that a file of bare flags would forget the half of.
+#[cfg(feature = "interop")]
+fn check_no_precisions(mask: &ModelMask, format: Format) -> Result<()> {
+    let Some(precisions) = mask.precisions() else { return Ok(()) };
+    let coded = precisions.iter().filter(|&&head| head != Default::default()).count();
+    Err(Error::invalid(
+        "mask format",
+        format!(
+            "a {format} file cannot say that {coded} of {} heads ask for 8 or 4 bits in lean blocks; \
+             write .safetensors, or take the precisions off the mask first",
+            precisions.len()
+        ),
+    ))
+}
+
 /// The bytes of a mask's file in `format`.
 ///
 /// # Errors
-/// [`Error::Invalid`] for [`Format::Tsv`], which is only read, and for metadata that cannot be
-/// written; [`Error::Unavailable`] when the build lacks the feature `interop`.
+/// [`Error::Invalid`] for [`Format::Tsv`], which is only read, for metadata that cannot be written,
+/// and for formats other than [`Format::Native`] where a head asks for fewer than 16 bits, which
+/// they cannot say; [`Error::Unavailable`] when the build lacks the feature `interop`.
 pub fn to_bytes(mask: &ModelMask, format: Format) -> Result<Vec<u8>> {
     match format {
         Format::Native => native::to_bytes(mask),

@@ -62,8 +62,9 @@ pub fn from_bytes(bytes: &[u8], name: &Path) -> Result<ModelMask> {
 /// The bytes of an `.npy` file: `bool`, C order. What the mask says about itself is not in it.
 ///
 /// # Errors
-/// [`Error::Invalid`], which a mask in memory does not cause.
+/// [`Error::Invalid`] where a head asks for fewer than 16 bits.
 pub fn to_bytes(mask: &ModelMask) -> Result<Vec<u8>> {
+    super::check_no_precisions(mask, super::Format::Npy)?;
     let shape = [mask.layers(), mask.kv_heads(), mask.head_dim()].map(|n| n as u64);
     let flags = mask.heads().iter().flat_map(|head| head.flags());
     let mut bytes = Vec::new();

@@ -47,8 +47,9 @@ pub fn from_bytes(bytes: &[u8], name: &Path) -> Result<ModelMask> {
 /// The bytes of a `.pth` file. What the mask says about itself is not in it.
 ///
 /// # Errors
-/// [`Error::Invalid`](crate::Error::Invalid), which a mask in memory does not cause.
+/// [`Error::Invalid`](crate::Error::Invalid) where a head asks for fewer than 16 bits.
 pub fn to_bytes(mask: &ModelMask) -> Result<Vec<u8>> {
+    super::check_no_precisions(mask, super::Format::Pth)?;
     let flags = mask.heads().iter().flat_map(|head| head.flags());
     let data: Vec<u8> =
         flags.flat_map(|keep| if keep { 1.0_f32 } else { 0.0 }.to_le_bytes()).collect();
