@@ -36,8 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             windows: Windows { sink: 32, recent: 128 },
             ..Default::default()
         };
-        let budget =
-            AllocateOptions { budget: Budget::KRatio(0.7), alignment: 16, exempt: Vec::new() };
+        let budget = AllocateOptions::new(Budget::KRatio(0.7));
         let start = Instant::now();
         let learned = learn_mask(&dump, &options, &budget, &|_| {})?;
         let summary = learned.mask.summary();

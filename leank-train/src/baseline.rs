@@ -96,7 +96,8 @@ pub fn quantile_counts(
     let cost = |kept| counts(kept).iter().map(|&n| options.budget.cost(n, d)).sum::<usize>();
     let least = cost(0);
     if least > limit {
-        return Err(over_budget(options, least, limit, scores.len() * d));
+        let dense = options.budget.cost(scores.len() * d, scores.len() * d);
+        return Err(over_budget(options, least as f64 / dense as f64));
     }
     // The cost rises with what is kept: the most that fits.
     let (mut fits, mut beyond) = (0, counted.len() + 1);
@@ -112,7 +113,7 @@ mod tests {
     use super::*;
 
     fn options(budget: Budget, alignment: usize) -> AllocateOptions {
-        AllocateOptions { budget, alignment, exempt: Vec::new() }
+        AllocateOptions { alignment, ..AllocateOptions::new(budget) }
     }
 
     #[test]

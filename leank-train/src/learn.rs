@@ -2,7 +2,7 @@
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use leank_core::{ChannelMask, KvHead, MaskInfo, ModelMask, Windows};
+use leank_core::{ChannelMask, HeadPrecision, KvHead, MaskInfo, ModelMask, Windows};
 
 use crate::{
     Error, Result,
@@ -10,7 +10,10 @@ use crate::{
     baseline::{order_by_score, quantile_counts, static_scores},
     dump::{Dump, LayerDump, Manifest, Probe, SequenceInfo},
     leank::{self, Trained, Trainer},
-    order::{self, HeadCurve, eliminate, eliminate_once, measured_counts},
+    order::{
+        self, HeadCurve, PrecisionCurve, eliminate, eliminate_once, measure_precisions,
+        measured_counts,
+    },
     records::{HeadResult, OnProgress, Phase},
     stats::HeadEvaluator,
 };
@@ -71,6 +74,9 @@ pub struct LearnOptions {
     pub threads: usize,
     /// Where records are kept; the dump's own `learn` directory when `None`.
     pub records: Option<PathBuf>,
+    /// Whether [`learn`] measures the losses of 8 and 4 bits too; [`learn_mask`] does where the budget
+    /// may be spent on them.
+    pub precisions: bool,
 }
 
 impl Default for LearnOptions {
@@ -82,6 +88,7 @@ impl Default for LearnOptions {
             seed: 0,
             threads: 0,
             records: None,
+            precisions: false,
         }
     }
 }
@@ -91,6 +98,8 @@ impl Default for LearnOptions {
 pub struct Curves {
     /// Layer-major: head `h` of layer `l` is `heads[l * kv_heads + h]`.
     pub heads: Vec<HeadCurve>,
+    /// Losses in 16, 8 and 4 bits, one per head; empty where they were not asked for.
+    pub precisions: Vec<PrecisionCurve>,
 }
 
 impl Curves {
@@ -142,7 +151,8 @@ pub fn learn(dump: &Dump, options: &LearnOptions, progress: OnProgress<'_>) -> R
             Err(Error::options("method", "leank trains for one budget and has no curves"))
         }
     }?;
-    Ok(Curves { heads: heads.into_iter().flatten().collect() })
+    let precisions = if options.precisions { run.precisions(&heads, windows)? } else { Vec::new() };
+    Ok(Curves { heads: heads.into_iter().flatten().collect(), precisions })
 }
 
 /// Learns a mask for a budget. Whatever an earlier run has recorded is not computed again.
@@ -173,11 +183,7 @@ pub fn learn(dump: &Dump, options: &LearnOptions, progress: OnProgress<'_>) -> R
 ///     step: 4,
 ///     ..LearnOptions::default()
 /// };
-/// let budget = AllocateOptions {
-///     budget: Budget::KRatio(0.5),
-///     alignment: 4,
-///     exempt: Vec::new(),
-/// };
+/// let budget = AllocateOptions { alignment: 4, ..AllocateOptions::new(Budget::KRatio(0.5)) };
 /// let learned = learn_mask(&dump, &options, &budget, &|progress| {
 ///     eprintln!("{} of {} heads", progress.done, progress.total);
 /// })?;
@@ -195,37 +201,70 @@ pub fn learn_mask(
     progress: OnProgress<'_>,
 ) -> Result<Learned> {
     let shape = dump.manifest().shape;
-    let exact = matches!(options.method, Method::E2 | Method::E1);
     // Against head_dim first: where the step follows from the alignment, it is not to blame.
     budget.check(&shape, 1)?;
     measured_counts(shape.head_dim, options.step)?;
     // Curves are measured at multiples of the step; LeanK has none.
     budget.check(&shape, if options.method == Method::LeanK { 1 } else { options.step })?;
     budget.budget.limit(shape.layers * shape.kv_heads, shape.head_dim)?;
-    let (kept, scores, loss) = if options.method == Method::LeanK {
-        train(dump, options, budget, progress)?
-    } else {
-        let curves = learn(dump, options, progress)?;
-        let counts = if exact {
-            allocate(&curves.heads, &shape, budget)?.counts
-        } else {
-            let scores: Vec<_> = curves.heads.iter().map(|head| head.scores.clone()).collect();
-            quantile_counts(&scores, &shape, budget)?
-        };
-        let heads = || curves.heads.iter().zip(&counts);
-        let scores = if exact {
-            curves.importance()
-        } else {
-            curves.heads.iter().flat_map(|head| head.scores.clone()).collect()
-        };
-        let loss = heads().filter_map(|(head, &n)| head.loss(n)).sum();
-        (heads().map(|(head, &n)| head.kept(n)).collect(), scores, loss)
+    let found = match options.method {
+        Method::E2 | Method::E1 => spend(dump, options, budget, progress),
+        method if budget.offer.is_coded() => {
+            let why = format!("{method} allocates by quantile, in 16 bits only; use e2 or e1");
+            return Err(Error::options("formats", why));
+        }
+        Method::Static => rank(dump, options, budget, progress),
+        Method::LeanK => train(dump, options, budget, progress),
     };
-    finish(dump, options, budget, (kept, scores, loss))
+    finish(dump, options, budget, found?)
 }
 
-/// Kept channels per head, a score per channel, and the summed loss.
-type Found = (Vec<Vec<u16>>, Vec<f32>, f64);
+/// What a method found.
+struct Found {
+    /// Kept channels per head.
+    kept: Vec<Vec<u16>>,
+    /// A score per channel.
+    scores: Vec<f32>,
+    allocation: Allocation,
+}
+
+impl Found {
+    /// In 16 bits, with a summed loss.
+    fn plain(kept: Vec<Vec<u16>>, scores: Vec<f32>, loss: f64) -> Self {
+        let counts: Vec<usize> = kept.iter().map(Vec::len).collect();
+        let precisions = vec![HeadPrecision::default(); counts.len()];
+        Self { kept, scores, allocation: Allocation { counts, precisions, loss } }
+    }
+}
+
+/// The exact allocation over curves.
+fn spend(
+    dump: &Dump,
+    options: &LearnOptions,
+    budget: &AllocateOptions,
+    progress: OnProgress<'_>,
+) -> Result<Found> {
+    let options = LearnOptions { precisions: budget.offer.is_coded(), ..options.clone() };
+    let curves = learn(dump, &options, progress)?;
+    let allocation = allocate(&curves, &dump.manifest().shape, budget)?;
+    let kept = curves.heads.iter().zip(&allocation.counts).map(|(head, &n)| head.kept(n)).collect();
+    Ok(Found { kept, scores: curves.importance(), allocation })
+}
+
+/// The static scores' quantile.
+fn rank(
+    dump: &Dump,
+    options: &LearnOptions,
+    budget: &AllocateOptions,
+    progress: OnProgress<'_>,
+) -> Result<Found> {
+    let heads = learn(dump, options, progress)?.heads;
+    let scores: Vec<_> = heads.iter().map(|head| head.scores.clone()).collect();
+    let counts = quantile_counts(&scores, &dump.manifest().shape, budget)?;
+    let all = || heads.iter().zip(&counts);
+    let loss = all().filter_map(|(head, &n)| head.loss(n)).sum();
+    Ok(Found::plain(all().map(|(head, &n)| head.kept(n)).collect(), scores.concat(), loss))
+}
 
 /// LeanK's stages; see [`crate::leank`].
 fn train(
@@ -260,18 +299,17 @@ fn train(
         .collect();
     let loss = trained.iter().map(|own| own.loss).sum();
     let scores = trained.iter().flat_map(|own| own.scales.clone()).collect();
-    Ok((trained.into_iter().map(|own| own.kept).collect(), scores, loss))
+    Ok(Found::plain(trained.into_iter().map(|own| own.kept).collect(), scores, loss))
 }
 
 fn finish(
     dump: &Dump,
     options: &LearnOptions,
     budget: &AllocateOptions,
-    (kept, scores, loss): Found,
+    Found { kept, scores, allocation }: Found,
 ) -> Result<Learned> {
     let manifest = dump.manifest();
     let shape = manifest.shape;
-    let allocation = Allocation { counts: kept.iter().map(Vec::len).collect(), loss };
     let mut exempt: Vec<_> = budget.exempt.iter().map(|layer| layer.0).collect();
     exempt.sort_unstable();
     exempt.dedup();
@@ -294,6 +332,7 @@ fn finish(
         .collect::<Result<_, _>>()?;
     let mask = ModelMask::new(shape.layers, shape.kv_heads, shape.head_dim, heads)?
         .with_scores(scores)?
+        .with_precisions(allocation.precisions.clone())?
         .with_info(info)?;
     let with_middle = manifest.positions_with_middle(options.windows);
     Ok(Learned { mask, allocation, without_middle: manifest.valid_positions() - with_middle })
@@ -336,6 +375,26 @@ impl<'a> Run<'a> {
         let id = &dump.id()[..12];
         let directory = records.join(format!("{method}-sink{sink}-recent{recent}-{own}-{id}"));
         Ok(Self { dump, directory, pool, progress })
+    }
+
+    /// Losses of all heads in all precisions, along their curves.
+    fn precisions(
+        &self,
+        heads: &[Vec<HeadCurve>],
+        windows: Windows,
+    ) -> Result<Vec<PrecisionCurve>> {
+        let found = self.phase("formats", "precisions", |layer, head| {
+            let curve = &heads[layer.layer().0][head.0];
+            measure_precisions(&mut HeadEvaluator::new(layer, head, windows), curve)
+        })?;
+        let all = || found.iter().flatten().zip(heads.iter().flatten());
+        if let Some(at) = all().position(|(own, curve)| !own.is_of(curve)) {
+            let layer = at / self.dump.manifest().shape.kv_heads;
+            let path = self.directory.join("precisions").join(format!("layer-{layer:03}.json"));
+            let why = "it was measured along another order of channels".into();
+            return Err(Error::Record { path, why });
+        }
+        Ok(found.into_iter().flatten().collect())
     }
 
     fn phase<T: HeadResult>(

@@ -15,8 +15,7 @@
 //!
 //! # fn main() -> leank_train::Result<()> {
 //! let dump = Dump::open("dump".as_ref())?;
-//! let budget =
-//!     AllocateOptions { budget: Budget::Bytes(0.55), alignment: 16, exempt: Vec::new() };
+//! let budget = AllocateOptions::new(Budget::Bytes(0.55));
 //! let learned = learn_mask(&dump, &LearnOptions::default(), &budget, &|_| {})?;
 //! println!("predicted KL {:?}", learned.mask.info().predicted_kl);
 //! # Ok(())

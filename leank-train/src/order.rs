@@ -1,10 +1,11 @@
 //! In which order a KV head gives up its channels, and what each count kept costs.
 
+use leank_core::{HeadPrecision, Precision};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
-    stats::{HeadEvaluator, HeadMask, Stats, Want},
+    stats::{HeadEvaluator, HeadMask, MEASURED, Stats, Want},
 };
 
 /// A head's order of removal and its exact losses along it.
@@ -86,6 +87,73 @@ impl HeadCurve {
     }
 }
 
+/// Exact losses along a head's order when lean blocks hold K and V in 16, 8 and 4 bits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PrecisionCurve {
+    /// The order that it was measured along.
+    order: Vec<u16>,
+    /// Counts kept, as in [`HeadCurve::counts`].
+    counts: Vec<usize>,
+    /// `[K, counts, V]`, K and V in the order of [`MEASURED`].
+    losses: Vec<f64>,
+}
+
+impl PrecisionCurve {
+    /// Of losses `[K, counts, V]`, in the order of [`MEASURED`], along a curve.
+    pub(crate) fn new(curve: &HeadCurve, losses: Vec<f64>) -> Self {
+        Self { order: curve.order.clone(), counts: curve.counts.clone(), losses }
+    }
+
+    /// The exact loss `C` of a count, where it was measured; a dead head's is the same in all
+    /// precisions.
+    #[must_use]
+    pub fn loss(&self, count: usize, precision: HeadPrecision) -> Option<f64> {
+        let place = |own: Precision| MEASURED.iter().position(|&other| other == own);
+        let at = self.counts.binary_search(&count).ok()?;
+        let row = place(precision.k)? * self.counts.len() + at;
+        Some(self.losses[row * MEASURED.len() + place(precision.v)?])
+    }
+
+    /// Whether it was measured along this curve: for records read from disk.
+    pub(crate) fn is_of(&self, curve: &HeadCurve) -> bool {
+        self.order == curve.order && self.counts == curve.counts
+    }
+
+    /// Whether this is a curve of a head with `d` channels: for records read from disk.
+    pub(crate) fn check(&self, d: usize) -> Result<(), String> {
+        let expected = MEASURED.len() * MEASURED.len() * self.counts.len();
+        if self.losses.len() != expected || !self.losses.iter().all(|x| x.is_finite()) {
+            return Err("its losses are not one finite number per count and precisions".into());
+        }
+        let losses = vec![0.0; self.counts.len()];
+        let (order, counts) = (self.order.clone(), self.counts.clone());
+        HeadCurve { order, counts, losses, scores: Vec::new() }.check(d)
+    }
+}
+
+/// Measures a head's losses in all [`MEASURED`] precisions along an order that is known.
+///
+/// # Errors
+/// As [`HeadEvaluator::evaluate`].
+pub fn measure_precisions(
+    evaluator: &mut HeadEvaluator<'_>,
+    curve: &HeadCurve,
+) -> Result<PrecisionCurve> {
+    let losses = evaluator.evaluate_precisions(&growing_masks(&curve.order, &curve.counts))?;
+    Ok(PrecisionCurve::new(curve, losses))
+}
+
+/// The masks along an order, the last removed first, so that each continues the one before it.
+fn growing_masks(order: &[u16], counts: &[usize]) -> Vec<HeadMask> {
+    let growing: Vec<u16> = order.iter().rev().copied().collect();
+    let mask = |&n: &usize| match n {
+        0 => HeadMask::Dead,
+        n => HeadMask::Kept(growing[..n].to_vec()),
+    };
+    counts.iter().map(mask).collect()
+}
+
 /// Counts at which a curve is measured, ascending: 0, the multiples of `step`, `d`.
 ///
 /// # Errors
@@ -150,12 +218,7 @@ pub fn measure(
 ) -> Result<HeadCurve> {
     let d = evaluator.head_dim();
     let counts = measured_counts(d, step)?;
-    // Last removed first, so that each mask continues the one before it.
-    let growing: Vec<u16> = order.iter().rev().copied().collect();
-    let masks: Vec<_> = counts[..counts.len() - 1]
-        .iter()
-        .map(|&n| if n == 0 { HeadMask::Dead } else { HeadMask::Kept(growing[..n].to_vec()) })
-        .collect();
+    let masks = growing_masks(&order, &counts[..counts.len() - 1]);
     let mut losses = evaluator.evaluate(&masks, None)?.losses;
     // Nothing is pruned: the loss is 0 by definition.
     losses.push(0.0);

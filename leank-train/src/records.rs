@@ -26,9 +26,6 @@ use crate::{
     dump::{Dump, LayerDump},
 };
 
-/// Version of the records.
-const RECORD_VERSION: u32 = 1;
-
 /// What happened in a learning run, for a progress display.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress<'a> {
@@ -47,6 +44,9 @@ pub type OnProgress<'a> = &'a (dyn Fn(Progress<'_>) + Sync);
 
 /// What one phase of learning finds for a KV head.
 pub(crate) trait HeadResult: Serialize + DeserializeOwned + Send {
+    /// Version of its records: another one where what they hold or how it is measured changes.
+    const VERSION: u32 = 1;
+
     /// Checks one that was read from disk.
     ///
     /// # Errors
@@ -55,6 +55,12 @@ pub(crate) trait HeadResult: Serialize + DeserializeOwned + Send {
 }
 
 impl HeadResult for crate::order::HeadCurve {
+    fn check(&self, head_dim: usize) -> Result<(), String> {
+        self.check(head_dim)
+    }
+}
+
+impl HeadResult for crate::order::PrecisionCurve {
     fn check(&self, head_dim: usize) -> Result<(), String> {
         self.check(head_dim)
     }
@@ -170,7 +176,7 @@ impl Phase<'_> {
                 }
                 Err(format!("{what} is {found} where {expected} is expected"))
             };
-            differs("its version", &record.version, &RECORD_VERSION)?;
+            differs("its version", &record.version, &T::VERSION)?;
             differs("its dump", &record.dump, &self.dump.id())?;
             differs("its layer", &record.layer, &layer)?;
             differs("its number of heads", &record.heads.len(), &shape.kv_heads)?;
@@ -184,7 +190,7 @@ impl Phase<'_> {
     fn write<T: HeadResult>(&self, layer: Layer, heads: Vec<T>) -> Result<Vec<T>> {
         let path = self.path(layer);
         let dump = self.dump.id().to_owned();
-        let record = Record { version: RECORD_VERSION, dump, layer: layer.0, heads };
+        let record = Record { version: T::VERSION, dump, layer: layer.0, heads };
         let broken =
             |e: serde_json::Error| Error::Record { path: path.clone(), why: e.to_string() };
         let json = serde_json::to_vec(&record).map_err(broken)?;

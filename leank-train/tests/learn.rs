@@ -51,7 +51,7 @@ fn options(method: Method) -> LearnOptions {
 }
 
 fn budget(budget: Budget) -> AllocateOptions {
-    AllocateOptions { budget, alignment: 4, exempt: Vec::new() }
+    AllocateOptions { alignment: 4, ..AllocateOptions::new(budget) }
 }
 
 /// Learns and counts what was computed rather than read.

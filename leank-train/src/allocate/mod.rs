@@ -1,10 +1,16 @@
-//! Spends a budget over all KV heads: how many channels each one keeps.
+//! Spends a budget over all KV heads: how many channels each one keeps, and in how many bits its K and
+//! V lie in lean blocks.
+
+mod offer;
+mod program;
 
 use std::fmt;
 
-use leank_core::{Layer, ModelShape};
+use leank_core::{DEFAULT_BLOCK, Dtype, HeadPrecision, Layer, LayoutRules, ModelShape};
 
-use crate::{Error, Result, order::HeadCurve};
+pub use self::offer::Offer;
+use self::program::{Choice, Program, undominated};
+use crate::{Error, Result, learn::Curves};
 
 /// What may be kept of the middle, over all layers (exempt ones included).
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -12,8 +18,10 @@ use crate::{Error, Result, order::HeadCurve};
 pub enum Budget {
     /// Prune at least this share of K's channels, in `0..=1`: the budget of the LeanK paper.
     KRatio(f64),
-    /// Keep at most this share of the dense middle's bytes, in `0..=1`. A head that keeps `n`
-    /// channels costs `n` elements per token for K, and `head_dim` for V unless it is dead.
+    /// Keep at most this share of the dense middle's bytes, in `0..=1`: those of lean blocks of
+    /// [`DEFAULT_BLOCK`] tokens (codes, scales and [padding](AllocateOptions::rules)) against
+    /// elements of 16 bits. In 16 bits a head that keeps `n` channels costs `n` elements per token for
+    /// K, and `head_dim` for V unless it is dead.
     Bytes(f64),
 }
 
@@ -27,7 +35,7 @@ impl fmt::Display for Budget {
 }
 
 impl Budget {
-    /// Elements per token that a head with `n` of `d` channels counts for.
+    /// Elements per token that a head with `n` of `d` channels counts for in 16 bits.
     #[must_use]
     pub fn cost(self, n: usize, d: usize) -> usize {
         match self {
@@ -36,11 +44,16 @@ impl Budget {
         }
     }
 
-    /// Elements per token that all `heads` together may count for.
+    /// Elements of 16 bits per token that all `heads` together may count for.
     ///
     /// # Errors
     /// [`Error::Options`] when the number is not in `0..=1`.
     pub fn limit(self, heads: usize, d: usize) -> Result<usize> {
+        self.share_of(heads * self.cost(d, d))
+    }
+
+    /// What may be spent where everything costs `dense`.
+    fn share_of(self, dense: usize) -> Result<usize> {
         let (option, value) = match self {
             Self::KRatio(ratio) => ("k-ratio", ratio),
             Self::Bytes(share) => ("bytes", share),
@@ -48,13 +61,12 @@ impl Budget {
         if !(0.0..=1.0).contains(&value) {
             return Err(Error::options(option, format!("{value} is not in 0..=1")));
         }
-        let dense = (heads * self.cost(d, d)) as f64;
         let share = match self {
             Self::KRatio(ratio) => 1.0 - ratio,
             Self::Bytes(share) => share,
         };
         // 0.3 of 640 is 192, whatever 1 - 0.7 rounds to.
-        Ok((dense * share + 1e-6) as usize)
+        Ok((dense as f64 * share + 1e-6) as usize)
     }
 }
 
@@ -65,15 +77,23 @@ pub struct AllocateOptions {
     pub budget: Budget,
     /// Kept counts are multiples of this; it divides `head_dim`.
     pub alignment: usize,
-    /// Layers that keep everything, e.g. sliding-window ones. Their cost counts.
+    /// Layers that keep everything in 16 bits, e.g. sliding-window ones. Their cost counts.
     pub exempt: Vec<Layer>,
+    /// Precisions that a head's K and V may have in lean blocks. Other than 16 bits need
+    /// [`Budget::Bytes`].
+    pub offer: Offer,
+    /// Padding that a budget of bytes counts: that of the backend to come. (Where only whole panels of
+    /// channels are kept there is none.)
+    pub rules: LayoutRules,
 }
 
-/// How many channels each head keeps.
+/// How many channels each head keeps, and in how many bits.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Allocation {
     /// Kept counts, layer-major.
     pub counts: Vec<usize>,
+    /// Precisions, layer-major; 16 bits for dead heads.
+    pub precisions: Vec<HeadPrecision>,
     /// Summed loss `ΣC` of all heads. With the Fisher probe, half of it predicts the KL
     /// divergence in nats, within a factor of about two.
     pub loss: f64,
@@ -87,10 +107,28 @@ impl Allocation {
     }
 }
 
-/// Largest table of the dynamic program, in entries.
-const MAX_TABLE: usize = 1 << 28;
+/// An allocation on the front of bytes against loss.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FrontPoint {
+    /// Share of the dense middle's bytes that it takes.
+    pub bytes: f64,
+    /// The allocation of least loss within so many bytes.
+    pub allocation: Allocation,
+}
 
 impl AllocateOptions {
+    /// Kept counts that are multiples of 16, no layer exempt, 16 bits, no padding.
+    #[must_use]
+    pub fn new(budget: Budget) -> Self {
+        Self {
+            budget,
+            alignment: 16,
+            exempt: Vec::new(),
+            offer: Offer::default(),
+            rules: LayoutRules::PACKED,
+        }
+    }
+
     /// Checks alignment and exempt layers against a shape, and against the counts that were
     /// measured (multiples of `step`).
     ///
@@ -114,13 +152,35 @@ impl AllocateOptions {
                 format!(", or a step that divides {a}"),
             );
         }
-        match self.exempt.iter().find(|layer| layer.0 >= shape.layers) {
-            Some(layer) => {
-                let why = format!("there is no layer {layer}: the model has {}", shape.layers);
-                Err(Error::options("exempt", why))
-            }
-            None => Ok(()),
+        if let Some(layer) = self.exempt.iter().find(|layer| layer.0 >= shape.layers) {
+            let why = format!("there is no layer {layer}: the model has {}", shape.layers);
+            return Err(Error::options("exempt", why));
         }
+        if self.offer.is_coded() && matches!(self.budget, Budget::KRatio(_)) {
+            let why = format!(
+                "{} of K's channels says nothing of bits, which {} are a choice of; give a budget of \
+                 bytes",
+                self.budget, self.offer
+            );
+            return Err(Error::options("formats", why));
+        }
+        Ok(())
+    }
+
+    /// What a head costs: channels, or bytes of a lean block.
+    fn cost(&self, count: usize, precision: HeadPrecision, d: usize) -> usize {
+        match self.budget {
+            Budget::KRatio(_) => count,
+            Budget::Bytes(_) => {
+                let format = precision.format(Dtype::F16);
+                self.rules.lean_head_bytes(DEFAULT_BLOCK, d, count, format)
+            }
+        }
+    }
+
+    /// What a head costs that keeps everything, without padding.
+    fn dense_cost(&self, d: usize) -> usize {
+        Self::new(self.budget).cost(d, HeadPrecision::default(), d)
     }
 
     fn is_exempt(&self, head: usize, shape: &ModelShape) -> bool {
@@ -129,219 +189,132 @@ impl AllocateOptions {
 }
 
 /// The allocation with the least summed loss within the budget: exact, since curves are neither
-/// convex nor monotone (dropping a head can beat keeping 8 of its channels).
+/// convex nor monotone (dropping a head can beat keeping 8 of its channels), and bits and channels
+/// compete for the same bytes.
 ///
-/// `curves` are layer-major. Ties go to fewer channels.
+/// Ties go to fewer channels, then to more bits.
 ///
 /// # Errors
-/// [`Error::Options`] as [`AllocateOptions::check`] and [`Budget::limit`]; [`Error::Budget`] when
-/// exempt layers alone exceed it.
+/// [`Error::Options`] as [`AllocateOptions::check`] and [`Budget::limit`], and where other precisions
+/// than 16 bits are offered but `curves` hold none; [`Error::Budget`] when exempt layers alone exceed
+/// the budget.
 pub fn allocate(
-    curves: &[HeadCurve],
+    curves: &Curves,
     shape: &ModelShape,
     options: &AllocateOptions,
 ) -> Result<Allocation> {
-    let step = curves.first().map_or(1, |curve| curve.counts[1]);
-    options.check(shape, step)?;
-    let choices: Vec<Vec<Choice>> = (curves.iter().enumerate())
-        .map(|(head, curve)| choices(curve, options, options.is_exempt(head, shape)))
-        .collect();
-    let limit = options.budget.limit(curves.len(), shape.head_dim)?;
-    let least: usize = choices.iter().map(|choices| choices[0].cost).sum();
-    if least > limit {
-        return Err(over_budget(options, least, limit, curves.len() * shape.head_dim));
-    }
-    let unit = choices.iter().flatten().map(|choice| choice.cost).fold(0, gcd).max(1);
-    solve(&choices, limit / unit, unit)
+    let choices = all_choices(curves, shape, options)?;
+    let dense = choices.len() * options.dense_cost(shape.head_dim);
+    let limit = options.budget.share_of(dense)?;
+    check_limit(&choices, options, limit, dense)?;
+    Ok(Program::solve(&choices, limit)?.within(limit).0)
 }
 
-pub(crate) fn over_budget(
+/// The front of bytes against loss: for every `1/steps` of the dense middle's bytes the allocation of
+/// least loss within them, where it is better than those before. [`AllocateOptions::budget`] says no
+/// more than that bytes are what is counted.
+///
+/// # Errors
+/// As [`allocate`]; [`Error::Options`] where the budget is not of bytes.
+pub fn front(
+    curves: &Curves,
+    shape: &ModelShape,
     options: &AllocateOptions,
-    least: usize,
+    steps: usize,
+) -> Result<Vec<FrontPoint>> {
+    if !matches!(options.budget, Budget::Bytes(_)) {
+        return Err(Error::options("bytes", "a front is of bytes; give a budget of bytes"));
+    }
+    let choices = all_choices(curves, shape, options)?;
+    let dense = choices.len() * options.dense_cost(shape.head_dim);
+    check_limit(&choices, options, dense, dense)?;
+    let least = least_cost(&choices);
+    let program = Program::solve(&choices, dense)?;
+    let mut points: Vec<FrontPoint> = Vec::new();
+    let limits =
+        (0..=steps).map(|step| (dense as f64 * step as f64 / steps as f64 + 1e-6) as usize);
+    for limit in limits.filter(|&limit| limit >= least) {
+        let (allocation, cost) = program.within(limit);
+        if points.last().is_none_or(|last| allocation.loss < last.allocation.loss) {
+            points.push(FrontPoint { bytes: cost as f64 / dense as f64, allocation });
+        }
+    }
+    Ok(points)
+}
+
+fn least_cost(choices: &[Vec<Choice>]) -> usize {
+    choices.iter().map(|choices| choices[0].cost).sum()
+}
+
+fn check_limit(
+    choices: &[Vec<Choice>],
+    options: &AllocateOptions,
     limit: usize,
-    channels: usize,
-) -> Error {
-    let dense = options.budget.cost(channels, channels);
-    let share = least as f64 / dense as f64;
+    dense: usize,
+) -> Result<()> {
+    let least = least_cost(choices);
+    if least > limit {
+        return Err(over_budget(options, least as f64 / dense as f64));
+    }
+    Ok(())
+}
+
+/// `least`: the share of the dense middle that the exempt layers take.
+pub(crate) fn over_budget(options: &AllocateOptions, least: f64) -> Error {
     let (nearest, beyond) = match options.budget {
-        Budget::KRatio(_) => (Budget::KRatio(1.0 - share), "less"),
-        Budget::Bytes(_) => (Budget::Bytes(share), "more"),
+        Budget::KRatio(_) => (Budget::KRatio(1.0 - least), "less"),
+        Budget::Bytes(_) => (Budget::Bytes(least), "more"),
     };
     Error::Budget {
         budget: options.budget.to_string(),
         why: format!(
-            "the exempt layers alone take {least} elements per token where it leaves {limit}; \
-             exempt fewer layers, or ask for {nearest} or {beyond}"
+            "the exempt layers alone take {least:.4} of what a dense middle takes; exempt fewer \
+             layers, or ask for {nearest} or {beyond}"
         ),
     }
 }
 
-/// A count that a head may keep.
-#[derive(Clone, Copy, Debug)]
-struct Choice {
-    count: usize,
-    cost: usize,
-    loss: f64,
+/// Choices of every head.
+fn all_choices(
+    curves: &Curves,
+    shape: &ModelShape,
+    options: &AllocateOptions,
+) -> Result<Vec<Vec<Choice>>> {
+    let step = curves.heads.first().map_or(1, |curve| curve.counts[1]);
+    options.check(shape, step)?;
+    if options.offer.is_coded() && curves.precisions.len() != curves.heads.len() {
+        let why = "the losses of 8 and 4 bits were not measured; ask for them when learning";
+        return Err(Error::options("formats", why));
+    }
+    let heads = 0..curves.heads.len();
+    Ok(heads.map(|head| choices(curves, head, options, options.is_exempt(head, shape))).collect())
 }
 
 /// What a head may keep, ascending in cost.
-fn choices(curve: &HeadCurve, options: &AllocateOptions, exempt: bool) -> Vec<Choice> {
+fn choices(curves: &Curves, head: usize, options: &AllocateOptions, exempt: bool) -> Vec<Choice> {
+    let curve = &curves.heads[head];
     let d = curve.order.len();
-    let allowed = |&(&count, _): &(&usize, &f64)| {
-        count == d || (!exempt && count.is_multiple_of(options.alignment))
+    let plain = HeadPrecision::default();
+    let loss = |count: usize, precision: HeadPrecision| match precision {
+        own if own == plain => curve.loss(count),
+        own => curves.precisions[head].loss(count, own),
     };
-    let choice = |(&count, &loss)| Choice { count, cost: options.budget.cost(count, d), loss };
-    curve.counts.iter().zip(&curve.losses).filter(allowed).map(choice).collect()
-}
-
-/// The exact dynamic program over heads and units of cost.
-fn solve(choices: &[Vec<Choice>], limit: usize, unit: usize) -> Result<Allocation> {
-    let width = limit + 1;
-    if width.saturating_mul(choices.len()) > MAX_TABLE {
-        let why = format!("{} heads × {limit} units are too many; use a larger one", choices.len());
-        return Err(Error::options("alignment", why));
-    }
-    // best[w]: least loss of the heads so far within a cost of w.
-    let mut best = vec![0.0f64; width];
-    let mut taken = vec![0u16; width * choices.len()];
-    for (own, taken) in choices.iter().zip(taken.chunks_exact_mut(width)) {
-        let mut next = vec![f64::INFINITY; width];
-        for (at, choice) in own.iter().enumerate() {
-            let cost = choice.cost / unit;
-            for w in cost..width {
-                let loss = best[w - cost] + choice.loss;
-                if loss < next[w] {
-                    (next[w], taken[w]) = (loss, at as u16);
-                }
-            }
-        }
-        best = next;
-    }
-    let mut left = limit;
-    let mut counts = vec![0; choices.len()];
-    let mut loss = 0.0;
-    for (head, own) in choices.iter().enumerate().rev() {
-        let choice = own[usize::from(taken[head * width + left])];
-        counts[head] = choice.count;
-        loss += choice.loss;
-        left -= choice.cost / unit;
-    }
-    Ok(Allocation { counts, loss })
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
+    let allowed =
+        |&count: &usize| count == d || (!exempt && count.is_multiple_of(options.alignment));
+    let choice = |count: usize, precision| {
+        let cost = options.cost(count, precision, d);
+        Some(Choice { count, precision, cost, loss: loss(count, precision)? })
+    };
+    let of_count = |count: usize| {
+        let all: Vec<_> = match count {
+            0 => vec![plain],
+            _ if exempt => vec![plain],
+            _ => options.offer.precisions().collect(),
+        };
+        all.into_iter().filter_map(move |precision| choice(count, precision))
+    };
+    undominated(curve.counts.iter().copied().filter(|n| allowed(n)).flat_map(of_count).collect())
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn curve(d: usize, step: usize, losses: &[f64]) -> HeadCurve {
-        let counts = crate::order::measured_counts(d, step).unwrap();
-        let losses = losses[..counts.len()].to_vec();
-        HeadCurve { order: (0..d as u16).collect(), counts, losses, scores: Vec::new() }
-    }
-
-    /// The least loss by trying everything.
-    fn brute(curves: &[HeadCurve], options: &AllocateOptions, shape: &ModelShape) -> Option<f64> {
-        fn best(
-            head: usize,
-            left: usize,
-            rest: &[HeadCurve],
-            options: &AllocateOptions,
-            shape: &ModelShape,
-        ) -> Option<f64> {
-            let Some((first, rest)) = rest.split_first() else { return Some(0.0) };
-            let d = shape.head_dim;
-            let exempt = options.exempt.contains(&Layer(head / shape.kv_heads));
-            (0..=d / options.alignment)
-                .map(|n| n * options.alignment)
-                .filter(|&n| !exempt || n == d)
-                .filter_map(|n| {
-                    let left = left.checked_sub(options.budget.cost(n, d))?;
-                    let own = first.loss(n).unwrap();
-                    best(head + 1, left, rest, options, shape).map(|loss| loss + own)
-                })
-                .min_by(f64::total_cmp)
-        }
-        let limit = options.budget.limit(curves.len(), shape.head_dim).unwrap();
-        best(0, limit, curves, options, shape)
-    }
-
-    proptest! {
-        #[test]
-        fn is_exact(
-            losses in prop::collection::vec(prop::collection::vec(0.0..1.0f64, 5), 6),
-            kv_heads in 1usize..4,
-            alignment in prop::sample::select(vec![2usize, 4, 8]),
-            share in 0.0..=1.0f64,
-            by_bytes in any::<bool>(),
-            exempt in prop::option::of(0usize..2),
-        ) {
-            let layers = 6 / kv_heads;
-            let shape = ModelShape::new(layers, kv_heads, kv_heads, 8).unwrap();
-            let curves: Vec<_> =
-                losses[..layers * kv_heads].iter().map(|own| curve(8, 2, own)).collect();
-            let budget = if by_bytes { Budget::Bytes(share) } else { Budget::KRatio(share) };
-            let exempt = exempt.map(Layer).into_iter().collect();
-            let options = AllocateOptions { budget, alignment, exempt };
-            let limit = budget.limit(curves.len(), 8).unwrap();
-            match (allocate(&curves, &shape, &options), brute(&curves, &options, &shape)) {
-                (Ok(found), Some(expected)) => {
-                    prop_assert!((found.loss - expected).abs() < 1e-12);
-                    let cost: usize = found.counts.iter().map(|&n| budget.cost(n, 8)).sum();
-                    prop_assert!(cost <= limit);
-                    let sum: f64 =
-                        curves.iter().zip(&found.counts).map(|(c, &n)| c.loss(n).unwrap()).sum();
-                    prop_assert!((sum - found.loss).abs() < 1e-12);
-                }
-                (Err(Error::Budget { .. }), None) => {}
-                other => prop_assert!(false, "{other:?}"),
-            }
-        }
-    }
-
-    #[test]
-    fn a_dead_head_pays_for_another() {
-        // By bytes the first head's V is worth two channel counts of the second.
-        let curves = [curve(4, 2, &[0.1, 0.05, 0.0]), curve(4, 2, &[9.0, 1.0, 0.0])];
-        let shape = ModelShape::new(1, 2, 2, 4).unwrap();
-        let options = |budget| AllocateOptions { budget, alignment: 2, exempt: Vec::new() };
-        let bytes = allocate(&curves, &shape, &options(Budget::Bytes(0.5))).unwrap();
-        assert_eq!((bytes.counts, bytes.loss), (vec![0, 4], 0.1));
-        let all = allocate(&curves, &shape, &options(Budget::KRatio(0.0))).unwrap();
-        assert_eq!((all.counts, all.loss), (vec![4, 4], 0.0));
-        let none = allocate(&curves, &shape, &options(Budget::KRatio(1.0))).unwrap();
-        assert_eq!(none.counts, [0, 0]);
-    }
-
-    #[test]
-    fn wrong_options_are_named_with_the_mend() {
-        let curves = vec![curve(24, 8, &[3.0, 2.0, 1.0, 0.0]); 2];
-        let shape = ModelShape::new(2, 1, 1, 24).unwrap();
-        let with = |budget, alignment, exempt: &[usize]| {
-            let exempt = exempt.iter().copied().map(Layer).collect();
-            let options = AllocateOptions { budget, alignment, exempt };
-            allocate(&curves, &shape, &options).unwrap_err().to_string()
-        };
-        for alignment in [0, 16, 48, usize::MAX] {
-            let message = with(Budget::KRatio(0.5), alignment, &[]);
-            assert!(message.contains("does not divide head_dim 24"), "{message}");
-            // The step may not have been asked for: what it rules out is said when it matters.
-            assert!(message.contains("; 1, 2, 3, 4, 6, 8, 12, 24 would do"), "{message}");
-        }
-        for alignment in [4, 12] {
-            let message = with(Budget::KRatio(0.5), alignment, &[]);
-            assert!(message.contains("; 8, 24 would do, or a step that divides"), "{message}");
-        }
-        let message = with(Budget::KRatio(0.7), 8, &[0]);
-        assert!(message.contains("k-ratio 0.7") && message.contains("k-ratio 0.5"), "{message}");
-        for value in [-0.1, 1.5, f64::NAN] {
-            assert!(with(Budget::Bytes(value), 8, &[]).contains("not in 0..=1"));
-        }
-        assert!(with(Budget::Bytes(0.5), 8, &[2]).contains("layer 2"));
-    }
-}
+mod tests;

@@ -23,13 +23,13 @@ mod matrix;
 mod part;
 mod tile;
 
-use leank_core::{KvHead, Windows};
+use leank_core::{DEFAULT_BLOCK, Dtype, KvHead, Precision, Tensor, Windows, quant};
 
 use crate::{
     Error, Result,
     dump::{HeadData, LayerDump, Manifest},
 };
-use tile::{Buffers, Tile};
+use tile::{Buffers, Loss, Tile};
 
 /// What a KV head sees of its keys in the middle.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,7 +87,37 @@ pub struct HeadEvaluator<'a> {
     /// computed.
     reference: Vec<Vec<f64>>,
     data: HeadData,
+    lean: Lean,
     buffers: Buffers,
+}
+
+/// Precisions that [`HeadEvaluator::evaluate_precisions`] measures K and V in: the dump's own, and
+/// those of codes.
+pub const MEASURED: [Precision; 3] = [Precision::Sixteen, Precision::Eight, Precision::Four];
+
+/// K and V of a sequence as lean blocks hold them in the precisions of [`MEASURED`] but the first,
+/// `[T + N, head_dim]` each.
+#[derive(Debug, Default)]
+struct Lean {
+    k: Vec<Vec<f32>>,
+    v: Vec<Vec<f32>>,
+}
+
+impl Lean {
+    /// Packs and reads back every block of the sequence, as the cache does.
+    fn fill(&mut self, data: &HeadData, d: usize) {
+        let packed = |tensor: Tensor, values: &[f32], precision: Precision| {
+            let mut values = values.to_vec();
+            for block in values.chunks_mut(DEFAULT_BLOCK * d) {
+                quant::round_trip(precision.format(Dtype::F32), tensor, d, block);
+            }
+            values
+        };
+        let all = |tensor, values: &[f32]| {
+            MEASURED[1..].iter().map(|&precision| packed(tensor, values, precision)).collect()
+        };
+        *self = Self { k: all(Tensor::K, &data.k), v: all(Tensor::V, &data.v) };
+    }
 }
 
 impl<'a> HeadEvaluator<'a> {
@@ -104,6 +134,7 @@ impl<'a> HeadEvaluator<'a> {
             windows: Windows { recent: windows.recent.max(1), ..windows },
             reference: vec![Vec::new(); manifest.sequences.len()],
             data: HeadData::default(),
+            lean: Lean::default(),
             buffers: Buffers::default(),
         }
     }
@@ -144,14 +175,52 @@ impl<'a> HeadEvaluator<'a> {
         losses: &[HeadMask],
         last: Option<(&HeadMask, Want)>,
     ) -> Result<Evaluation> {
+        self.run(sequences, losses, last, false)
+    }
+
+    /// The exact losses of masks when lean blocks hold K and V in each of the [`MEASURED`] precisions:
+    /// `[K, masks, V]`, K and V in that order.
+    ///
+    /// Blocks of [`DEFAULT_BLOCK`] tokens are packed and read back by
+    /// [`quant::round_trip`](leank_core::quant::round_trip) where a cache's blocks lie; the middle is
+    /// that of [`HeadEvaluator::evaluate`], to the token. What is kept plain is as dumped.
+    ///
+    /// # Errors
+    /// As [`HeadEvaluator::evaluate`].
+    ///
+    /// # Panics
+    /// When a channel is out of range, or a mask is [`HeadMask::Scaled`].
+    pub fn evaluate_precisions(&mut self, masks: &[HeadMask]) -> Result<Vec<f64>> {
+        let all: Vec<usize> = (0..self.manifest.sequences.len()).collect();
+        Ok(self.run(&all, masks, None, true)?.losses)
+    }
+
+    /// Evaluates over sequences; with `coded`, `losses` in all precisions.
+    fn run(
+        &mut self,
+        sequences: &[usize],
+        losses: &[HeadMask],
+        last: Option<(&HeadMask, Want)>,
+        coded: bool,
+    ) -> Result<Evaluation> {
         let d = self.head_dim();
-        let mut totals = Totals::new(d, losses.len(), last.map(|(_, want)| want));
+        let measured = if coded { MEASURED.len() } else { 1 };
+        let mut totals =
+            Totals::new(d, losses.len() * measured * measured, last.map(|(_, want)| want));
         for &sequence in sequences {
             let info = &self.manifest.sequences[sequence];
             if info.valid.is_empty() {
                 continue;
             }
             self.layer.read(self.head, sequence, &mut self.data)?;
+            if coded {
+                self.lean.fill(&self.data, d);
+            }
+            let lean_k = self.lean.k[..].iter().take(measured - 1).map(|k| Some(&k[..]));
+            let losses: Vec<Loss<'_>> = std::iter::once(None)
+                .chain(lean_k)
+                .flat_map(|lean_k| losses.iter().map(move |mask| Loss { mask, lean_k }))
+                .collect();
             let tile = Tile {
                 data: &self.data,
                 d,
@@ -160,11 +229,12 @@ impl<'a> HeadEvaluator<'a> {
                 positions: self.manifest.positions,
                 prefix: info.prefix,
                 windows: self.windows,
+                lean_v: if coded { &self.lean.v } else { &[] },
             };
             let reference = &mut self.reference[sequence];
             let is_new = reference.is_empty();
             reference.resize(self.manifest.draws * info.valid.len(), 0.0);
-            self.buffers.gather(&tile, losses, last.map(|(mask, _)| mask), is_new);
+            self.buffers.gather(&tile, &losses, last.map(|(mask, _)| mask), is_new);
             let step = tile.positions_at_once();
             for (i, valid) in info.valid.chunks(step).enumerate() {
                 let own = tile::Reference {

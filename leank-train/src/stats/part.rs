@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use super::{HeadMask, tile::Tile};
+use super::{
+    HeadMask,
+    tile::{Loss, Tile},
+};
 
 /// One mask over a sequence: the columns of K that it adds to the logits.
 #[derive(Debug)]
@@ -30,32 +33,40 @@ impl Tile<'_> {
         sink..tokens.saturating_sub(self.windows.recent).max(sink)
     }
 
-    pub(super) fn part(&self, mask: &HeadMask, previous: Option<&HeadMask>) -> Part {
+    /// `previous` is the part before, which this one continues where it only adds channels of the
+    /// same K.
+    pub(super) fn part(&self, loss: Loss<'_>, previous: Option<Loss<'_>>) -> Part {
+        let Loss { mask, lean_k } = loss;
         let channels = match mask {
             HeadMask::Kept(channels) if !channels.is_empty() => channels,
             HeadMask::Dead | HeadMask::Kept(_) => {
                 return Part { mask: PartMask::Dead, columns: Vec::new(), continues: false };
             }
             HeadMask::Scaled(weights) => {
+                assert!(lean_k.is_none(), "weights are for K as dumped");
                 assert_eq!(weights.len(), self.d, "one weight per channel");
                 let mask = PartMask::All(Some(weights.clone()));
                 return Part { mask, columns: Vec::new(), continues: false };
             }
         };
+        let same_k =
+            |other: Option<&[f32]>| other.map(<[f32]>::as_ptr) == lean_k.map(<[f32]>::as_ptr);
         let tail = match previous {
-            Some(HeadMask::Kept(previous)) if !previous.is_empty() => {
+            Some(Loss { mask: HeadMask::Kept(previous), lean_k })
+                if !previous.is_empty() && same_k(lean_k) =>
+            {
                 channels.strip_prefix(&previous[..])
             }
             _ => None,
         };
         let continues = tail.is_some();
         let channels = tail.unwrap_or(channels);
-        if channels.iter().map(|&c| usize::from(c)).eq(0..self.d) {
+        if lean_k.is_none() && channels.iter().map(|&c| usize::from(c)).eq(0..self.d) {
             return Part { mask: PartMask::All(None), columns: Vec::new(), continues };
         }
         let mut columns = Vec::with_capacity(self.middle().len() * channels.len());
         for key in self.middle() {
-            let row = &self.data.k[key * self.d..][..self.d];
+            let row = &lean_k.unwrap_or(&self.data.k)[key * self.d..][..self.d];
             columns.extend(channels.iter().map(|&c| row[usize::from(c)]));
         }
         Part { mask: PartMask::Some(channels.to_vec()), columns, continues }

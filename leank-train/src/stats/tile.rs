@@ -39,6 +39,16 @@ pub(super) struct Tile<'a> {
     pub(super) positions: usize,
     pub(super) prefix: usize,
     pub(super) windows: Windows,
+    /// Other V `[T + N, d]` that the middle may hold, for the losses of all parts.
+    pub(super) lean_v: &'a [Vec<f32>],
+}
+
+/// A mask whose loss is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Loss<'a> {
+    pub(super) mask: &'a HeadMask,
+    /// K `[T + N, d]` as the middle holds it, where that is not K as dumped.
+    pub(super) lean_k: Option<&'a [f32]>,
 }
 
 /// Outputs of the unmasked head, read or filled in.
@@ -77,8 +87,10 @@ pub(super) struct Buffers {
     q_part: Vec<f32>,
     /// `[d, draws, rows]`
     g: Vec<f32>,
-    /// g·v, `[keys, draws, rows]`.
+    /// g·v, `[keys, draws, rows]`; where there are other V than the dump's, `[keys, V, draws, rows]`.
     gv: Vec<f32>,
+    /// g·v of one V, `[keys, draws, rows]`.
+    gv_lean: Vec<f32>,
     /// Full logits of sink and of boundary and recent, `[keys, rows]`.
     full: Vec<f32>,
     /// Masked logits of middle and boundary, `[keys, rows]`.
@@ -89,7 +101,7 @@ pub(super) struct Buffers {
     middle_end: Vec<u32>,
     seen_end: Vec<u32>,
     sums: Sums,
-    /// g·o summed over the group, per part `[draws, positions]`.
+    /// g·o summed over the group, per part `[V, draws, positions]`.
     outputs: Vec<Vec<f64>>,
     /// Contraction over keys `[channels, draws, rows]`, then `z [channels, draws, positions]`.
     contraction: Vec<f32>,
@@ -103,34 +115,41 @@ impl Buffers {
     pub(super) fn gather(
         &mut self,
         tile: &Tile<'_>,
-        losses: &[HeadMask],
+        losses: &[Loss<'_>],
         last: Option<&HeadMask>,
         reference_is_new: bool,
     ) {
         self.parts.clear();
         self.has_last = last.is_some();
         let full = HeadMask::Kept((0..tile.d as u16).collect());
-        let mut previous: Option<&HeadMask> = None;
+        let whole = |mask| Loss { mask, lean_k: None };
         if reference_is_new && last != Some(&full) {
-            self.parts.push(tile.part(&full, None));
+            self.parts.push(tile.part(whole(&full), None));
             self.reference_part = Some(0);
         } else {
             self.reference_part = reference_is_new.then_some(losses.len());
         }
-        for mask in losses {
-            self.parts.push(tile.part(mask, previous));
-            previous = Some(mask);
+        let mut previous = None;
+        for &loss in losses {
+            self.parts.push(tile.part(loss, previous));
+            previous = Some(loss);
         }
         if let Some(mask) = last {
-            self.parts.push(tile.part(mask, None));
+            self.parts.push(tile.part(whole(mask), None));
         }
     }
 }
 
 impl Tile<'_> {
+    /// V that outputs are computed with: the dump's, then the others.
+    fn variants(&self) -> usize {
+        1 + self.lean_v.len()
+    }
+
     /// Positions whose tile stays within the scratch.
     pub(super) fn positions_at_once(&self) -> usize {
-        let row = (self.prefix + self.positions) * (1 + self.draws) * size_of::<f32>();
+        let products = self.variants() * self.draws;
+        let row = (self.prefix + self.positions) * (1 + products) * size_of::<f32>();
         let rows = (TILE_BYTES / row).max(MIN_ROWS.min(MAX_TILE_BYTES / row));
         (rows / self.group).clamp(1, self.positions)
     }
@@ -209,11 +228,8 @@ impl Tile<'_> {
     /// What all masks share: `g·v`, and the full logits of the windows.
     fn full_products(&self, keys: &Keys, rows: usize, buffers: &mut Buffers) {
         let d = self.d;
-        let Buffers { q, g, gv, full, seen_end, .. } = buffers;
-        let wide = self.draws * rows;
-        size(gv, keys.end * wide);
-        multiply(view(&self.data.v, keys.end, d), view(g, d, wide), 0.0, gv);
-
+        self.value_products(keys, rows, buffers);
+        let Buffers { q, full, seen_end, .. } = buffers;
         let sink = keys.sink * rows;
         size(full, sink + (keys.end - keys.boundary) * rows);
         let (first, second) = full.split_at_mut(sink);
@@ -226,6 +242,37 @@ impl Tile<'_> {
                 }
                 for (logit, &end) in logits.iter_mut().zip(&*seen_end) {
                     *logit = if key < end as usize { *logit } else { f32::NEG_INFINITY };
+                }
+            }
+        }
+    }
+
+    /// `g·v` with the dump's V, then with each of the others where a row's key is in the middle.
+    fn value_products(&self, keys: &Keys, rows: usize, buffers: &mut Buffers) {
+        let Buffers { g, gv, gv_lean, middle_end, .. } = buffers;
+        let wide = self.draws * rows;
+        let product = |v: &[f32], out: &mut Vec<f32>| {
+            size(out, keys.end * wide);
+            multiply(view(v, keys.end, self.d), view(g, self.d, wide), 0.0, out);
+        };
+        if self.lean_v.is_empty() {
+            return product(&self.data.v, gv);
+        }
+        let all = self.variants() * wide;
+        size(gv, keys.end * all);
+        product(&self.data.v, gv_lean);
+        for (gv, own) in gv.chunks_exact_mut(all).zip(gv_lean.chunks_exact(wide)) {
+            gv.chunks_exact_mut(wide).for_each(|gv| gv.copy_from_slice(own));
+        }
+        for (i, v) in self.lean_v.iter().enumerate() {
+            product(v, gv_lean);
+            for key in keys.sink..keys.recent {
+                let own = &gv_lean[key * wide..][..wide];
+                let gv = &mut gv[key * all + (1 + i) * wide..][..wide];
+                for (gv, own) in gv.chunks_exact_mut(rows).zip(own.chunks_exact(rows)) {
+                    for ((gv, &own), &end) in gv.iter_mut().zip(own).zip(&*middle_end) {
+                        *gv = if key < end as usize { own } else { *gv };
+                    }
                 }
             }
         }
@@ -279,8 +326,9 @@ impl Tile<'_> {
     fn softmax(&self, keys: &Keys, part: &Part, is_last: bool, buffers: &mut Buffers) {
         let Buffers { gv, full, masked, mixed, sums, middle_end, .. } = buffers;
         let rows = middle_end.len();
-        let wide = self.draws * rows;
-        sums.reset(rows, self.draws);
+        let products = self.variants() * self.draws;
+        let wide = products * rows;
+        sums.reset(rows, products);
         let always = (keys.boundary - keys.sink) * rows;
         let middle =
             if matches!(part.mask, PartMask::Dead) { &mut [][..] } else { &mut masked[..always] };
@@ -342,9 +390,9 @@ impl Tile<'_> {
         }
     }
 
-    /// `[draws, rows]` summed over the group: `[draws, positions]`.
+    /// `[V, draws, rows]` summed over the group: `[V, draws, positions]`.
     fn group_sums(&self, positions: usize, values: &[f32], rows: usize) -> Vec<f64> {
-        let mut sums = vec![0.0; self.draws * positions];
+        let mut sums = vec![0.0; self.variants() * self.draws * positions];
         for (values, sums) in values.chunks_exact(rows).zip(sums.chunks_exact_mut(positions)) {
             for row in 0..self.group * positions {
                 sums[row % positions] += f64::from(values[row]);
@@ -366,27 +414,30 @@ impl Tile<'_> {
         let Buffers { outputs, z, product, reference_part, has_last, .. } = buffers;
         let own = |draw: usize| draw * stride + first..draw * stride + first + positions;
         if let (true, Some(part)) = (is_new, *reference_part) {
-            for (draw, output) in outputs[part].chunks_exact(positions).enumerate() {
+            let own_v = outputs[part].chunks_exact(positions).take(self.draws);
+            for (draw, output) in own_v.enumerate() {
                 values[own(draw)].copy_from_slice(output);
             }
         }
         // From outputs to their changes.
         for outputs in &mut *outputs {
-            for (draw, output) in outputs.chunks_exact_mut(positions).enumerate() {
-                output.iter_mut().zip(&values[own(draw)]).for_each(|(s, o)| *s -= o);
+            for (at, output) in outputs.chunks_exact_mut(positions).enumerate() {
+                output.iter_mut().zip(&values[own(at % self.draws)]).for_each(|(s, o)| *s -= o);
             }
         }
-        totals.count += self.draws * positions;
-        let squares = |s: &Vec<f64>| s.iter().map(|s| s * s).sum::<f64>();
+        let samples = self.draws * positions;
+        totals.count += samples;
+        let squares = |s: &[f64]| s.iter().map(|s| s * s).sum::<f64>();
         let last = parts.len() - usize::from(*has_last);
-        let first_loss = last - totals.losses.len();
-        for (total, s) in totals.losses.iter_mut().zip(&outputs[first_loss..last]) {
+        let first_loss = last - totals.losses.len() / self.variants();
+        let changes = outputs[first_loss..last].iter().flat_map(|s| s.chunks_exact(samples));
+        for (total, s) in totals.losses.iter_mut().zip(changes) {
             *total += squares(s);
         }
         let (Some(stats), Some(s)) = (&mut totals.last, outputs.get(last)) else { return };
         stats.loss += squares(s);
         let part = &parts[last];
-        let (width, samples) = (part.width(self.d), self.draws * positions);
+        let width = part.width(self.d);
         for (column, z) in z.chunks_exact(samples).enumerate() {
             let sum: f64 = z.iter().zip(s).map(|(&z, s)| f64::from(z) * s).sum();
             stats.b[part.channel(column)] += sum;

@@ -1,6 +1,9 @@
 //! `leank eval`
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use leank::{
     CacheConfig, MaskSummary, ModelMask,
@@ -63,6 +66,11 @@ struct Entry {
     kept_v: f64,
     dead_heads: usize,
     heads: usize,
+    /// Live heads by format in lean blocks.
+    heads_by_format: BTreeMap<String, usize>,
+    /// Bytes of a lean block against a dense one: scales and padding included.
+    middle_bytes: f64,
+    /// What learning predicts for the mask as it is in its file; `None` where `--formats` changes it.
     predicted_kl: Option<f64>,
     perplexity_change: Option<f64>,
     whole_kv_ratio: Option<f64>,
@@ -71,19 +79,27 @@ struct Entry {
 }
 
 impl Entry {
-    fn new(path: &Path, mask: &ModelMask, report: MaskReport) -> Self {
+    fn new(
+        args: &Args,
+        path: &Path,
+        config: &CacheConfig,
+        report: MaskReport,
+    ) -> anyhow::Result<Self> {
+        let mask = &config.mask;
         let MaskSummary { kept_k, kept_v, dead_heads, heads, .. } = mask.summary();
-        Self {
+        Ok(Self {
             mask: path.display().to_string(),
             kept_k,
             kept_v,
             dead_heads,
             heads,
-            predicted_kl: mask.info().predicted_kl,
+            heads_by_format: masks::heads_by_format(mask),
+            middle_bytes: masks::middle_bytes(config)?,
+            predicted_kl: mask.info().predicted_kl.filter(|_| !args.cache.overrides_formats()),
             perplexity_change: report.text.as_ref().map(|text| text.perplexity_change()),
             whole_kv_ratio: report.cache.whole_kv_ratio(),
             report,
-        }
+        })
     }
 }
 
@@ -109,13 +125,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    let entries: Vec<Entry> = args
+    let entries = args
         .mask
         .iter()
         .zip(&configs)
         .zip(reports)
-        .map(|((path, config), report)| Entry::new(path, &config.mask, report))
-        .collect();
+        .map(|((path, config), report)| Entry::new(args, path, config, report))
+        .collect::<anyhow::Result<Vec<_>>>()?;
     if args.json { output::json(&entries) } else { print(args, &entries) }
 }
 
@@ -140,7 +156,7 @@ fn print(args: &Args, entries: &[Entry]) -> anyhow::Result<()> {
     output::line(table)?;
     if let Some(text) = &entries[0].report.text {
         output::line(format!(
-            "\n{} sequences × {} positions at a context of {}; perplexity of the dense model {:.3}.\nKL in nats per token against the dense model, ± its standard error; whole-KV ratio as\nmeasured on the caches, windows and padding included.",
+            "\n{} sequences × {} positions at a context of {}; perplexity of the dense model {:.3}.\nKL in nats per token against the dense model, ± its standard error; middle: bytes of lean\nblocks against dense ones; whole-KV ratio as measured on the caches, windows included. Scales\nand padding count in both.",
             text.sequences,
             text.positions / text.sequences.max(1),
             args.context,
@@ -168,6 +184,10 @@ fn row((entry, name): (&Entry, String)) -> Vec<(String, String)> {
     cell("kept K", output::percent(entry.kept_k));
     cell("kept V", output::percent(entry.kept_v));
     cell("dead heads", format!("{}/{}", entry.dead_heads, entry.heads));
+    let mixed = entry.heads_by_format.len() > 1;
+    let formats = if mixed { "mixed".into() } else { masks::format_words(&entry.heads_by_format) };
+    cell("formats", formats);
+    cell("middle", format!("{:.3}", entry.middle_bytes));
     if let Some(text) = &entry.report.text {
         let error = text.kl_standard_error.map_or(String::new(), |error| format!(" ± {error:.4}"));
         cell("KL", format!("{:.4}{error}", text.kl));

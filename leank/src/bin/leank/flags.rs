@@ -15,6 +15,7 @@ fn flag(option: &str) -> Option<&'static str> {
         "bytes" => "--bytes",
         "draws" => "--probes",
         "exempt" => "--exempt",
+        "formats" => "--formats",
         "items" => "--items",
         "k-ratio" => "--k-ratio",
         "method" => "--method",

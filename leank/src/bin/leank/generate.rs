@@ -16,7 +16,11 @@ use crate::{masks, model, output, plan::CacheArgs};
 /// With --mask the cache is lean; without, the same cache keeps everything. The most likely token
 /// is taken each time, so the result is the same every time.
 #[derive(clap::Args)]
-#[command(mut_arg("sink", |arg| arg.requires("mask")), mut_arg("recent", |arg| arg.requires("mask")))]
+#[command(
+    mut_arg("sink", |arg| arg.requires("mask")),
+    mut_arg("recent", |arg| arg.requires("mask")),
+    mut_arg("formats", |arg| arg.requires("mask"))
+)]
 pub(crate) struct Args {
     #[command(flatten)]
     model: model::Args,
@@ -74,11 +78,14 @@ struct Generation<'a> {
     next: u32,
     prompt_seconds: f64,
     prompt_tokens: usize,
+    /// Formats of lean blocks, in words.
+    formats: String,
 }
 
 impl<'a> Generation<'a> {
     fn new(model: &'a Model, config: CacheConfig, prompt: &[u32]) -> anyhow::Result<Self> {
         let start = Instant::now();
+        let formats = masks::format_words(&masks::heads_by_format(&config.mask));
         let mut cache = Cpu::new().create(config)?;
         let sequence = cache.add_sequence();
         let mut dense = DenseAttention::new(model.config().shape(), prompt.len());
@@ -86,7 +93,8 @@ impl<'a> Generation<'a> {
         store_prefix(&mut cache, sequence, &dense)?;
         let next = most_likely(&model.logits(&hidden)?.to_vec2()?[0]);
         let prompt_seconds = start.elapsed().as_secs_f64();
-        Ok(Self { model, cache, sequence, next, prompt_seconds, prompt_tokens: prompt.len() })
+        let prompt_tokens = prompt.len();
+        Ok(Self { model, cache, sequence, next, prompt_seconds, prompt_tokens, formats })
     }
 
     fn run(mut self, most: usize) -> anyhow::Result<()> {
@@ -123,12 +131,13 @@ impl<'a> Generation<'a> {
     fn report(&self, decoded: usize, seconds: f64) {
         let memory = self.cache.memory();
         eprintln!(
-            "prompt {} tokens in {:.2} s; {decoded} tokens decoded at {:.1} tokens/s; cache {}, whole-KV ratio {:.3}",
+            "prompt {} tokens in {:.2} s; {decoded} tokens decoded at {:.1} tokens/s; cache {}, whole-KV ratio {:.3}, lean blocks of {}",
             self.prompt_tokens,
             self.prompt_seconds,
             decoded as f64 / seconds.max(f64::MIN_POSITIVE),
             output::bytes(memory.used_bytes()),
             memory.whole_kv_ratio().unwrap_or(1.0),
+            self.formats,
         );
     }
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{masks, output};
 
-/// Show what a mask keeps: per layer, by kept count, and where in the RoPE spectrum.
+/// Show what a mask keeps: per layer, in which formats, by kept count, and where in the RoPE spectrum.
 ///
 /// RoPE turns the pair of channels (c, c + head_dim/2) by base^(-2c/head_dim) per token, so low c
 /// turn fast and high c slowly. The spectrum shows the share of heads that keep a channel of each
@@ -34,6 +34,10 @@ struct Report<'a> {
     heads_by_kept_count: BTreeMap<usize, usize>,
     /// Kept channels per layer and KV head.
     kept_counts: Vec<Vec<usize>>,
+    /// Formats per layer and KV head in lean blocks; null for dead heads.
+    formats: Vec<Vec<Option<String>>>,
+    /// Live heads by format.
+    heads_by_format: BTreeMap<String, usize>,
     /// Share of heads that keep the channels of each slice of RoPE pairs, fastest first.
     rope_spectrum: Vec<f64>,
     info: &'a MaskInfo,
@@ -62,6 +66,8 @@ impl<'a> Report<'a> {
             heads,
             heads_by_kept_count: by_count,
             kept_counts: (0..mask.layers()).map(counts).collect(),
+            formats: (0..mask.layers()).map(|layer| masks::formats(mask, Layer(layer))).collect(),
+            heads_by_format: masks::heads_by_format(mask),
             rope_spectrum: spectrum(mask),
             info: mask.info(),
         }
@@ -103,7 +109,13 @@ fn print(mask: &ModelMask, report: &Report<'_>) -> anyhow::Result<()> {
         report.heads
     ))?;
 
-    let mut table = output::table(["layer", "kept channels per KV head", "K kept", "V kept"]);
+    let mut table = output::table([
+        "layer",
+        "kept channels per KV head",
+        "formats in lean blocks",
+        "K kept",
+        "V kept",
+    ]);
     for (layer, counts) in report.kept_counts.iter().enumerate() {
         let kept: usize = counts.iter().sum();
         let live = counts.iter().filter(|count| **count > 0).count();
@@ -111,12 +123,18 @@ fn print(mask: &ModelMask, report: &Report<'_>) -> anyhow::Result<()> {
         table.add_row([
             layer.to_string(),
             counts_text.join(" "),
+            formats(&report.formats[layer]),
             output::percent(kept as f64 / (counts.len() * report.head_dim) as f64),
             output::percent(live as f64 / counts.len() as f64),
         ]);
     }
     output::line(table)?;
 
+    output::line("\nlive heads by format in lean blocks")?;
+    for (format, heads) in &report.heads_by_format {
+        let share = *heads as f64 / report.heads as f64;
+        output::line(format!("{format:>7} {heads:>5}  {}", stripes(share)))?;
+    }
     output::line("\nheads by kept channels")?;
     for (count, heads) in &report.heads_by_kept_count {
         let share = *heads as f64 / report.heads as f64;
@@ -135,6 +153,20 @@ fn print(mask: &ModelMask, report: &Report<'_>) -> anyhow::Result<()> {
         ))?;
     }
     Ok(())
+}
+
+/// The formats of a layer's heads: one where all live ones have the same.
+fn formats(heads: &[Option<String>]) -> String {
+    let mut live: Vec<_> = heads.iter().flatten().collect();
+    live.dedup();
+    match live[..] {
+        [] => "–".into(),
+        [one] => one.clone(),
+        _ => {
+            let all: Vec<_> = heads.iter().map(|head| head.as_deref().unwrap_or("–")).collect();
+            all.join(" ")
+        }
+    }
 }
 
 fn facts(info: &MaskInfo) -> Vec<(&'static str, String)> {

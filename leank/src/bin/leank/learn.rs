@@ -1,40 +1,63 @@
 //! `leank learn`
 
-use std::path::PathBuf;
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    path::{Path, PathBuf},
+};
 
 use leank::{
-    Layer, Windows,
-    files::write_mask,
+    Backend as _, Layer, ModelShape, Precision, Windows,
+    cpu::Cpu,
+    files::{write_atomic, write_mask},
     train::{
         Progress,
-        allocate::{AllocateOptions, Budget},
-        dump::Dump,
-        learn::{LearnOptions, Learned, Method, learn_mask},
+        allocate::{AllocateOptions, Budget, FrontPoint, Offer, front},
+        dump::{Dump, Probe},
+        learn::{LearnOptions, Learned, Method, learn, learn_mask},
     },
 };
 use serde::Serialize;
 
-use crate::{masks, output, parse};
+use crate::{
+    figure::{self, Line},
+    masks, output, parse,
+};
+
+/// Points of a front: one per thousandth of the dense middle's bytes.
+const FRONT_STEPS: usize = 1000;
 
 /// Learn from a dump which channels of K matter, and spend a budget on them.
 ///
 /// Measuring is what takes time: its results are kept in the dump, so that a killed run goes on
-/// where it was. Another budget takes a moment then, but for the method leank; so does another
-/// --align that 8 divides, with e2 and static.
+/// where it was. Another budget takes a moment then, but for the method leank; so do other --formats
+/// than k16,v16 once some were measured, and another --align that 8 divides, with e2 and static.
 #[derive(clap::Args)]
-#[command(group(clap::ArgGroup::new("budget").required(true).args(["k_ratio", "bytes"])))]
+#[command(
+    group(clap::ArgGroup::new("result").required(true).multiple(true).args(["k_ratio", "bytes", "pareto"])),
+    group(clap::ArgGroup::new("budget").args(["k_ratio", "bytes"]).requires("out")),
+)]
 pub(crate) struct Args {
     /// The dump.
     dump: PathBuf,
-    /// The mask to write: .safetensors (or .pth, .npy, which forget the model).
-    #[arg(long, value_name = "FILE")]
-    out: PathBuf,
+    /// The mask to write: .safetensors (or .pth, .npy, which forget the model and formats).
+    #[arg(long, value_name = "FILE", requires = "budget")]
+    out: Option<PathBuf>,
     /// Budget: share of K's channels to prune, the measure of the LeanK paper.
     #[arg(long, value_name = "SHARE", value_parser = parse::share)]
     k_ratio: Option<f64>,
-    /// Budget: share of the middle's bytes to keep, K and V. Saves more at equal loss.
+    /// Budget: share of the middle's bytes to keep, K and V, scales included. Saves more at equal
+    /// loss.
     #[arg(long, value_name = "SHARE", value_parser = parse::share, conflicts_with = "k_ratio")]
     bytes: Option<f64>,
+    /// Formats that K and V of each head may have in lean blocks, 16, 8 or 4 bits an element:
+    /// k16,k8,k4,v16,v8,v4 are all. Others than k16,v16 need --bytes (or --pareto), and e2 or e1.
+    #[arg(long, value_name = "FORMATS", default_value_t = Offer::default())]
+    formats: Offer,
+    /// Write the front of bytes against predicted loss, every thousandth of the middle's bytes: NAME.tsv
+    /// and a figure, NAME.svg.
+    #[arg(long, value_name = "NAME")]
+    pareto: Option<PathBuf>,
     /// Kept counts are multiples of this.
     #[arg(long, default_value_t = 16)]
     align: usize,
@@ -71,16 +94,25 @@ struct Report {
     middle_bytes: f64,
     dead_heads: usize,
     heads: usize,
+    /// Live heads by format in lean blocks.
+    heads_by_format: BTreeMap<String, usize>,
     predicted_kl: Option<f64>,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let budget = match (args.k_ratio, args.bytes) {
-        (Some(ratio), _) => Budget::KRatio(ratio),
-        (None, Some(share)) => Budget::Bytes(share),
-        (None, None) => unreachable!("clap requires one of them"),
+        (Some(ratio), _) => Some(Budget::KRatio(ratio)),
+        (None, share) => share.map(Budget::Bytes),
     };
-    masks::check_target(&args.out)?;
+    if let Some(out) = &args.out {
+        masks::check_target(out)?;
+        if args.formats.is_coded() {
+            masks::check_says_formats(out)?;
+        }
+    }
+    if let Some(name) = &args.pareto {
+        check_front(args, name)?;
+    }
     anyhow::ensure!(
         args.dump.is_dir(),
         "{}: no such folder; a dump is the folder that `leank dump --out` writes",
@@ -93,17 +125,52 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         step: step(args),
         seed: args.seed,
         threads: rayon::current_num_threads(),
-        records: None,
+        ..LearnOptions::default()
     };
-    let exempt = args.exempt.iter().copied().map(Layer).collect();
-    let spending = AllocateOptions { budget, alignment: args.align, exempt };
+    // A front is of all budgets of bytes.
+    let spending = AllocateOptions {
+        budget: budget.unwrap_or(Budget::Bytes(1.0)),
+        alignment: args.align,
+        exempt: args.exempt.iter().copied().map(Layer).collect(),
+        offer: args.formats.clone(),
+        rules: Cpu::new().layout_rules(),
+    };
+    if let (Some(out), Some(_)) = (&args.out, budget) {
+        write(args, out, &dump, &options, &spending)?;
+    }
+    match &args.pareto {
+        Some(name) => write_front(name, &dump, options, spending),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a front that cannot be made or written, before work is done for it.
+fn check_front(args: &Args, name: &Path) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        matches!(args.method, Method::E2 | Method::E1),
+        "--pareto: {} allocates by quantile and has no front; use e2 or e1",
+        args.method
+    );
+    let folder = name.parent().filter(|folder| !folder.as_os_str().is_empty());
+    anyhow::ensure!(
+        name.file_name().is_some() && folder.is_none_or(Path::is_dir),
+        "--pareto: {} is not a name in a folder that is there; NAME.tsv and NAME.svg are written",
+        name.display()
+    );
+    Ok(())
+}
+
+/// Learns a mask and writes it.
+fn write(
+    args: &Args,
+    out: &Path,
+    dump: &Dump,
+    options: &LearnOptions,
+    spending: &AllocateOptions,
+) -> anyhow::Result<()> {
     let bar = output::bar(0, "learning");
     let Learned { mask, without_middle, .. } =
-        learn_mask(&dump, &options, &spending, &|progress: Progress<'_>| {
-            bar.set_message(progress.phase.to_owned());
-            bar.set_length(progress.total as u64);
-            bar.set_position(progress.done as u64);
-        })?;
+        learn_mask(dump, options, spending, &|progress| show(&bar, progress))?;
     bar.finish_and_clear();
     if without_middle > 0 {
         let positions = dump.manifest().valid_positions();
@@ -112,18 +179,93 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
              --recent: they lose nothing, so the predicted KL is too low; dump longer prefixes"
         );
     }
-    write_mask(&args.out, &mask)?;
+    write_mask(out, &mask)?;
     let summary = mask.summary();
     let report = Report {
-        mask: args.out.display().to_string(),
+        mask: out.display().to_string(),
         kept_k: summary.kept_k,
         kept_v: summary.kept_v,
         middle_bytes: summary.middle_bytes,
         dead_heads: summary.dead_heads,
         heads: summary.heads,
+        heads_by_format: masks::heads_by_format(&mask),
         predicted_kl: mask.info().predicted_kl,
     };
     if args.json { output::json(&report) } else { print(&report) }
+}
+
+fn show(bar: &indicatif::ProgressBar, progress: Progress<'_>) {
+    bar.set_message(progress.phase.to_owned());
+    bar.set_length(progress.total as u64);
+    bar.set_position(progress.done as u64);
+}
+
+/// Writes the front as a table and, beside that of 16 bits, as a figure.
+fn write_front(
+    name: &Path,
+    dump: &Dump,
+    options: LearnOptions,
+    spending: AllocateOptions,
+) -> anyhow::Result<()> {
+    let shape = dump.manifest().shape;
+    let options = LearnOptions { precisions: spending.offer.is_coded(), ..options };
+    let spending = AllocateOptions { budget: Budget::Bytes(1.0), ..spending };
+    let bar = output::bar(0, "learning");
+    let curves = learn(dump, &options, &|progress| show(&bar, progress))?;
+    bar.finish_and_clear();
+    let own = front(&curves, &shape, &spending, FRONT_STEPS)?;
+    // Only the Fisher probe measures in nats.
+    let (column, axis) = match dump.manifest().probe {
+        Probe::Fisher => ("predicted_kl", "predicted KL (nats)"),
+        _ => ("half_loss", "half the summed loss"),
+    };
+    let with_extension = |extension: &str| {
+        let mut path = name.as_os_str().to_owned();
+        path.push(extension);
+        PathBuf::from(path)
+    };
+    let mut lines = vec![line(&spending.offer, &own)];
+    if spending.offer.is_coded() {
+        let plain = AllocateOptions { offer: Offer::default(), ..spending };
+        lines.push(line(&plain.offer, &front(&curves, &shape, &plain, FRONT_STEPS)?));
+    }
+    let svg = figure::draw(&lines, axis)?;
+    let (table, picture) = (with_extension(".tsv"), with_extension(".svg"));
+    write_atomic(&table, front_table(&own, column, &shape).as_bytes())?;
+    write_atomic(&picture, svg.as_bytes())?;
+    eprintln!("{} points: {}, {}", own.len(), table.display(), picture.display());
+    Ok(())
+}
+
+fn line(offer: &Offer, front: &[FrontPoint]) -> Line {
+    let point = |point: &FrontPoint| (point.bytes, point.allocation.predicted_kl());
+    Line { name: offer.to_string(), points: front.iter().map(point).collect() }
+}
+
+/// Tab-separated, a point a line; bits are means over what is kept.
+fn front_table(front: &[FrontPoint], loss: &str, shape: &ModelShape) -> String {
+    let heads = shape.layers * shape.kv_heads;
+    let mut table = format!("bytes\t{loss}\tkept_k\tkept_v\tbits_k\tbits_v\n");
+    for FrontPoint { bytes, allocation } in front {
+        let own = || allocation.counts.iter().zip(&allocation.precisions).filter(|(n, _)| **n > 0);
+        let kept: usize = own().map(|(n, _)| n).sum();
+        let live = own().count();
+        let bits = |precision: Precision| usize::from(precision.bits());
+        let bits_k: usize = own().map(|(n, head)| n * bits(head.k)).sum();
+        let bits_v: usize = own().map(|(_, head)| bits(head.v)).sum();
+        // No live head has no bits: an empty cell.
+        let mean = |bits: usize, of: usize| match of {
+            0 => String::new(),
+            of => format!("{:.2}", bits as f64 / of as f64),
+        };
+        let kept_k = kept as f64 / (heads * shape.head_dim) as f64;
+        let kept_v = live as f64 / heads as f64;
+        let kl = allocation.predicted_kl();
+        let (bits_k, bits_v) = (mean(bits_k, kept), mean(bits_v, live));
+        let _ =
+            writeln!(table, "{bytes:.4}\t{kl:.4e}\t{kept_k:.4}\t{kept_v:.4}\t{bits_k}\t{bits_v}");
+    }
+    table
 }
 
 fn step(args: &Args) -> usize {
@@ -137,11 +279,12 @@ fn print(report: &Report) -> anyhow::Result<()> {
         format!("; predicted KL {kl:.4}, right within a factor of about two")
     });
     output::line(format!(
-        "{}: kept K {}, V {}, bytes of the middle {}; dead heads {} of {}{predicted}",
+        "{}: kept K {}, V {}, bytes of the middle {}; formats {}; dead heads {} of {}{predicted}",
         report.mask,
         output::percent(report.kept_k),
         output::percent(report.kept_v),
         output::percent(report.middle_bytes),
+        masks::format_words(&report.heads_by_format),
         report.dead_heads,
         report.heads,
     ))

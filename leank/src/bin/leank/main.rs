@@ -4,6 +4,7 @@
 mod convert;
 mod dump;
 mod eval;
+mod figure;
 mod flags;
 mod generate;
 mod inspect;

@@ -1,9 +1,10 @@
 //! Mask files as arguments.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use leank::{
-    ModelMask,
+    Backend as _, CacheConfig, CacheLayout, Layer, ModelMask,
+    cpu::Cpu,
     files::{Format, read_mask},
 };
 
@@ -34,4 +35,49 @@ pub(crate) fn check_target(path: &Path) -> anyhow::Result<()> {
         path.display()
     );
     Ok(())
+}
+
+/// Refuses a path for a mask that has formats, or may get some, where the file cannot say them.
+pub(crate) fn check_says_formats(path: &Path) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        Format::from_path(path)? == Format::Native,
+        "{}: only .safetensors says in how many bits K and V of a head are stored; write the mask as \
+         .safetensors, or leave --formats at k16,v16",
+        path.display()
+    );
+    Ok(())
+}
+
+/// Formats of the live heads of a layer in lean blocks; `None` for dead heads.
+pub(crate) fn formats(mask: &ModelMask, layer: Layer) -> Vec<Option<String>> {
+    let format = |(head, own): (usize, &leank::ChannelMask)| {
+        (!own.is_dead()).then(|| mask.precision(layer, leank::KvHead(head)).to_string())
+    };
+    mask.layer(layer).iter().enumerate().map(format).collect()
+}
+
+/// Number of live heads by format.
+pub(crate) fn heads_by_format(mask: &ModelMask) -> BTreeMap<String, usize> {
+    let mut heads = BTreeMap::new();
+    for format in (0..mask.layers()).flat_map(|layer| formats(mask, Layer(layer))).flatten() {
+        *heads.entry(format).or_insert(0) += 1;
+    }
+    heads
+}
+
+/// Those formats in a few words: the one of all live heads, or how many heads have which.
+pub(crate) fn format_words(heads: &BTreeMap<String, usize>) -> String {
+    let words: Vec<_> = match heads.len() {
+        1 => heads.keys().cloned().collect(),
+        _ => heads.iter().map(|(format, heads)| format!("{format} × {heads}")).collect(),
+    };
+    if words.is_empty() { "–".into() } else { words.join(", ") }
+}
+
+/// Bytes of a lean block of the CPU backend against those of a dense one of the same element type:
+/// codes, scales and padding.
+pub(crate) fn middle_bytes(config: &CacheConfig) -> leank::Result<f64> {
+    let layout = CacheLayout::new(config, Cpu::new().layout_rules())?;
+    let dense = layout.dense_token_bytes as f64 * layout.block as f64;
+    Ok(layout.lean_bytes_all_layers() as f64 / dense)
 }

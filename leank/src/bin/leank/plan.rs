@@ -1,10 +1,11 @@
 //! `leank plan`
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::Context as _;
 use leank::{
-    Backend as _, CacheConfig, DEFAULT_BLOCK, Dtype, ModelShape, Planner, Windows, cpu::Cpu,
+    Backend as _, CacheConfig, DEFAULT_BLOCK, Dtype, HeadFormat, HeadPrecision, KvHead, Layer,
+    LeanFormat, ModelShape, Planner, Tensor, Windows, cpu::Cpu,
 };
 use serde::Serialize;
 
@@ -12,8 +13,8 @@ use crate::{masks, output, parse};
 
 /// What a cache with this mask will take, before anything runs.
 ///
-/// Bytes are those of the CPU backend's blocks, to the byte: windows, padding and the last, partly
-/// filled block included. The ratio is against a dense cache without padding.
+/// Bytes are those of the CPU backend's blocks, to the byte: windows, scales, padding and the last,
+/// partly filled block included. The ratio is against a dense cache without padding.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The mask.
@@ -48,9 +49,18 @@ pub(crate) struct CacheArgs {
     /// Type of the stored elements: f32, f16 or bf16.
     #[arg(long, default_value = "f16")]
     dtype: Dtype,
+    /// Formats of all heads in lean blocks in place of the mask's own: k and v with 16, 8 or 4 bits
+    /// each, as in k8v4. Layers that are exempt keep 16.
+    #[arg(long, value_name = "FORMATS")]
+    formats: Option<HeadPrecision>,
 }
 
 impl CacheArgs {
+    /// Whether `--formats` stands in place of the masks' own.
+    pub(crate) fn overrides_formats(&self) -> bool {
+        self.formats.is_some()
+    }
+
     /// Applies the arguments to a configuration.
     pub(crate) fn apply(&self, config: &mut CacheConfig) {
         config.windows = Windows {
@@ -59,6 +69,9 @@ impl CacheArgs {
         };
         config.block = self.block;
         config.dtype = self.dtype;
+        if let Some(precision) = self.formats {
+            config.mask = config.mask.clone().with_precision(precision);
+        }
     }
 }
 
@@ -77,6 +90,14 @@ struct Report {
     recent: usize,
     block: usize,
     dtype: String,
+    /// Live heads by format in lean blocks.
+    heads_by_format: BTreeMap<String, usize>,
+    /// Bytes of a lean block, all layers.
+    lean_block_bytes: u64,
+    /// Those of them that are scales.
+    scale_bytes: u64,
+    /// Bytes of a lean block against a dense one.
+    middle_bytes: f64,
     contexts: Vec<Row>,
     memory: Option<Fit>,
 }
@@ -112,6 +133,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         recent: config.windows.recent,
         block: config.block,
         dtype: config.dtype.to_string(),
+        heads_by_format: masks::heads_by_format(&config.mask),
+        lean_block_bytes: planner.layout().lean_bytes_all_layers(),
+        scale_bytes: scale_bytes(&config),
+        middle_bytes: masks::middle_bytes(&config)?,
         contexts: contexts.collect::<leank::Result<_>>()?,
         memory: args.memory.map(|bytes| Fit {
             bytes,
@@ -122,9 +147,34 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.json { output::json(&report) } else { print(&report) }
 }
 
+/// Bytes of the scales in a lean block, all layers.
+fn scale_bytes(config: &CacheConfig) -> u64 {
+    let of = |format: LeanFormat, tensor, channels: usize| {
+        let elements = (config.block * channels * format.bits()).div_ceil(8);
+        (format.bytes(tensor, config.block, channels) - elements) as u64
+    };
+    let head = |layer: Layer, head: KvHead| {
+        let kept = config.mask.head(layer, head).kept_count();
+        let HeadFormat { k, v } = config.format(layer, head);
+        let v_channels = if kept == 0 { 0 } else { config.shape.head_dim };
+        of(k, Tensor::K, kept) + of(v, Tensor::V, v_channels)
+    };
+    let shape = config.shape;
+    let heads =
+        shape.layer_indices().flat_map(|layer| shape.kv_head_indices().map(move |h| (layer, h)));
+    heads.map(|(layer, own)| head(layer, own)).sum()
+}
+
 fn print(report: &Report) -> anyhow::Result<()> {
     let Report { sink, recent, block, dtype, .. } = report;
     output::line(format!("sink {sink}, recent {recent}, blocks of {block} tokens, {dtype}"))?;
+    output::line(format!(
+        "lean blocks of {}: {} ({} of them scales), {} of dense ones",
+        masks::format_words(&report.heads_by_format),
+        output::bytes(report.lean_block_bytes),
+        output::bytes(report.scale_bytes),
+        output::percent(report.middle_bytes),
+    ))?;
     let mut table = output::table(["context", "lean", "peak", "dense", "whole-KV ratio"]);
     for row in &report.contexts {
         let ratio = row.whole_kv_ratio.map_or("–".to_owned(), |ratio| format!("{ratio:.3}"));
