@@ -319,7 +319,10 @@ fn finish(
         windows: Some(options.windows),
         alignment: Some(budget.alignment),
         method: Some(options.method.to_string()),
-        budget: Some(budget.budget.to_string()),
+        budget: Some(match budget.offer.is_coded() {
+            true => format!("{}, formats {}", budget.budget, budget.offer),
+            false => budget.budget.to_string(),
+        }),
         // Only the Fisher probe measures in nats.
         predicted_kl: (manifest.probe == Probe::Fisher).then(|| allocation.predicted_kl()),
         seed: Some(options.seed),

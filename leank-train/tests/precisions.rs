@@ -234,6 +234,8 @@ fn masks_say_what_is_stored_in_how_many_bits() {
         assert!(learned.mask.summary().middle_bytes <= share + 1e-9);
         let own = learned.mask.precisions().expect("codes at so few bytes");
         assert_eq!(own, learned.allocation.precisions);
+        let budget = format!("bytes {share}, formats {all}");
+        assert_eq!(learned.mask.info().budget.as_ref(), Some(&budget));
         // The loss is that of the mask and its precisions.
         let mut sum = 0.0;
         for layer in [Layer(0), Layer(1)] {

@@ -13,6 +13,9 @@
 //! `b = E[s z]`, and the Gauss–Newton matrix `A = E[z zᵀ]`. Removing a set `P` of channels then
 //! costs about `C − 2 Σ_P b + Σ_{P×P} A`, and `C` is exact at the mask it was computed at.
 //!
+//! What the middle holds may be kept channels as dumped, or K and V as lean blocks of 8 and 4 bits give
+//! them back: [`HeadEvaluator::evaluate_precisions`].
+//!
 //! **Cost.** With `r` queries in the group, `T` tokens, `R` draws and `n` channels kept of `D`,
 //! one evaluation is `2·r·T·(n + R·D + R·n)` operations: masked logits, `g·V`, and the
 //! contraction of `p∘w` with K. All three are matrix products. Everything is single-threaded here
