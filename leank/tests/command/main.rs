@@ -3,6 +3,7 @@
 mod bad_input;
 mod bad_model;
 mod disk;
+mod formats;
 mod killed;
 mod model;
 mod usage;
