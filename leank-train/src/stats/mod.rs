@@ -185,7 +185,7 @@ impl<'a> HeadEvaluator<'a> {
     /// `[K, masks, V]`, K and V in that order.
     ///
     /// Blocks of [`DEFAULT_BLOCK`] tokens are packed and read back by
-    /// [`quant::round_trip`](leank_core::quant::round_trip) where a cache's blocks lie; the middle is
+    /// [`quant::round_trip`] where a cache's blocks lie; the middle is
     /// that of [`HeadEvaluator::evaluate`], to the token. What is kept plain is as dumped.
     ///
     /// # Errors
