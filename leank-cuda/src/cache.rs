@@ -21,6 +21,7 @@ use crate::{
     rows::{BlockImage, Restoring},
     step::{DeviceTables, Dimensions, Tables},
     store::Store,
+    tiles::{HeadPlace, TILE},
     view::{DeviceView, DeviceViewMut},
 };
 
@@ -83,13 +84,13 @@ impl Constants {
         let (mut heads, mut channels) = (Vec::<Head>::new(), Vec::<u16>::new());
         for layer in config.shape.layer_indices() {
             for head in config.shape.kv_head_indices() {
-                let lean = &layout.layer(layer).lean[head.0];
-                heads.push(Head {
-                    offset: lean.k_offset as u32,
-                    kept: lean.kept as u32,
-                    tiles: (lean.stored / crate::tiles::TILE) as u32,
-                    channels: channels.len() as u32,
-                });
+                let place = HeadPlace::of(layout, config.shape.head_dim, (layer, head), true);
+                let channels_at = channels.len() as u32;
+                heads.push(place.map_or(Head { unit: 1, ..Head::default() }, |place| Head {
+                    kept: config.mask.head(layer, head).kept_count() as u16,
+                    channels: channels_at,
+                    ..place.record(layout.block.div_ceil(TILE))
+                }));
                 channels.extend(config.mask.head(layer, head).kept());
                 // Kernels read as many channels as a head has, whatever it keeps.
                 channels.resize(heads.len() * layout.full_channels, 0);
@@ -370,7 +371,7 @@ impl CudaCache {
             heads: self.constants.heads,
             channels: self.constants.channels,
             kv_heads: shape.kv_heads as u32,
-            padding: 0,
+            head_dim: shape.head_dim as u32,
         };
         let grid = (count as u32, shape.kv_heads as u32, shape.layers as u32);
         // SAFETY: these are the parameters of both kernels; the pairs are entries of blocks that

@@ -32,6 +32,8 @@ pub(crate) struct Variant {
     pub(crate) tiles: usize,
     /// Element type of the cache: f16 or bf16.
     pub(crate) dtype: Dtype,
+    /// Whether lean blocks of some head hold codes.
+    pub(crate) coded: bool,
     /// Whether logits have a soft-cap.
     pub(crate) soft_cap: bool,
 }
@@ -104,6 +106,7 @@ impl Unit {
             "--ptxas-options=-v".to_owned(),
             format!("-DNV={}", variant.tiles),
             format!("-DBF16={}", u8::from(variant.dtype == Dtype::Bf16)),
+            format!("-DCODED={}", u8::from(variant.coded)),
         ];
         options.extend(more.iter().map(|(name, value)| format!("-D{name}={value}")));
         Self { name, source: format!("{COMMON}\n{body}"), options }
@@ -257,10 +260,11 @@ pub fn compile_all(capability: (i32, i32)) -> Result<Vec<KernelReport>> {
     };
     let target = Target { capability, shared };
     let mut reports = Vec::new();
-    for dtype in [Dtype::F16, Dtype::Bf16] {
+    let storage = [Dtype::F16, Dtype::Bf16].map(|dtype| [(dtype, false), (dtype, true)]);
+    for (dtype, coded) in storage.into_iter().flatten() {
         for head_dim in [20usize, 64, 96, 128, 256] {
             let soft_cap = head_dim == 256;
-            let variant = Variant { tiles: head_dim.div_ceil(16), dtype, soft_cap };
+            let variant = Variant { tiles: head_dim.div_ceil(16), dtype, coded, soft_cap };
             let mut units = vec![
                 Unit::new("blocks.cu", variant, target, &[]),
                 Unit::new("cut.cu", variant, target, &[]),
@@ -314,12 +318,12 @@ mod tests {
     fn rings_fit_where_they_must() {
         for shared in [101_376, 166_912, 232_448] {
             for tiles in 1..=MOST_TILES {
-                let variant = Variant { tiles, dtype: Dtype::F16, soft_cap: false };
+                let variant = Variant { tiles, dtype: Dtype::F16, coded: false, soft_cap: false };
                 let rings = Rings::new(variant, variant.rows(99), shared).unwrap();
                 assert!(rings.shared <= shared && rings.stages >= 2, "{rings:?}");
             }
         }
-        let variant = Variant { tiles: 8, dtype: Dtype::F16, soft_cap: false };
+        let variant = Variant { tiles: 8, dtype: Dtype::F16, coded: true, soft_cap: false };
         let hopper = Rings::new(variant, 8, 232_448).unwrap();
         assert_eq!((hopper.warps, hopper.stages), (8, 3));
     }

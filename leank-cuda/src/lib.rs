@@ -30,7 +30,8 @@
 //!
 //! **How it works.** Blocks hold K and V in tiles of 16 x 16 elements in the order in which the lanes
 //! of a warp hold operands of matrix instructions, so that a slice of 16 tokens goes from memory to
-//! the tensor cores without being rearranged (`kernels/common.cuh`). `plan` uploads the tables of the
+//! the tensor cores without being rearranged (`kernels/common.cuh`); codes of 8 and 4 bits lie in the same
+//! order, beside their scales, and become operands in registers. `plan` uploads the tables of the
 //! step and has the device cut the work of every layer into stretches of equally many bytes, one per
 //! multiprocessor; `attend` walks over them and merges what it split (`kernels/attend.cu`).
 #![deny(unsafe_code)]
@@ -64,20 +65,21 @@ use std::{path::PathBuf, sync::Arc};
 use cudarc::driver::{CudaStream, sys::CUdevice_attribute};
 use etcetera::BaseStrategy as _;
 use leank_core::{
-    Backend, CacheConfig, CacheLayout, Dtype, Error, LayoutRules, LeanFormat, Result,
+    Backend, CacheConfig, CacheLayout, Dtype, Error, HeadFormat, LayoutRules, LeanFormat, Result,
 };
 
 use cubins::CubinCache;
 use kernels::{Loader, MOST_TILES, Target, Variant};
 
-/// What kernels ask of block layouts: whole tiles.
+/// What kernels ask of block layouts: whole tiles, and copies of whole sectors. K and V of tiles take a
+/// multiple of 64 bytes in every format, so that they lie without gaps.
 pub(crate) fn layout_rules() -> LayoutRules {
     LayoutRules {
         k_channel_multiple: tiles::TILE,
         k_token_multiple: tiles::TILE,
         v_channel_multiple: tiles::TILE,
         v_token_multiple: tiles::TILE,
-        section_align: tiles::TILE_BYTES,
+        section_align: tiles::SECTION,
     }
 }
 
@@ -197,8 +199,15 @@ impl Cuda {
             );
             return unavailable("this block size", why);
         }
+        let formats = shape
+            .layer_indices()
+            .flat_map(|layer| shape.kv_head_indices().map(move |head| (layer, head)));
+        let coded = formats.into_iter().any(|(layer, head)| {
+            let plain = HeadFormat::plain(dtype);
+            !config.mask.head(layer, head).is_dead() && config.format(layer, head) != plain
+        });
         let soft_cap = config.soft_cap.is_some();
-        Ok(Variant { tiles: shape.head_dim.div_ceil(tiles::TILE), dtype, soft_cap })
+        Ok(Variant { tiles: shape.head_dim.div_ceil(tiles::TILE), dtype, coded, soft_cap })
     }
 }
 
@@ -215,7 +224,10 @@ impl Backend for Cuda {
     }
 
     fn lean_formats(&self, full: Dtype) -> Vec<LeanFormat> {
-        vec![LeanFormat::Plain(full)]
+        match full {
+            Dtype::F32 => Vec::new(),
+            _ => vec![LeanFormat::Plain(full), LeanFormat::Int8, LeanFormat::Int4],
+        }
     }
 
     fn create(&self, config: CacheConfig) -> Result<Self::Cache> {

@@ -28,8 +28,13 @@ pub(crate) struct Sequence {
 #[repr(C)]
 pub(crate) struct Head {
     pub(crate) offset: u32,
-    pub(crate) kept: u32,
-    pub(crate) tiles: u32,
+    pub(crate) kept: u16,
+    /// Words per lane of a tile of codes; 0: plain elements.
+    pub(crate) k_words: u8,
+    pub(crate) v_words: u8,
+    pub(crate) tiles: u16,
+    /// Slices that are read together.
+    pub(crate) unit: u16,
     pub(crate) channels: u32,
 }
 
@@ -134,7 +139,7 @@ pub(crate) struct Move {
     pub(crate) heads: u64,
     pub(crate) channels: u64,
     pub(crate) kv_heads: u32,
-    pub(crate) padding: u32,
+    pub(crate) head_dim: u32,
 }
 
 // The kernels assert the same sizes.

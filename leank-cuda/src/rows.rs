@@ -1,10 +1,11 @@
-//! Plain rows of a block, for sequences on disk: a layer of a block goes over to the host as a
+//! Rows of a block, for sequences on disk: a layer of a block goes over to the host as a
 //! whole, and its rows are picked there.
 
 use cudarc::driver::{CudaStream, DriverError};
 use leank_core::{
-    Block, CacheConfig, CacheLayout, Error, Layer, Result,
-    saved::{BlockStore, Rows},
+    Block, CacheConfig, CacheLayout, Error, Layer, LeanFormat, Result,
+    quant::Scale,
+    saved::{BlockStore, Rows, Tensor},
 };
 
 use crate::{driver::Driver, store::Store, tiles::HeadPlace};
@@ -39,31 +40,76 @@ impl<'a> BlockImage<'a> {
         &mut self.bytes
     }
 
-    /// Byte offset of each element of `rows`, in the order of the stream.
-    fn places(&self, rows: &Rows) -> impl Iterator<Item = usize> + use<> {
+    fn place(&self, rows: &Rows) -> Option<HeadPlace> {
         let lean = matches!(rows.block, Block::Lean(_));
-        let head = (rows.layer, rows.head);
-        let place = HeadPlace::of(self.layout, self.config.shape.head_dim, head, lean);
-        let (tensor, channels, tokens) = (rows.tensor, rows.channels, rows.tokens);
-        place.into_iter().flat_map(move |place| {
-            (0..tokens * channels).map(move |i| place.element(tensor, i / channels, i % channels))
-        })
+        HeadPlace::of(self.layout, self.config.shape.head_dim, (rows.layer, rows.head), lean)
     }
 
     /// Copies rows out.
     pub(crate) fn get(&self, rows: &Rows, bytes: &mut [u8]) {
-        for (to, at) in bytes.chunks_exact_mut(2).zip(self.places(rows)) {
-            to.copy_from_slice(&self.bytes[at..at + 2]);
+        let Some(place) = self.place(rows) else { return };
+        if let LeanFormat::Plain(_) = rows.format {
+            for (to, (token, channel)) in bytes.chunks_exact_mut(2).zip(elements(rows)) {
+                let at = place.element(rows.tensor, token, channel);
+                to.copy_from_slice(&self.bytes[at..at + 2]);
+            }
+            return;
+        }
+        let (scales, codes) = bytes.split_at_mut(rows.scale_bytes());
+        let (scales, _) = scales.as_chunks_mut::<{ Scale::BYTES }>();
+        for (to, (token, channel)) in scales.iter_mut().zip(groups(rows)) {
+            let scale = place.scale(rows.tensor, token, channel).get(&self.bytes);
+            *to = scale.to_bits().to_le_bytes();
+        }
+        codes.fill(0);
+        let bits = rows.format.bits();
+        for (i, (token, channel)) in elements(rows).enumerate() {
+            let code = place.code(rows.tensor, token, channel).get(&self.bytes);
+            codes[i * bits / 8] |= code << (i * bits % 8);
         }
     }
 
-    /// Copies rows in.
+    /// Copies rows in, where there were none.
     fn put(&mut self, rows: &Rows, bytes: &[u8]) {
-        let places = self.places(rows);
-        for (from, at) in bytes.chunks_exact(2).zip(places) {
-            self.bytes[at..at + 2].copy_from_slice(from);
+        let Some(place) = self.place(rows) else { return };
+        if let LeanFormat::Plain(_) = rows.format {
+            for (from, (token, channel)) in bytes.chunks_exact(2).zip(elements(rows)) {
+                let at = place.element(rows.tensor, token, channel);
+                self.bytes[at..at + 2].copy_from_slice(from);
+            }
+            return;
+        }
+        let (scales, codes) = bytes.split_at(rows.scale_bytes());
+        let (scales, _) = scales.as_chunks::<{ Scale::BYTES }>();
+        for (from, (token, channel)) in scales.iter().zip(groups(rows)) {
+            let scale = Scale::from_bits(u32::from_le_bytes(*from));
+            place.scale(rows.tensor, token, channel).put(&mut self.bytes, scale);
+        }
+        let bits = rows.format.bits();
+        for (i, (token, channel)) in elements(rows).enumerate() {
+            // The code and, of 4 bits, what lies above it.
+            let code = codes[i * bits / 8] >> (i * bits % 8);
+            place.code(rows.tensor, token, channel).put(&mut self.bytes, code);
         }
     }
+}
+
+/// Token and channel of every element, in the order of the stream.
+fn elements(rows: &Rows) -> impl Iterator<Item = (usize, usize)> + use<> {
+    let (tokens, channels) = (rows.tokens, rows.channels);
+    let across = matches!(rows.format, LeanFormat::Plain(_)) || rows.tensor == Tensor::V;
+    (0..tokens * channels)
+        .map(move |i| if across { (i / channels, i % channels) } else { (i % tokens, i / tokens) })
+}
+
+/// Token and channel of the first element of every group that shares a scale, in the order of the
+/// stream.
+fn groups(rows: &Rows) -> impl Iterator<Item = (usize, usize)> + use<> {
+    let (tensor, group) = (rows.tensor, rows.format.group(rows.tensor));
+    elements(rows).filter(move |&(token, channel)| match tensor {
+        Tensor::K => token % group == 0,
+        Tensor::V => channel % group == 0,
+    })
 }
 
 /// The blocks of a cache, to be filled from a saved sequence.

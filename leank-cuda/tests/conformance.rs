@@ -91,6 +91,11 @@ impl Subject for OnCuda {
             _ => 8e-3,
         }
     }
+
+    /// Weights and their products with steps are rounded to bf16, whatever full blocks are.
+    fn coded_arithmetic_error(&self) -> f64 {
+        3e-2
+    }
 }
 
 fn where_there_is_a_device(property: impl Fn(&OnCuda)) {

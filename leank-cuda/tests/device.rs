@@ -10,8 +10,9 @@ use cudarc::driver::{
 };
 use half::{bf16, f16};
 use leank_core::{
-    Backend as _, Cache as _, CacheConfig, ChannelMask, Dtype, Error, HostView, HostViewMut, Layer,
-    ModelMask, ModelShape, SequenceId, StepEntry, ViewShape, Windows,
+    Backend as _, Cache as _, CacheConfig, ChannelMask, Dtype, Error, HeadFormat, HeadPrecision,
+    HostView, HostViewMut, Layer, LeanFormat, ModelMask, ModelShape, SequenceId, StepEntry,
+    ViewShape, Windows,
 };
 use leank_cuda::{Cuda, CudaCache, DeviceView, DeviceViewMut};
 
@@ -281,6 +282,82 @@ fn a_saved_sequence_goes_on_on_the_cpu_and_back() {
     });
 }
 
+/// Bit for bit, groups with every kind of number: blocks of a prompt, and blocks that become lean later.
+#[test]
+fn codes_are_those_of_the_cpu() {
+    on_device(|cuda| {
+        let (_, kv_heads, head_dim) = SHAPE;
+        let extremes = [
+            f32::NAN,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            0.0,
+            -0.0,
+            1e-45,
+            -3e-39,
+            6e-8,
+            1e-30,
+            65_504.0,
+            8e37,
+            1.2e38,
+            -3e38,
+            300.7,
+        ];
+        for dtype in [Dtype::F16, Dtype::Bf16] {
+            for (k, v) in [("k8", "v8"), ("k4", "v4"), ("k8", "v16"), ("k16", "v4")] {
+                let formats: HeadPrecision = format!("{k}{v}").parse().unwrap();
+                let formats = Some(vec![formats.format(dtype); kv_heads]);
+                let config = CacheConfig { formats, ..config(dtype) };
+                let mut cache = cuda.create(config.clone()).unwrap();
+                let mut host = leank_cpu::Cpu::new().create(config).unwrap();
+                let (id, on_host) = (cache.add_sequence(), host.add_sequence());
+                // The last ones were whole blocks before.
+                for tokens in [1500, 30, 130, 1, 300, 90] {
+                    let start = cache.sequence_len(id).unwrap();
+                    let numbers = |kind| {
+                        let mut numbers = numbers(kind, start, tokens, kv_heads);
+                        // Every other block has large and small numbers, some channels of it extreme ones.
+                        for (i, x) in numbers.iter_mut().enumerate() {
+                            let (token, channel) =
+                                (start + i / (kv_heads * head_dim), i % head_dim);
+                            if token / 64 % 2 == 1 {
+                                *x *= 2f32.powi((channel % 32) as i32 - 20)
+                                    * if token % 3 == 0 { 1e4 } else { 1.0 };
+                                if (token * 31 + channel * 7) % 411 == 0 {
+                                    *x = extremes[(token + channel) % extremes.len()];
+                                }
+                            }
+                        }
+                        numbers
+                    };
+                    let (k, v) = (numbers(1), numbers(2));
+                    let shape = rows(tokens, kv_heads);
+                    let upload = |data: &[f32]| cuda.stream().clone_htod(data).unwrap();
+                    let (k_there, v_there) = (upload(&k), upload(&v));
+                    let there = |data| DeviceView::new(data, shape).unwrap();
+                    cache.plan(&[StepEntry::store(id, tokens)]).unwrap();
+                    cache.append(Layer(0), there(&k_there), there(&v_there)).unwrap();
+                    cache.commit().unwrap();
+                    let here = |data| HostView::new(data, shape).unwrap();
+                    host.plan(&[StepEntry::store(on_host, tokens)]).unwrap();
+                    host.append(Layer(0), here(&k[..]), here(&v[..])).unwrap();
+                    host.commit().unwrap();
+                }
+                let (mut saved, mut expected) = (Vec::new(), Vec::new());
+                cache.save(id, &mut saved).unwrap();
+                host.save(on_host, &mut expected).unwrap();
+                assert_eq!(saved.len(), expected.len());
+                let differ = saved.iter().zip(&expected).filter(|(a, b)| a != b).count();
+                assert_eq!(differ, 0, "{k}{v} {dtype}: of {} bytes", saved.len());
+                let back = cache.restore(&mut &expected[..]).unwrap();
+                let mut again = Vec::new();
+                cache.save(back, &mut again).unwrap();
+                assert!(again == expected);
+            }
+        }
+    });
+}
+
 #[test]
 fn too_little_memory_leaves_the_cache_as_it_was() {
     on_device(|cuda| {
@@ -342,6 +419,12 @@ fn what_there_is_no_kernel_for_is_unavailable() {
             assert!(matches!(error, Error::Unavailable { .. }), "{error}");
         };
         unavailable(config(Dtype::F32));
+        let other = LeanFormat::Plain(Dtype::Bf16);
+        let formats = Some(vec![HeadFormat { k: LeanFormat::Int8, v: other }; SHAPE.1]);
+        let error = cuda.create(CacheConfig { formats, ..config(Dtype::F16) }).unwrap_err();
+        let named = "bf16 (V of layer 0, KV head 0)";
+        assert!(error.to_string().contains(named), "{error}");
+        assert!(error.to_string().contains("f16, int8, int4 only"), "{error}");
         unavailable(CacheConfig::dense(ModelShape::new(1, 1, 1, 257).unwrap()).unwrap());
     });
 }

@@ -11,7 +11,12 @@
 // O += V^T P. K and V come from memory as the operands of mma, so nothing is rearranged; P becomes
 // an operand by a transposition of 8 x 8 elements between lanes.
 //
-// Constants from the host: NV, BF16, CAP (logits have a soft-cap), NT (tiles of 8 query rows), WARPS,
+// Codes become operands in registers: n / 16 + 1 for numbers n of 4 bits (`decode`). K's steps go into
+// the queries and V's into the weights, once for all that share them; what the zeros and the ones add is
+// one number per query row, and per group of V's channels. A warp takes several slices of a block at once,
+// a unit, so that there is little to do for each.
+//
+// Constants from the host: NV, BF16, CODED, CAP (logits have a soft-cap), NT (tiles of 8 query rows), WARPS,
 // STAGES, SHARED_BYTES.
 
 constexpr u32 ROWS = 8 * NT;
@@ -71,6 +76,17 @@ static_assert(sizeof(Attend) == 192, "the host counts otherwise");
 
 // ---- Copies into the ring -------------------------------------------------------------------
 
+// What goes to a stage of a ring.
+struct Piece {
+    u64 from;
+    u32 bytes;
+#if CODED
+    // Scales, which come before the rest.
+    u64 scales;
+    u32 scale_bytes;
+#endif
+};
+
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return u32(__cvta_generic_to_shared(pointer));
 }
@@ -87,19 +103,30 @@ struct Ring {
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 
+    static __device__ __forceinline__ void copy(u32 to, u64 from, u32 bytes, u32 barrier) {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+            ::"r"(to), "l"(from), "r"(bytes), "r"(barrier)
+            : "memory"
+        );
+    }
+
     static __device__ __forceinline__ void
-    fill(u8* to, u64 from, u32 bytes, u64* filled, u32 owner, u32 lane) {
+    fill(u8* to, const Piece& piece, u64* filled, u32 owner, u32 lane) {
         if (lane != owner) return;
-        u32 barrier = shared_address(filled);
+        u32 barrier = shared_address(filled), target = shared_address(to), bytes = piece.bytes;
+#if CODED
+        bytes += piece.scale_bytes;
+#endif
         asm volatile(
             "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
             : "memory"
         );
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-            ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(barrier)
-            : "memory"
-        );
+#if CODED
+        if (piece.scale_bytes != 0) copy(target, piece.scales, piece.scale_bytes, barrier);
+        target += piece.scale_bytes;
+#endif
+        copy(target, piece.from, piece.bytes, barrier);
     }
 
     static __device__ __forceinline__ void skip() {}
@@ -124,10 +151,8 @@ struct Ring {
     static __device__ __forceinline__ void init(u64*) {}
     static __device__ __forceinline__ void publish() {}
 
-    static __device__ __forceinline__ void
-    fill(u8* to, u64 from, u32 bytes, u64*, u32 owner, u32 lane) {
+    static __device__ __forceinline__ void copy(u8* to, u64 from, u32 bytes, u32 owner, u32 lane) {
         from = __shfl_sync(ALL, from, owner);
-        bytes = __shfl_sync(ALL, bytes, owner);
         for (u32 at = lane * 16; at < bytes; at += 512) {
             asm volatile(
                 "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + at)),
@@ -135,6 +160,16 @@ struct Ring {
                 : "memory"
             );
         }
+    }
+
+    static __device__ __forceinline__ void
+    fill(u8* to, const Piece& piece, u64*, u32 owner, u32 lane) {
+#if CODED
+        u32 scale_bytes = __shfl_sync(ALL, piece.scale_bytes, owner);
+        copy(to, piece.scales, scale_bytes, owner, lane);
+        to += scale_bytes;
+#endif
+        copy(to, piece.from, __shfl_sync(ALL, piece.bytes, owner), owner, lane);
         skip();
     }
 
@@ -171,8 +206,9 @@ __device__ __forceinline__ void let_next_launch_begin() {
 
 // ---- Matrices -------------------------------------------------------------------------------
 
+template <bool BRAIN>
 __device__ __forceinline__ void multiply(float (&sum)[4], const uint4& a, u32 b0, u32 b1) {
-    if (BF16) {
+    if constexpr (BRAIN) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
             : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
@@ -202,7 +238,7 @@ __device__ __forceinline__ float base_of(float maximum) { return maximum == NONE
 
 // ---- Walking over the work ------------------------------------------------------------------
 
-// An item and a worker's slices of it.
+// An item and what a worker has of it.
 struct Stretch {
     Sequence sequence;
     Head head;
@@ -211,7 +247,7 @@ struct Stretch {
     u32 sequence_index;
     u32 head_index;
     u32 tile;
-    // Slices: from, to.
+    // Slices and units: from, to.
     u32 begin;
     u32 end;
     // Workers that share the item, and the number of this one among them.
@@ -299,8 +335,7 @@ struct Feed {
     // Slices that were asked for.
     u32 count;
     bool more;
-    u64 from;
-    u32 bytes;
+    Piece piece;
 
     __device__ __forceinline__ void
     start(const Attend& args, const Walk& from_here, bool any, u32 warp, u32 lane) {
@@ -323,26 +358,34 @@ struct Feed {
         turn = 0;
         u32 own = slice + lane * WARPS;
         if (own < walk.at.end) {
-            const Extent& extent = walk.at.extent;
-            u32 physical = own < extent.sink ? own : own + extent.skipped;
+            u32 physical = walk.at.extent.slice(own, walk.at.head);
             u32 index = physical / args.blocks.slices;
             u32 within = physical - index * args.blocks.slices;
             u64 block = address(args.blocks, args.tables[walk.at.sequence.table + index]);
             if (walk.at.lean(own)) {
-                bytes = lean_slice_bytes(walk.at.head);
-                from = block + walk.at.head.offset + u64(within) * bytes;
+                u32 bytes = lean_slice_bytes(walk.at.head);
+                u64 from = block + walk.at.head.offset;
+#if CODED
+                piece.scales = from;
+                piece.scale_bytes = scale_bytes(walk.at.head);
+                from += piece.scale_bytes;
+#endif
+                piece.from = from + u64(within) * bytes;
+                piece.bytes = unit_of(walk.at.head) * bytes;
             } else {
-                bytes = FULL_SLICE;
-                from = block + u64(walk.at.head_index) * args.blocks.full_head +
-                       within * FULL_SLICE;
+#if CODED
+                piece.scale_bytes = 0;
+#endif
+                piece.bytes = FULL_SLICE;
+                piece.from = block + u64(walk.at.head_index) * args.blocks.full_head +
+                             within * FULL_SLICE;
             }
         }
     }
 
     // Whether the next slice may hold tokens of this step.
     __device__ __forceinline__ bool is_new(const Attend& args) const {
-        const Extent& extent = walk.at.extent;
-        u32 physical = slice < extent.sink ? slice : slice + extent.skipped;
+        u32 physical = walk.at.extent.slice(slice, walk.at.head);
         u32 index = physical / args.blocks.slices;
         u32 within = (physical - index * args.blocks.slices + 1) * TILE;
         return index * args.blocks.block + within > walk.at.sequence.start;
@@ -355,7 +398,7 @@ struct Feed {
         }
         u32 stage = count % STAGES;
         Ring::fill(
-            shared.ring[warp][stage], from, bytes, &shared.filled[warp][stage], turn, lane
+            shared.ring[warp][stage], piece, &shared.filled[warp][stage], turn, lane
         );
         count += 1;
         turn += 1;
@@ -372,10 +415,18 @@ struct Sums {
     float out[NT][NV][4];
     float maximum[NT][2];
     float weight[NT][2];
+#if CODED
+    // What belongs to every channel of a group: query row l / 4, tokens as those of B operands.
+    float common[NT][GROUPS];
+#endif
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (u32 n = 0; n < NT; n++) {
+#if CODED
+#pragma unroll
+            for (u32 g = 0; g < GROUPS; g++) common[n][g] = 0;
+#endif
 #pragma unroll
             for (u32 i = 0; i < 2; i++) {
                 maximum[n][i] = NONE;
@@ -484,6 +535,69 @@ __device__ __forceinline__ uint4 hide(uint4 v, u32 seen, u32 lane) {
     return make_uint4(v.x & low, v.y & low, v.z & high, v.w & high);
 }
 
+// Makes weights of the logits of slices, relative to the maxima of their query rows, and adds them up.
+// Weights of tokens l / 4 and 8 more, of query rows l % 4 * 2 and one more, become B operands of two
+// tiles of 8 x 8: bfloat16 where `BRAIN`, or f16.
+template <u32 U, bool BRAIN>
+__device__ __forceinline__ void
+weigh(const float (&x)[U][NT][4], Sums& sums, u32 (&weights)[U][NT][2], u32 lane) {
+#pragma unroll
+    for (u32 n = 0; n < NT; n++) {
+        float most[2] = {fmaxf(x[0][n][0], x[0][n][2]), fmaxf(x[0][n][1], x[0][n][3])};
+#pragma unroll
+        for (u32 j = 1; j < U; j++) {
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                most[i] = fmaxf(most[i], fmaxf(x[j][n][i], x[j][n][i + 2]));
+            }
+        }
+#pragma unroll
+        for (u32 step = 4; step < 32; step *= 2) {
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                most[i] = fmaxf(most[i], __shfl_xor_sync(ALL, most[i], step));
+            }
+        }
+        bool moves = most[0] > sums.maximum[n][0] + SLACK || most[1] > sums.maximum[n][1] + SLACK;
+        if (__any_sync(ALL, moves)) {
+            float factors[2];
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                float maximum = fmaxf(sums.maximum[n][i], most[i]);
+                float factor = two_to(sums.maximum[n][i] - base_of(maximum));
+                sums.maximum[n][i] = maximum;
+                sums.weight[n][i] *= factor;
+                factors[i] = factor;
+#pragma unroll
+                for (u32 m = 0; m < NV; m++) {
+                    sums.out[n][m][i] *= factor;
+                    sums.out[n][m][i + 2] *= factor;
+                }
+            }
+#if CODED
+            float even = __shfl_sync(ALL, factors[0], lane / 8);
+            float odd = __shfl_sync(ALL, factors[1], lane / 8);
+#pragma unroll
+            for (u32 g = 0; g < GROUPS; g++) sums.common[n][g] *= lane / 4 % 2 ? odd : even;
+#endif
+        }
+#pragma unroll
+        for (u32 j = 0; j < U; j++) {
+            float p[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) p[i] = two_to(x[j][n][i] - base_of(sums.maximum[n][i % 2]));
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                u32 pair = pack<BRAIN>(p[2 * i], p[2 * i + 1]);
+                // What is divided by at the end are the weights as they were used.
+                sums.weight[n][0] += low_of<BRAIN>(pair);
+                sums.weight[n][1] += high_of<BRAIN>(pair);
+                weights[j][n][i] = transpose(pair);
+            }
+        }
+    }
+}
+
 template <bool EDGE>
 __device__ __forceinline__ void take(
     const Attend& args, const u8* ring, u32 k_tiles, const Queries& queries, Sums& sums,
@@ -498,61 +612,29 @@ __device__ __forceinline__ void take(
             uint4 a = k[t * 32];
 #pragma unroll
             for (u32 n = 0; n < NT; n++) {
-                multiply(t % 2 ? odd[n] : even[n], a, queries.q[n][t][0], queries.q[n][t][1]);
+                multiply<BF16>(t % 2 ? odd[n] : even[n], a, queries.q[n][t][0], queries.q[n][t][1]);
             }
         }
     }
 
-    // Weights of tokens l / 4 and 8 more, of query rows l % 4 * 2 and one more.
-    u32 weights[NT][2];
+    // Logits of tokens l / 4 and 8 more, of query rows l % 4 * 2 and one more.
+    float x[1][NT][4];
 #pragma unroll
     for (u32 n = 0; n < NT; n++) {
-        float x[4];
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            x[i] = (even[n][i] + odd[n][i]) * args.scale;
-            if constexpr (CAP) x[i] = args.cap * tanhf(x[i] * args.inverse_cap);
+            float logit = (even[n][i] + odd[n][i]) * args.scale;
+            if constexpr (CAP) logit = args.cap * tanhf(logit * args.inverse_cap);
             if (EDGE) {
                 u32 token = (row + n * 8 + lane % 4 * 2 + i % 2) / args.group - edge.first;
                 bool sees = lane / 4 + i / 2 * 8 < edge.seen(token);
-                x[i] = sees ? x[i] : NONE;
+                logit = sees ? logit : NONE;
             }
-        }
-        float most[2] = {fmaxf(x[0], x[2]), fmaxf(x[1], x[3])};
-#pragma unroll
-        for (u32 step = 4; step < 32; step *= 2) {
-#pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                most[i] = fmaxf(most[i], __shfl_xor_sync(ALL, most[i], step));
-            }
-        }
-        bool moves = most[0] > sums.maximum[n][0] + SLACK || most[1] > sums.maximum[n][1] + SLACK;
-        if (__any_sync(ALL, moves)) {
-#pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                float maximum = fmaxf(sums.maximum[n][i], most[i]);
-                float factor = two_to(sums.maximum[n][i] - base_of(maximum));
-                sums.maximum[n][i] = maximum;
-                sums.weight[n][i] *= factor;
-#pragma unroll
-                for (u32 m = 0; m < NV; m++) {
-                    sums.out[n][m][i] *= factor;
-                    sums.out[n][m][i + 2] *= factor;
-                }
-            }
-        }
-        float p[4];
-#pragma unroll
-        for (u32 i = 0; i < 4; i++) p[i] = two_to(x[i] - base_of(sums.maximum[n][i % 2]));
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            u32 pair = pack(p[2 * i], p[2 * i + 1]);
-            // What is divided by at the end are the weights as they were used.
-            sums.weight[n][0] += low_of(pair);
-            sums.weight[n][1] += high_of(pair);
-            weights[n][i] = transpose(pair);
+            x[0][n][i] = logit;
         }
     }
+    u32 weights[1][NT][2];
+    weigh<1, BF16>(x, sums, weights, lane);
 
     const uint4* v = k + k_tiles * 32;
     if constexpr (!EDGE) {
@@ -560,7 +642,9 @@ __device__ __forceinline__ void take(
         for (u32 m = 0; m < NV; m++) {
             uint4 a = v[m * 32];
 #pragma unroll
-            for (u32 n = 0; n < NT; n++) multiply(sums.out[n][m], a, weights[n][0], weights[n][1]);
+            for (u32 n = 0; n < NT; n++) {
+                multiply<BF16>(sums.out[n][m], a, weights[0][n][0], weights[0][n][1]);
+            }
         }
     } else {
         // One query token after the other, each with the tokens that it sees.
@@ -570,16 +654,302 @@ __device__ __forceinline__ void take(
 #pragma unroll
             for (u32 n = 0; n < NT; n++) {
                 bool own = (row + n * 8 + lane / 4) / args.group - edge.first == i;
-                u32 b0 = own ? weights[n][0] : 0;
-                u32 b1 = own ? weights[n][1] : 0;
+                u32 b0 = own ? weights[0][n][0] : 0;
+                u32 b1 = own ? weights[0][n][1] : 0;
 #pragma unroll
                 for (u32 m = 0; m < NV; m++) {
-                    multiply(sums.out[n][m], hide(v[m * 32], seen, lane), b0, b1);
+                    multiply<BF16>(sums.out[n][m], hide(v[m * 32], seen, lane), b0, b1);
                 }
             }
         }
     }
 }
+
+#if CODED
+
+// ---- Codes ------------------------------------------------------------------------------------
+
+// The operand n / 16 + 1 of the numbers of a lane.
+__device__ __forceinline__ uint4 decode(u32 word) {
+    u32 x[4];
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        x[i] = (__funnelshift_r(word, word, 4 * i) & 0x00780078) | 0x3f803f80;
+    }
+    return make_uint4(x[0], x[1], x[2], x[3]);
+}
+
+// 16, twice.
+constexpr u32 SIXTEEN = 0x41804180;
+
+// Products of bfloat16, two at once.
+__device__ __forceinline__ u32 product(u32 x, u32 y) {
+    u32 z;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "r"(0x80008000));
+    return z;
+}
+
+__device__ __forceinline__ float step_of(u32 scale) { return __uint_as_float(scale << 16); }
+
+// What a code of 0 stands for beside what its operands do, in sixteenths of a step: ones of one or two
+// operands come off the zero, which is the upper or the lower half of `scale`.
+template <u32 WORDS>
+__device__ __forceinline__ float zero_of(u32 scale, bool upper) {
+    // 2^23 + 2^15 + zero.
+    float number = __uint_as_float(__byte_perm(scale, 0x4b00, upper ? 0x5432 : 0x5410));
+    constexpr float ones = WORDS == 1 ? 16 : 16 * 17;
+    return fmaf(number, 0.0625f, -(8388608.0f + 32768.0f + ones) / 16);
+}
+
+// Sixteenths of logits of U slices, without what is common to all tokens of a query row, which is
+// `common`: of query row l / 4, channels as those of B operands.
+template <u32 WORDS, u32 U>
+__device__ __forceinline__ void multiply_k(
+    const u8* stage, const Head& head, const Queries& queries, float (&x)[U][NT][4],
+    float (&common)[NT], u32 lane
+) {
+    const uint4* scales = (const uint4*)stage + lane % 4;
+    const u8* codes = stage + scale_bytes(head) + lane * (4 * WORDS);
+    u32 slice = lean_slice_bytes(head);
+#pragma unroll
+    for (u32 t = 0; t < NV; t++) {
+        if (t >= head.tiles) break;
+        uint4 scale = scales[t * 4];
+        // Queries times steps, and what rounding took from them where codes have 8 bits.
+        u32 b[NT][2], rest[NT][2];
+#pragma unroll
+        for (u32 n = 0; n < NT; n++) {
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                u32 q = queries.q[n][t][i];
+                u32 first = i == 0 ? scale.x : scale.z, second = i == 0 ? scale.y : scale.w;
+                float low = low_of<BF16>(q) * step_of(first);
+                float high = high_of<BF16>(q) * step_of(second);
+                b[n][i] = pack<true>(low, high);
+                float used_low = low_of<true>(b[n][i]), used_high = high_of<true>(b[n][i]);
+                if constexpr (WORDS == 2) {
+                    rest[n][i] = pack<true>(low - used_low, high - used_high);
+                    used_low += low_of<true>(rest[n][i]);
+                    used_high += high_of<true>(rest[n][i]);
+                }
+                common[n] = fmaf(used_low, zero_of<WORDS>(first, true), common[n]);
+                common[n] = fmaf(used_high, zero_of<WORDS>(second, true), common[n]);
+            }
+        }
+        const u8* tile = codes + t * (WORDS * CODE_BYTES);
+        if constexpr (WORDS == 1) {
+#pragma unroll
+            for (u32 j = 0; j < U; j++) {
+                uint4 a = decode(*(const u32*)(tile + j * slice));
+#pragma unroll
+                for (u32 n = 0; n < NT; n++) multiply<true>(x[j][n], a, b[n][0], b[n][1]);
+            }
+        } else {
+            u32 upper[NT][2], upper_rest[NT][2];
+#pragma unroll
+            for (u32 n = 0; n < NT; n++) {
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    upper[n][i] = product(b[n][i], SIXTEEN);
+                    upper_rest[n][i] = product(rest[n][i], SIXTEEN);
+                }
+            }
+#pragma unroll
+            for (u32 j = 0; j < U; j++) {
+                uint2 words = *(const uint2*)(tile + j * slice);
+                uint4 a = decode(words.x);
+#pragma unroll
+                for (u32 n = 0; n < NT; n++) {
+                    multiply<true>(x[j][n], a, b[n][0], b[n][1]);
+                    multiply<true>(x[j][n], a, rest[n][0], rest[n][1]);
+                }
+                a = decode(words.y);
+#pragma unroll
+                for (u32 n = 0; n < NT; n++) {
+                    multiply<true>(x[j][n], a, upper[n][0], upper[n][1]);
+                    multiply<true>(x[j][n], a, upper_rest[n][0], upper_rest[n][1]);
+                }
+            }
+        }
+    }
+}
+
+// Adds V of U slices; `v` is where that of the first begins.
+template <u32 WORDS, u32 U>
+__device__ __forceinline__ void add_v(
+    const u8* v, u32 slice, const u32 (&weights)[U][NT][2], Sums& sums, u32 lane
+) {
+#pragma unroll
+    for (u32 j = 0; j < U; j++) {
+        const u8* codes = v + j * slice + lane * (4 * WORDS);
+        const uint4* scales = (const uint4*)(v + j * slice + NV * WORDS * CODE_BYTES) + lane % 4;
+        u32 weight[NT][2];
+#pragma unroll
+        for (u32 n = 0; n < NT; n++) {
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) weight[n][i] = product(weights[j][n][i], SIXTEEN);
+        }
+        constexpr u32 groups = WORDS == 1 ? GROUPS : 1;
+#pragma unroll
+        for (u32 g = 0; g < groups; g++) {
+            uint4 scale = scales[g * 4];
+            float zeros[4] = {
+                zero_of<WORDS>(scale.z, false), zero_of<WORDS>(scale.z, true),
+                zero_of<WORDS>(scale.w, false), zero_of<WORDS>(scale.w, true)
+            };
+            u32 b[NT][2], upper[NT][2];
+#pragma unroll
+            for (u32 n = 0; n < NT; n++) {
+                b[n][0] = product(weight[n][0], scale.x);
+                b[n][1] = product(weight[n][1], scale.y);
+                float& common = sums.common[n][g];
+                common = fmaf(low_of<true>(b[n][0]), zeros[0], common);
+                common = fmaf(high_of<true>(b[n][0]), zeros[1], common);
+                common = fmaf(low_of<true>(b[n][1]), zeros[2], common);
+                common = fmaf(high_of<true>(b[n][1]), zeros[3], common);
+                if constexpr (WORDS == 2) {
+                    upper[n][0] = product(b[n][0], SIXTEEN);
+                    upper[n][1] = product(b[n][1], SIXTEEN);
+                }
+            }
+            constexpr u32 tiles = WORDS == 1 ? GROUP_TILES : NV;
+#pragma unroll
+            for (u32 m = g * tiles; m < min(NV, (g + 1) * tiles); m++) {
+                const u8* tile = codes + m * (WORDS * CODE_BYTES);
+                if constexpr (WORDS == 1) {
+                    uint4 a = decode(*(const u32*)tile);
+#pragma unroll
+                    for (u32 n = 0; n < NT; n++) {
+                        multiply<true>(sums.out[n][m], a, b[n][0], b[n][1]);
+                    }
+                } else {
+                    uint2 words = *(const uint2*)tile;
+                    uint4 low = decode(words.x), high = decode(words.y);
+#pragma unroll
+                    for (u32 n = 0; n < NT; n++) {
+                        multiply<true>(sums.out[n][m], low, b[n][0], b[n][1]);
+                        multiply<true>(sums.out[n][m], high, upper[n][0], upper[n][1]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// A unit of a head that has codes; `tokens`: from its first one to the end of the block. All queries
+// see them.
+template <u32 U>
+__device__ __forceinline__ void take_unit(
+    const Attend& args, const u8* stage, const Head& head, const Queries& queries, Sums& sums,
+    u32 tokens, u32 lane
+) {
+    u32 slice = lean_slice_bytes(head);
+    float x[U][NT][4] = {};
+    float common[NT] = {};
+    float scale = 16 * args.scale;
+    if (head.k_words == 1) {
+        multiply_k<1>(stage, head, queries, x, common, lane);
+    } else if (head.k_words == 2) {
+        multiply_k<2>(stage, head, queries, x, common, lane);
+    } else {
+        scale = args.scale;
+#pragma unroll
+        for (u32 t = 0; t < NV; t++) {
+            if (t >= head.tiles) break;
+#pragma unroll
+            for (u32 j = 0; j < U; j++) {
+                uint4 a = *((const uint4*)(stage + j * slice + t * TILE_BYTES) + lane);
+#pragma unroll
+                for (u32 n = 0; n < NT; n++) {
+                    multiply<BF16>(x[j][n], a, queries.q[n][t][0], queries.q[n][t][1]);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (u32 n = 0; n < NT; n++) {
+        float own[2];
+        if (head.k_words != 0) {
+            common[n] += __shfl_xor_sync(ALL, common[n], 1);
+            common[n] += __shfl_xor_sync(ALL, common[n], 2);
+        }
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) own[i] = __shfl_sync(ALL, common[n], (lane % 4 * 2 + i) * 4);
+#pragma unroll
+        for (u32 j = 0; j < U; j++) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                float logit = (x[j][n][i] + own[i % 2]) * scale;
+                if constexpr (CAP) logit = args.cap * tanhf(logit * args.inverse_cap);
+                x[j][n][i] = logit;
+            }
+        }
+    }
+    if (tokens < U * TILE) {
+#pragma unroll
+        for (u32 j = 0; j < U; j++) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                bool is_there = j * TILE + i / 2 * 8 + lane / 4 < tokens;
+#pragma unroll
+                for (u32 n = 0; n < NT; n++) x[j][n][i] = is_there ? x[j][n][i] : NONE;
+            }
+        }
+    }
+
+    const u8* v = stage + scale_bytes(head) + lean_k_bytes(head);
+    u32 weights[U][NT][2];
+    if (head.v_words != 0) {
+        weigh<U, true>(x, sums, weights, lane);
+        if (head.v_words == 1) {
+            add_v<1>(v, slice, weights, sums, lane);
+        } else {
+            add_v<2>(v, slice, weights, sums, lane);
+        }
+    } else {
+        weigh<U, BF16>(x, sums, weights, lane);
+#pragma unroll
+        for (u32 j = 0; j < U; j++) {
+#pragma unroll
+            for (u32 m = 0; m < NV; m++) {
+                uint4 a = *((const uint4*)(v + j * slice + m * TILE_BYTES) + lane);
+#pragma unroll
+                for (u32 n = 0; n < NT; n++) {
+                    multiply<BF16>(sums.out[n][m], a, weights[j][n][0], weights[j][n][1]);
+                }
+            }
+        }
+    }
+}
+
+// Adds what belongs to all channels of a group to each of them.
+__device__ __forceinline__ void settle(const Head& head, Sums& sums, u32 lane) {
+    if (head.v_words == 0) return;
+#pragma unroll
+    for (u32 n = 0; n < NT; n++) {
+#pragma unroll
+        for (u32 g = 0; g < GROUPS; g++) {
+            float common = sums.common[n][g];
+            common += __shfl_xor_sync(ALL, common, 1);
+            common += __shfl_xor_sync(ALL, common, 2);
+#pragma unroll
+            for (u32 i = 0; i < 2; i++) {
+                float own = __shfl_sync(ALL, common, (lane % 4 * 2 + i) * 4);
+#pragma unroll
+                for (u32 m = 0; m < NV; m++) {
+                    // Of 8 bits there is one group.
+                    bool within = head.v_words == 2 ? g == 0 : m / (GROUP_TILES) == g;
+                    if (within) {
+                        sums.out[n][m][i] += own;
+                        sums.out[n][m][i + 2] += own;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#endif
 
 // ---- The end of an item -----------------------------------------------------------------------
 
@@ -716,6 +1086,9 @@ __device__ __forceinline__ void
 finish(const Attend& args, Shared& shared, const Walk& walk, Sums& sums, u32 warp, u32 lane) {
     const Stretch& at = walk.at;
     u32 rows = rows_of(args, at);
+#if CODED
+    settle(at.head, sums, lane);
+#endif
     // Results to merge: of the workers behind this one, of those that have merged others'.
     u32 near = at.turn % FAN == 0 ? min(FAN, at.sharers - at.turn) - 1 : 0;
     u32 far = at.turn == 0 ? (at.sharers - 1) / FAN : 0;
@@ -824,10 +1197,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
             Ring::wait(&shared.filled[warp][stage], used / STAGES);
             const u8* ring = shared.ring[warp][stage];
             u32 k_tiles = lean ? at.head.tiles : NV;
+#if CODED
+            if (lean && is_coded(at.head)) {
+                u32 unit = at.head.unit;
+                u32 within = (s - at.extent.sink) * unit % args.blocks.slices;
+                u32 tokens = args.blocks.block - within * TILE;
+                if (unit == 4) {
+                    take_unit<4>(args, ring, at.head, queries, sums, tokens, lane);
+                } else if (unit == 2) {
+                    take_unit<2>(args, ring, at.head, queries, sums, tokens, lane);
+                } else {
+                    take_unit<1>(args, ring, at.head, queries, sums, tokens, lane);
+                }
+            } else
+#endif
             if (s < plain) {
                 take<false>(args, ring, k_tiles, queries, sums, edge, row, lane);
             } else {
-                u32 physical = s < at.extent.sink ? s : s + at.extent.skipped;
+                u32 physical = at.extent.slice(s, at.head);
                 u32 index = physical / args.blocks.slices;
                 u32 within = (physical - index * args.blocks.slices) * TILE;
                 edge.position = index * args.blocks.block + within;

@@ -1,5 +1,5 @@
-// Writes blocks: new tokens (`append`), kept channels of blocks that become lean (`pack`), copies of
-// shared blocks (`copy`).
+// Writes blocks: new tokens (`append`), kept channels of blocks that become lean, as they are or as codes
+// (`pack`), copies of shared blocks (`copy`).
 
 // What lane `lane` has of a tile: element `i` of 8 is at this row and column.
 __device__ __forceinline__ u32 row_of(u32 lane, u32 i) { return lane / 4 + i / 2 % 2 * 8; }
@@ -16,11 +16,160 @@ __device__ __forceinline__ u64 head_address(
     return address(blocks, entry) + offset;
 }
 
+constexpr u32 WIDTH = NV * TILE;
+
 // Eight elements as they lie in memory.
 union Unit {
     u16 elements[8];
     uint4 all;
 };
+
+#if CODED
+
+// ---- Codes ------------------------------------------------------------------------------------
+
+// leank_core::quant::quantise, operation by operation: none may be fused with another.
+
+__device__ __forceinline__ float nearest(float x) {
+    return __fsub_rn(__fadd_rn(x, 12582912.0f), 12582912.0f);
+}
+
+// The values of a group.
+struct Range {
+    float least = __int_as_float(0x7f800000);
+    float largest = -__int_as_float(0x7f800000);
+    bool finite = true;
+
+    __device__ __forceinline__ void take(u16 element) {
+        float x = low_of<BF16>(element);
+        least = fminf(least, x);
+        largest = fmaxf(largest, x);
+        finite &= fabsf(x) < __int_as_float(0x7f800000);
+    }
+
+    // Step and zero.
+    __device__ __forceinline__ u32 scale(float most) const {
+        if (!finite) return 0x7fc0;
+        constexpr float LARGEST = 8.507059173023462e37f, LEAST_STEP = 1.1754943508222875e-38f;
+        float low = fminf(fmaxf(least, -LARGEST), LARGEST);
+        float high = fminf(fmaxf(largest, -LARGEST), LARGEST);
+        float step = __fdiv_rn(__fsub_rn(high, low), most);
+        step = fmaxf(step, __fdiv_rn(fmaxf(fabsf(low), fabsf(high)), 32767.0f));
+        u32 bits = (__float_as_uint(fmaxf(step, LEAST_STEP)) + 0xffff) >> 16;
+        float inverse = __fdiv_rn(1.0f, __uint_as_float(bits << 16));
+        return bits | u32(int(nearest(__fmul_rn(low, inverse)))) << 16;
+    }
+};
+
+__device__ __forceinline__ u32 code_of(u16 element, u32 scale, float most) {
+    if ((scale & 0xffff) == 0x7fc0) return 0;
+    float inverse = __fdiv_rn(1.0f, __uint_as_float(scale << 16));
+    float zero = float(int(scale) >> 16);
+    float whole = nearest(__fmul_rn(low_of<BF16>(element), inverse));
+    return u32(fminf(fmaxf(__fsub_rn(whole, zero), 0.0f), most));
+}
+
+// Puts a lane's code into its words.
+__device__ __forceinline__ void put_code(u32 (&words)[2], u32 i, u32 code) {
+    u32 bit = (i / 2 * 4 + i % 2 * 16 + 3) % 32;
+    words[0] |= __funnelshift_l(code & 15, code & 15, bit);
+    words[1] |= __funnelshift_l(code >> 4, code >> 4, bit);
+}
+
+// Turns the highest bit, that of the zero, as scales are stored.
+constexpr u32 TURNED = 0x80000000;
+
+// Writes a head that has codes, by all threads of a block. `source` has the elements of the whole block
+// by token and channel, and zeros for V's channels from head_dim on.
+template <class Source>
+__device__ __forceinline__ void
+encode(const Source& source, u64 target, const Head& head, const Blocks& blocks, u32 head_dim, const u16* kept) {
+    u8* slices = (u8*)target + scale_bytes(head);
+    u32 slice_bytes = lean_slice_bytes(head), k_bytes = lean_k_bytes(head);
+    u32 scales_at = k_bytes + NV * head.v_words * CODE_BYTES;
+    float k_most = head.k_words == 1 ? 15 : 255, v_most = head.v_words == 1 ? 15 : 255;
+    u32 groups = groups_of(head), width = head.v_words == 1 ? GROUP_TILES * TILE : WIDTH;
+
+    // Scales; of what is not there, 0.
+    u32 k_scales = head.k_words == 0 ? 0 : head.tiles * TILE;
+    for (u32 place = threadIdx.x; place < k_scales; place += blockDim.x) {
+        u32 scale = 0;
+        if (place < head.kept) {
+            Range range;
+#pragma unroll 8
+            for (u32 token = 0; token < blocks.block; token++) {
+                range.take(source.k(token, kept[place]));
+            }
+            scale = range.scale(k_most);
+        }
+        u32 at = place / TILE * TILE + place % 8 / 2 * 4 + place % TILE / 8 * 2 + place % 2;
+        ((u32*)target)[at] = scale ^ TURNED;
+    }
+    u32 v_scales = head.v_words == 0 ? 0 : blocks.slices * TILE * groups;
+    for (u32 i = threadIdx.x; i < v_scales; i += blockDim.x) {
+        u32 token = i / groups, group = i % groups;
+        u32 scale = 0;
+        u32 begin = group * width, end = min(begin + width, head_dim);
+        if (token < blocks.block && begin < end) {
+            Range range;
+#pragma unroll 8
+            for (u32 channel = begin; channel < end; channel++) range.take(source.v(token, channel));
+            scale = range.scale(v_most);
+        }
+        scale ^= TURNED;
+        u8* to = slices + token / TILE * slice_bytes + scales_at + group * SCALE_BYTES;
+        u16* own = (u16*)to + token % 8 / 2 * 8 + token % TILE / 8 * 2 + token % 2;
+        own[0] = u16(scale);
+        own[4] = u16(scale >> 16);
+    }
+    __syncthreads();
+
+    for (u32 unit = threadIdx.x; unit < blocks.slices * (head.tiles + NV) * 32; unit += blockDim.x) {
+        u32 lane = unit % 32, tile = unit / 32 % (head.tiles + NV);
+        u32 slice = unit / 32 / (head.tiles + NV);
+        u8* to = slices + slice * slice_bytes;
+        bool is_k = tile < head.tiles;
+        if (!is_k) tile -= head.tiles;
+        u32 word_count = is_k ? head.k_words : head.v_words;
+        Unit x;
+        u32 words[2] = {0, 0};
+#pragma unroll
+        for (u32 i = 0; i < 8; i++) {
+            u32 r = row_of(lane, i), c = column_of(lane, i);
+            u32 token = slice * TILE + (is_k ? r : c), place = tile * TILE + (is_k ? c : r);
+            u16 element = 0;
+            if (token < blocks.block && (!is_k || place < head.kept)) {
+                element = is_k ? source.k(token, kept[place]) : source.v(token, place);
+            }
+            x.elements[i] = element;
+            u32 scale;
+            if (is_k) {
+                u32 at = tile * TILE + c % 8 / 2 * 4 + c / 8 * 2 + c % 2;
+                scale = word_count == 0 ? 0 : ((const u32*)target)[at];
+            } else if (word_count != 0) {
+                u32 group = head.v_words == 1 ? tile / GROUP_TILES : 0;
+                const u16* own = (const u16*)(to + scales_at + group * SCALE_BYTES) + c % 8 / 2 * 8 +
+                                 c / 8 * 2 + c % 2;
+                scale = own[0] | u32(own[4]) << 16;
+            }
+            if (word_count != 0) {
+                bool is_there = token < blocks.block && place < (is_k ? head.kept : head_dim);
+                u32 code = code_of(element, scale ^ TURNED, is_k ? k_most : v_most);
+                put_code(words, i, is_there ? code : 0);
+            }
+        }
+        if (!is_k) to += k_bytes;
+        if (word_count == 0) {
+            *(uint4*)(to + tile * TILE_BYTES + lane * 16) = x.all;
+        } else if (word_count == 1) {
+            *(u32*)(to + tile * CODE_BYTES + lane * 4) = words[0];
+        } else {
+            *(uint2*)(to + tile * 2 * CODE_BYTES + lane * 8) = make_uint2(words[0], words[1]);
+        }
+    }
+}
+
+#endif
 
 // ---- New tokens -------------------------------------------------------------------------------
 
@@ -37,7 +186,6 @@ struct Append {
     u32 head_dim;
 };
 
-constexpr u32 WIDTH = NV * TILE;
 constexpr u32 APPEND_THREADS = 128;
 
 struct Rows {
@@ -86,7 +234,33 @@ __device__ __forceinline__ void read_rows(
     }
 }
 
-// One slice of one KV head per thread block.
+#if CODED
+
+// New tokens of one head.
+struct NewTokens {
+    const Append& args;
+    u64 k_row;
+    u64 v_row;
+
+    static __device__ __forceinline__ u16 read(const View& view, u64 index) {
+        if (view.dtype == F32) return load_stored<F32>(view, index);
+        return view.dtype == F16 ? load_stored<F16>(view, index) : load_stored<B16>(view, index);
+    }
+
+    __device__ __forceinline__ u16 k(u32 token, u32 channel) const {
+        return read(args.k, k_row + token * args.k.token_stride + channel);
+    }
+
+    __device__ __forceinline__ u16 v(u32 token, u32 channel) const {
+        if (channel >= args.head_dim) return 0;
+        return read(args.v, v_row + token * args.v.token_stride + channel);
+    }
+};
+
+#endif
+
+// One slice of one KV head per thread block; of heads that have codes one block, whose tokens are all
+// new where it is lean.
 extern "C" __global__ void __launch_bounds__(APPEND_THREADS, 8)
 append(const __grid_constant__ Append args) {
     __shared__ alignas(16) Rows rows;
@@ -110,6 +284,18 @@ append(const __grid_constant__ Append args) {
     const Head head = args.heads[head_index];
     if (lean && head.kept == 0) return;
     u64 row = sequence.row + position + from - sequence.start;
+#if CODED
+    if (lean && is_coded(head)) {
+        if (within != 0) return;
+        NewTokens tokens{
+            args, row * args.k.token_stride + head_index * args.k.head_stride,
+            row * args.v.token_stride + head_index * args.v.head_stride
+        };
+        u64 target = head_address(blocks, entry, head, head_index);
+        encode(tokens, target, head, blocks, args.head_dim, args.channels + head.channels);
+        return;
+    }
+#endif
     read_rows(
         args.k, row * args.k.token_stride + head_index * args.k.head_stride, from, to,
         args.head_dim, rows.k
@@ -173,6 +359,7 @@ struct Move {
     const Head* heads;
     const u16* channels;
     u32 kv_heads;
+    u32 head_dim;
 };
 
 static_assert(sizeof(Append) == 144, "the host counts otherwise");
@@ -180,6 +367,29 @@ static_assert(sizeof(Move) == 40, "the host counts otherwise");
 static_assert(sizeof(Pair) == 16, "the host counts otherwise");
 
 constexpr u32 MOVE_THREADS = 256;
+
+#if CODED
+
+// A head of a full block.
+struct Whole {
+    const u16* elements;
+
+    __device__ __forceinline__ const u16* slice(u32 token) const {
+        return elements + token / TILE * (FULL_SLICE / 2);
+    }
+
+    __device__ __forceinline__ u16 k(u32 token, u32 channel) const {
+        u32 at = in_tile(token % TILE, channel % TILE);
+        return slice(token)[channel / TILE * (TILE * TILE) + at];
+    }
+
+    __device__ __forceinline__ u16 v(u32 token, u32 channel) const {
+        u32 at = in_tile(channel % TILE, token % TILE);
+        return slice(token)[(NV + channel / TILE) * (TILE * TILE) + at];
+    }
+};
+
+#endif
 
 // Full blocks to lean ones. Grid: [pairs, KV heads, layers].
 extern "C" __global__ void __launch_bounds__(MOVE_THREADS) pack(const __grid_constant__ Move args) {
@@ -189,6 +399,13 @@ extern "C" __global__ void __launch_bounds__(MOVE_THREADS) pack(const __grid_con
     const Pair pair = args.pairs[blockIdx.x];
     const u16* from = (const u16*)head_address(blocks, pair.from, head, blockIdx.y);
     uint4* to = (uint4*)head_address(blocks, pair.to, head, blockIdx.y);
+#if CODED
+    if (is_coded(head)) {
+        const u16* kept = args.channels + head.channels;
+        encode(Whole{from}, u64(to), head, blocks, args.head_dim, kept);
+        return;
+    }
+#endif
     u32 tiles = head.tiles + NV;
     for (u32 unit = threadIdx.x; unit < blocks.slices * tiles * 32; unit += MOVE_THREADS) {
         u32 slice = unit / (tiles * 32), tile = unit / 32 % tiles, lane = unit % 32;

@@ -1,6 +1,7 @@
 // What all kernels share: number types, storage elements, tiles, the tables of a step.
 //
-// Constants from the host: NV (tiles across head_dim), BF16 (storage is bfloat16, otherwise f16).
+// Constants from the host: NV (tiles across head_dim), BF16 (storage is bfloat16, otherwise f16), CODED
+// (lean blocks of some head hold codes).
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -15,10 +16,27 @@ typedef unsigned long long u64;
 //
 // A slice is what a block holds of 16 tokens of one head: the tiles of K, then those of V. The
 // slices of a head follow one another, and the heads of a block do.
+//
+// Codes (leank_core::quant) lie in tiles too. A lane has one word of a tile of 4-bit codes, and two of
+// a tile of 8-bit codes: the lower halves of the codes, then the upper ones, so that all arithmetic is
+// on numbers of 4 bits. The code of the lane's element i begins at bit (i / 2 * 4 + i % 2 * 16 + 3) % 32:
+// turned by a multiple of 4 and masked, the word is the upper mantissa bits of two bfloat16.
+//
+// Scales are in the order of the lanes that want them, 64 bytes for 16 of them. K's, one per channel,
+// come before the slices of their head: for each l of 0..4 those of channels 2 l, 2 l + 1, 2 l + 8 and
+// 2 l + 9 of a tile, step and zero. V's come behind the tiles of their slice, one group of channels after
+// the other: for each l the steps of tokens 2 l, 2 l + 1, 2 l + 8 and 2 l + 9, then their zeros. The
+// highest bit of zeros is inverted.
 
 constexpr u32 TILE = 16;
 constexpr u32 TILE_BYTES = TILE * TILE * 2;
 constexpr u32 FULL_SLICE = 2 * NV * TILE_BYTES;
+// A tile of 4-bit codes, 16 scales.
+constexpr u32 CODE_BYTES = TILE * TILE / 2;
+constexpr u32 SCALE_BYTES = 64;
+// Tiles of V that share scales in 4 bits, and groups of so many.
+constexpr u32 GROUP_TILES = 2;
+constexpr u32 GROUPS = (NV + GROUP_TILES - 1) / GROUP_TILES;
 
 // Index of an element in its tile.
 __device__ __forceinline__ u32 in_tile(u32 row, u32 column) {
@@ -51,10 +69,11 @@ __device__ __forceinline__ u16 float_to_stored(float x) {
     return BF16 ? float_to_bfloat(x) : float_to_half(x);
 }
 
-// Two elements as stored; `low` has the lower address.
+// Two elements, bfloat16 where `BRAIN`, or f16; `low` has the lower address.
+template <bool BRAIN>
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 y;
-    if (BF16) {
+    if constexpr (BRAIN) {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     } else {
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
@@ -62,12 +81,14 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return y;
 }
 
+template <bool BRAIN>
 __device__ __forceinline__ float low_of(u32 x) {
-    return BF16 ? __uint_as_float(x << 16) : half_to_float(u16(x));
+    return BRAIN ? __uint_as_float(x << 16) : half_to_float(u16(x));
 }
 
+template <bool BRAIN>
 __device__ __forceinline__ float high_of(u32 x) {
-    return BF16 ? __uint_as_float(x & 0xffff0000u) : half_to_float(u16(x >> 16));
+    return BRAIN ? __uint_as_float(x & 0xffff0000u) : half_to_float(u16(x >> 16));
 }
 
 // ---- Activations ----------------------------------------------------------------------------
@@ -145,9 +166,14 @@ struct Head {
     // Byte offset in a lean block.
     u32 offset;
     // Kept channels; 0: dead, nothing is stored.
-    u32 kept;
+    u16 kept;
+    // Words per lane of a tile of codes; 0: plain elements.
+    u8 k_words;
+    u8 v_words;
     // Tiles of K across the kept channels.
-    u32 tiles;
+    u16 tiles;
+    // Slices that are read together.
+    u16 unit;
     // Index of its first kept channel in the list of all, which has room for all channels of a head.
     u32 channels;
 };
@@ -176,20 +202,55 @@ __device__ __forceinline__ u64 address(const Blocks& blocks, u64 entry) {
            (entry & 0xffff) * bytes;
 }
 
+__device__ __forceinline__ bool is_coded(const Head& head) {
+    return CODED && (head.k_words | head.v_words) != 0;
+}
+
+__device__ __forceinline__ u32 unit_of(const Head& head) { return CODED ? head.unit : 1; }
+
+// Bytes of K's scales, before the slices.
+__device__ __forceinline__ u32 scale_bytes(const Head& head) {
+    return CODED && head.k_words != 0 ? head.tiles * SCALE_BYTES : 0;
+}
+
+// Bytes of K in a slice.
+__device__ __forceinline__ u32 lean_k_bytes(const Head& head) {
+    return head.tiles * (CODED && head.k_words != 0 ? head.k_words * CODE_BYTES : TILE_BYTES);
+}
+
+// Groups of V's channels that have scales.
+__device__ __forceinline__ u32 groups_of(const Head& head) { return head.v_words == 1 ? GROUPS : 1; }
+
 __device__ __forceinline__ u32 lean_slice_bytes(const Head& head) {
-    return (head.tiles + NV) * TILE_BYTES;
+    u32 v = NV * TILE_BYTES;
+    if (CODED && head.v_words != 0) {
+        v = NV * head.v_words * CODE_BYTES + groups_of(head) * SCALE_BYTES;
+    }
+    return lean_k_bytes(head) + v;
+}
+
+// Bytes that are read together.
+__device__ __forceinline__ u32 lean_unit_bytes(const Head& head) {
+    return scale_bytes(head) + unit_of(head) * lean_slice_bytes(head);
 }
 
 // ---- Work -----------------------------------------------------------------------------------
 
-// The slices of one item, in the order in which they are read.
+// What is read of one item, in order: slices, and of lean blocks with codes units of several.
 struct Extent {
     // Full ones before the lean ones, lean ones, all.
     u32 sink;
     u32 lean;
     u32 total;
-    // Slices of lean blocks that a dead head does not have.
+    // Slices of lean blocks beyond the number of what is read: all those of a dead head.
     u32 skipped;
+
+    // The first slice of number `own`, of all that the sequence has.
+    __device__ __forceinline__ u32 slice(u32 own, const Head& head) const {
+        if (own < sink) return own;
+        if (CODED && own - sink < lean) return sink + (own - sink) * unit_of(head);
+        return own + skipped;
+    }
 };
 
 // A worker's first slice, with all that it needs to begin. Workers walk over items (sequence, KV
@@ -229,6 +290,7 @@ __device__ __forceinline__ Extent extent(
     u32 begin = min(sequence.lean_begin, blocks);
     u32 end = max(begin, min(sequence.lean_end, blocks));
     u32 lean = (end - begin) * slices;
-    u32 skipped = head.kept == 0 ? lean : 0;
-    return Extent{begin * slices, lean - skipped, count - skipped, skipped};
+    u32 units = head.kept == 0 ? 0 : lean / unit_of(head);
+    u32 skipped = lean - units;
+    return Extent{begin * slices, units, count - skipped, skipped};
 }

@@ -59,30 +59,30 @@ struct Place {
 
 struct Cost {
     Extent extent;
-    u64 lean_slice;
+    u64 lean_unit;
 
     __device__ Cost(const Cut& args, const Place& place, const Head* heads) {
         const Head& head = heads[place.head];
         extent = ::extent(
             place.sequence, head, place.tile, args.rows, args.group, args.block, args.slices
         );
-        lean_slice = lean_slice_bytes(head);
+        lean_unit = lean_unit_bytes(head);
     }
 
     __device__ u64 bytes() const {
         return ITEM_BYTES + u64(extent.total - extent.lean) * FULL_SLICE +
-               extent.lean * lean_slice;
+               extent.lean * lean_unit;
     }
 
     // The slice at so many bytes from the start of the item.
     __device__ u32 slice(u64 at) const {
         at = at > ITEM_BYTES ? at - ITEM_BYTES : 0;
-        u64 sink = u64(extent.sink) * FULL_SLICE, lean = extent.lean * lean_slice;
+        u64 sink = u64(extent.sink) * FULL_SLICE, lean = extent.lean * lean_unit;
         u64 slice;
         if (at < sink) {
             slice = at / FULL_SLICE;
         } else if (at < sink + lean) {
-            slice = extent.sink + (at - sink) / lean_slice;
+            slice = extent.sink + (at - sink) / lean_unit;
         } else {
             slice = extent.sink + extent.lean + (at - sink - lean) / FULL_SLICE;
         }
