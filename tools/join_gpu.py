@@ -43,20 +43,20 @@ def main():
             key = (row["model"], batch["sequences"], batch["context"])
             dense, composed = theirs.get(key, (None, None))
             best = dense or row["dense_us"]
-            cells = [
+            first = [
                 f"{key[0]} {key[1]} × {key[2]}",
                 f"{dense:.1f} µs" if dense else "–",
                 share(row["dense_bytes"], row["dense_us"]),
             ]
-            if row["lean_us"]:
-                cells += [
+            for lean in row["lean"]:
+                cells = [
                     f"{composed:.1f} µs, ×{best / composed:.2f}" if composed else "–",
-                    f"{share(row['lean_bytes'], row['lean_us'])}, ×{best / row['lean_us']:.2f}",
-                    f"×{row['dense_bytes'] / row['lean_bytes']:.3f}",
+                    f"{lean['formats']} {share(lean['bytes'], lean['us'])}, ×{best / lean['us']:.2f}",
+                    f"×{row['dense_bytes'] / lean['bytes']:.3f}",
                 ]
-            else:
-                cells += ["", "", ""]
-            print("| " + " | ".join(cells) + " |")
+                print("| " + " | ".join(first + cells) + " |")
+            if not row["lean"]:
+                print("| " + " | ".join(first + ["", "", ""]) + " |")
 
 
 main()

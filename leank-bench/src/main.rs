@@ -173,8 +173,11 @@ struct CudaArgs {
     #[arg(long, value_name = "TYPE", default_value = "bf16")]
     dtype: Dtype,
     /// Leave the lean cache out.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "formats")]
     dense: bool,
+    /// Formats of lean blocks, bits of an element of K and V: 16 is the storage type.
+    #[arg(long, value_name = "kNvN,...", value_delimiter = ',', default_value = "k16v16")]
+    formats: Vec<HeadPrecision>,
     /// Also compare so many sequences of lengths between 1024 and 65536 with as many of one length.
     #[arg(long, value_name = "SEQUENCES")]
     mixed: Option<NonZeroUsize>,
@@ -202,7 +205,7 @@ impl CudaArgs {
             models: self.models.clone(),
             batches: self.batches.clone(),
             dtype: self.dtype,
-            lean: !self.dense,
+            formats: if self.dense { Vec::new() } else { self.formats.clone() },
             layers: self.layers,
             mixed: self.mixed.map(NonZeroUsize::get),
             rounds: self.rounds.get(),

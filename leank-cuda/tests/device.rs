@@ -282,13 +282,12 @@ fn a_saved_sequence_goes_on_on_the_cpu_and_back() {
     });
 }
 
-/// Bit for bit, groups with every kind of number: blocks of a prompt, and blocks that become lean later.
+/// Bit for bit, groups with every kind of number but NaN, which has many bits: blocks of a prompt, and blocks that become lean later.
 #[test]
 fn codes_are_those_of_the_cpu() {
     on_device(|cuda| {
         let (_, kv_heads, head_dim) = SHAPE;
         let extremes = [
-            f32::NAN,
             f32::INFINITY,
             f32::NEG_INFINITY,
             0.0,

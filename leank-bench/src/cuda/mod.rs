@@ -6,8 +6,8 @@ mod filled;
 use std::{collections::BTreeMap, fmt, str::FromStr, time::Instant};
 
 use leank_core::{
-    Backend as _, Cache as _, CacheConfig, ChannelMask, DEFAULT_BLOCK, Dtype, KvHead, Layer,
-    ModelMask, ModelShape, Planner,
+    Backend as _, Cache as _, CacheConfig, ChannelMask, DEFAULT_BLOCK, Dtype, HeadPrecision,
+    KvHead, Layer, ModelMask, ModelShape, Planner,
 };
 use leank_cuda::Cuda;
 use leank_train::rng::Rng;
@@ -90,8 +90,8 @@ pub struct CudaOptions {
     pub batches: Vec<Batch>,
     /// Storage type: f16 or bf16.
     pub dtype: Dtype,
-    /// Whether to measure the lean cache too.
-    pub lean: bool,
+    /// Formats of lean blocks, each in a cache of its own; none: dense caches alone.
+    pub formats: Vec<HeadPrecision>,
     /// Most different layers of a mask, at equal distances; all by default.
     pub layers: Option<usize>,
     /// Sequences of lengths between 1024 and 65536, to be compared with as many of one length.
@@ -126,14 +126,23 @@ pub struct Row {
     pub dense_us: f64,
     /// Bytes that such a call reads.
     pub dense_bytes: f64,
-    /// Microseconds per layer on the lean cache, mean over the layers that were measured.
-    pub lean_us: Option<f64>,
-    /// Bytes that a layer reads, mean over the layers.
-    pub lean_bytes: Option<f64>,
     /// Microseconds that planning a step takes on the device; contained, divided by the model's
-    /// layers, in the times above.
+    /// layers, in all times.
     pub plan_us: f64,
-    /// Each different layer of the lean cache.
+    /// Lean caches, in the order of the formats.
+    pub lean: Vec<LeanRow>,
+}
+
+/// Lean caches of one format.
+#[derive(Clone, Debug, Serialize)]
+pub struct LeanRow {
+    /// Formats of lean blocks, as in `k8v8`.
+    pub formats: String,
+    /// Microseconds per layer, mean over the layers that were measured.
+    pub us: f64,
+    /// Bytes that a layer reads, mean over the layers.
+    pub bytes: f64,
+    /// Each different layer.
     pub layers: Vec<LayerRow>,
 }
 
@@ -188,7 +197,7 @@ impl fmt::Display for Mixed {
 
 /// The heading of [`Row`]'s lines.
 pub const HEADER: &str =
-    "model  batch      cache       us    GB/s of read  dense/lean time (bytes)  plan us";
+    "model  batch      cache        us    GB/s of read  dense/lean time (bytes)  plan us";
 
 impl Row {
     /// The lines of the row.
@@ -200,14 +209,14 @@ impl Row {
             let share = 100.0 * rate / read_gb_per_s;
             let model = self.model.to_string();
             format!(
-                "{model:<6} {batch:<10} {cache:<5} {us:>8.1} {rate:>7.0} {share:>5.1} %  {last}\n"
+                "{model:<6} {batch:<10} {cache:<6} {us:>8.1} {rate:>7.0} {share:>5.1} %  {last}\n"
             )
         };
         let plan = format!("{:>30.1}", self.plan_us);
         let mut lines = line("dense", self.dense_us, self.dense_bytes, plan);
-        if let (Some(us), Some(bytes)) = (self.lean_us, self.lean_bytes) {
+        for LeanRow { formats, us, bytes, .. } in &self.lean {
             let (time, size) = (self.dense_us / us, self.dense_bytes / bytes);
-            lines += &line("lean", us, bytes, format!("{time:.3} ({size:.3})"));
+            lines += &line(formats, *us, *bytes, format!("{time:.3} ({size:.3})"));
         }
         lines
     }
@@ -312,16 +321,21 @@ fn different_layers(shape: ModelShape, mask: &ModelMask) -> Vec<(Vec<usize>, Lay
     found.into_iter().map(|(kept, (layer, count))| (kept, layer, count)).collect()
 }
 
-/// A cache of one layer of the model.
-fn one_layer(options: &CudaOptions, model: Model, layer: Option<Layer>) -> Result<CacheConfig> {
+/// A cache of one layer of the model: dense, or lean in these formats.
+fn one_layer(
+    options: &CudaOptions,
+    model: Model,
+    lean: Option<(Layer, HeadPrecision)>,
+) -> Result<CacheConfig> {
     let (shape, mask) = model.mask()?;
     let one = ModelShape { layers: 1, ..shape };
-    let config = match layer {
+    let config = match lean {
         None => CacheConfig::dense(one)?,
-        Some(layer) => {
+        Some((layer, formats)) => {
+            let formats = Some(vec![formats.format(options.dtype); shape.kv_heads]);
             let heads = (0..shape.kv_heads).map(|head| mask.head(layer, KvHead(head)).clone());
             let mask = ModelMask::new(1, shape.kv_heads, shape.head_dim, heads.collect())?;
-            CacheConfig { windows: Published::WINDOWS, ..CacheConfig::new(one, mask)? }
+            CacheConfig { windows: Published::WINDOWS, formats, ..CacheConfig::new(one, mask)? }
         }
     };
     Ok(CacheConfig { dtype: options.dtype, ..config })
@@ -335,7 +349,8 @@ fn measure_mixed(
     (sequences, lean): (usize, bool),
 ) -> Result<Mixed> {
     let (shape, _) = model.mask()?;
-    let config = one_layer(options, model, lean.then_some(Layer(shape.layers / 2)))?;
+    let middle = (Layer(shape.layers / 2), HeadPrecision::default());
+    let config = one_layer(options, model, lean.then_some(middle))?;
     let mut filler = Filler { cuda, device, random: Rng::new(sequences as u64) };
     let blocks: Vec<usize> = (0..sequences).map(|_| 16 + filler.random.below(1009)).collect();
     let mixed: Vec<usize> = blocks.iter().map(|blocks| blocks * DEFAULT_BLOCK).collect();
@@ -387,13 +402,14 @@ fn measure_row(
     let (dense_seconds, plan) = time(&dense)?;
     let share = plan / shape.layers as f64;
 
-    let mut layers = Vec::new();
-    if options.lean {
+    let mut lean = Vec::new();
+    for &formats in &options.formats {
         let all = different_layers(shape, &mask);
         let most = options.layers.unwrap_or(all.len()).clamp(1, all.len());
+        let mut layers = Vec::new();
         for i in 0..most {
             let (kept, layer, count) = &all[i * all.len() / most];
-            let config = one_layer(options, model, Some(*layer))?;
+            let config = one_layer(options, model, Some((*layer, formats)))?;
             layers.push(LayerRow {
                 kept: kept.clone(),
                 layers: *count,
@@ -401,21 +417,21 @@ fn measure_row(
                 bytes: bytes(cuda, &config, batch)?,
             });
         }
+        let count: usize = layers.iter().map(|row| row.layers).sum();
+        let mean = |value: fn(&LayerRow) -> f64| {
+            let sum: f64 = layers.iter().map(|row| value(row) * row.layers as f64).sum();
+            sum / count as f64
+        };
+        let (us, bytes) = (mean(|row| row.us), mean(|row| row.bytes));
+        lean.push(LeanRow { formats: formats.to_string(), us, bytes, layers });
     }
-    let count: usize = layers.iter().map(|row| row.layers).sum();
-    let mean = |value: fn(&LayerRow) -> f64| {
-        let sum: f64 = layers.iter().map(|row| value(row) * row.layers as f64).sum();
-        (count > 0).then(|| sum / count as f64)
-    };
     Ok(Row {
         model,
         batch,
         dense_us: (dense_seconds + share) * 1e6,
         dense_bytes,
-        lean_us: mean(|row| row.us),
-        lean_bytes: mean(|row| row.bytes),
         plan_us: plan * 1e6,
-        layers,
+        lean,
     })
 }
 
@@ -472,15 +488,18 @@ mod tests {
             batch: Batch { sequences: 8, context: 32768 },
             dense_us: 350.0,
             dense_bytes: 1.05e9,
-            lean_us: Some(200.0),
-            lean_bytes: Some(6e8),
             plan_us: 6.0,
-            layers: Vec::new(),
+            lean: vec![LeanRow {
+                formats: "k8v8".into(),
+                us: 200.0,
+                bytes: 6e8,
+                layers: Vec::new(),
+            }],
         };
         let words = row.lines(3200.0).split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(
             words,
-            "llama 8x32768 dense 350.0 3000 93.8 % 6.0 llama 8x32768 lean 200.0 3000 93.8 % 1.750 (1.750)"
+            "llama 8x32768 dense 350.0 3000 93.8 % 6.0 llama 8x32768 k8v8 200.0 3000 93.8 % 1.750 (1.750)"
         );
     }
 }

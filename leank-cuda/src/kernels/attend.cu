@@ -23,6 +23,8 @@ constexpr u32 ROWS = 8 * NT;
 constexpr u32 WIDTH = NV * TILE;
 // Floats from one query row to the next in `sums`: rows start in other banks.
 constexpr u32 PITCH = WIDTH + 4;
+// Warps whose sums there is room for at once.
+constexpr u32 SUM_WARPS = WARPS > 8 ? WARPS / 2 : WARPS;
 constexpr u32 ALL = 0xffffffff;
 #define NONE (-__int_as_float(0x7f800000))
 // Logits may exceed the maximum that weights are relative to by so much (base 2) before it moves:
@@ -57,7 +59,7 @@ struct Shared {
     alignas(128) u8 ring[WARPS][STAGES][FULL_SLICE];
     union {
         // At the end of an item.
-        alignas(16) float sums[WARPS][8][PITCH];
+        alignas(16) float sums[SUM_WARPS][8][PITCH];
         // While its slices are read.
         struct {
             // As stored; rows and channels that are not there are 0.
@@ -674,7 +676,10 @@ __device__ __forceinline__ uint4 decode(u32 word) {
     u32 x[4];
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
-        x[i] = (__funnelshift_r(word, word, 4 * i) & 0x00780078) | 0x3f803f80;
+        // (turned & 0x780078) | 0x3f803f80 in one instruction.
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+            : "=r"(x[i])
+            : "r"(__funnelshift_r(word, word, 4 * i)), "n"(0x00780078), "n"(0x3f803f80));
     }
     return make_uint4(x[0], x[1], x[2], x[3]);
 }
@@ -705,16 +710,15 @@ __device__ __forceinline__ float zero_of(u32 scale, bool upper) {
 // `common`: of query row l / 4, channels as those of B operands.
 template <u32 WORDS, u32 U>
 __device__ __forceinline__ void multiply_k(
-    const u8* stage, const Head& head, const Queries& queries, float (&x)[U][NT][4],
-    float (&common)[NT], u32 lane
+    const u8* scales, const u8* slices, const Head& head, const Queries& queries,
+    float (&x)[U][NT][4], float (&common)[NT], u32 lane
 ) {
-    const uint4* scales = (const uint4*)stage + lane % 4;
-    const u8* codes = stage + scale_bytes(head) + lane * (4 * WORDS);
+    const u8* codes = slices + lane * (4 * WORDS);
     u32 slice = lean_slice_bytes(head);
 #pragma unroll
     for (u32 t = 0; t < NV; t++) {
         if (t >= head.tiles) break;
-        uint4 scale = scales[t * 4];
+        uint4 scale = *((const uint4*)(scales + t * SCALE_BYTES) + lane % 4);
         // Queries times steps, and what rounding took from them where codes have 8 bits.
         u32 b[NT][2], rest[NT][2];
 #pragma unroll
@@ -777,9 +781,10 @@ __device__ __forceinline__ void multiply_k(
 // Adds V of U slices; `v` is where that of the first begins.
 template <u32 WORDS, u32 U>
 __device__ __forceinline__ void add_v(
-    const u8* v, u32 slice, const u32 (&weights)[U][NT][2], Sums& sums, u32 lane
+    const u8* v, u32 slice, u32 (&weights)[U][NT][2], Sums& sums, u32 lane
 ) {
-#pragma unroll
+    // Not unrolled: the loop over units must fit where instructions are at hand.
+#pragma unroll 1
     for (u32 j = 0; j < U; j++) {
         const u8* codes = v + j * slice + lane * (4 * WORDS);
         const uint4* scales = (const uint4*)(v + j * slice + NV * WORDS * CODE_BYTES) + lane % 4;
@@ -787,7 +792,11 @@ __device__ __forceinline__ void add_v(
 #pragma unroll
         for (u32 n = 0; n < NT; n++) {
 #pragma unroll
-            for (u32 i = 0; i < 2; i++) weight[n][i] = product(weights[j][n][i], SIXTEEN);
+            for (u32 i = 0; i < 2; i++) {
+                weight[n][i] = product(weights[0][n][i], SIXTEEN);
+#pragma unroll
+                for (u32 k = 1; k < U; k++) weights[k - 1][n][i] = weights[k][n][i];
+            }
         }
         constexpr u32 groups = WORDS == 1 ? GROUPS : 1;
 #pragma unroll
@@ -836,21 +845,21 @@ __device__ __forceinline__ void add_v(
     }
 }
 
-// A unit of a head that has codes; `tokens`: from its first one to the end of the block. All queries
+// Slices of a head that has codes; `tokens`: from their first one to the end of the block. All queries
 // see them.
 template <u32 U>
-__device__ __forceinline__ void take_unit(
-    const Attend& args, const u8* stage, const Head& head, const Queries& queries, Sums& sums,
-    u32 tokens, u32 lane
+__device__ __forceinline__ void take_slices(
+    const Attend& args, const u8* scales, const u8* slices, const Head& head,
+    const Queries& queries, Sums& sums, u32 tokens, u32 lane
 ) {
     u32 slice = lean_slice_bytes(head);
     float x[U][NT][4] = {};
     float common[NT] = {};
     float scale = 16 * args.scale;
     if (head.k_words == 1) {
-        multiply_k<1>(stage, head, queries, x, common, lane);
+        multiply_k<1>(scales, slices, head, queries, x, common, lane);
     } else if (head.k_words == 2) {
-        multiply_k<2>(stage, head, queries, x, common, lane);
+        multiply_k<2>(scales, slices, head, queries, x, common, lane);
     } else {
         scale = args.scale;
 #pragma unroll
@@ -858,7 +867,7 @@ __device__ __forceinline__ void take_unit(
             if (t >= head.tiles) break;
 #pragma unroll
             for (u32 j = 0; j < U; j++) {
-                uint4 a = *((const uint4*)(stage + j * slice + t * TILE_BYTES) + lane);
+                uint4 a = *((const uint4*)(slices + j * slice + t * TILE_BYTES) + lane);
 #pragma unroll
                 for (u32 n = 0; n < NT; n++) {
                     multiply<BF16>(x[j][n], a, queries.q[n][t][0], queries.q[n][t][1]);
@@ -897,7 +906,7 @@ __device__ __forceinline__ void take_unit(
         }
     }
 
-    const u8* v = stage + scale_bytes(head) + lean_k_bytes(head);
+    const u8* v = slices + lean_k_bytes(head);
     u32 weights[U][NT][2];
     if (head.v_words != 0) {
         weigh<U, true>(x, sums, weights, lane);
@@ -1101,39 +1110,57 @@ finish(const Attend& args, Shared& shared, const Walk& walk, Sums& sums, u32 war
                 sums.weight[n][i] += __shfl_xor_sync(ALL, sums.weight[n][i], step);
             }
         }
-        __syncthreads();
+        // Four channels of a row each.
+        constexpr u32 PARTS = (8 * (WIDTH / 4) + WARPS * 32 - 1) / (WARPS * 32);
+        Part all[PARTS];
 #pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            u32 row = lane % 4 * 2 + i;
-            if (lane < 4) {
-                shared.weights[warp][row] = make_float2(sums.maximum[n][i], sums.weight[n][i]);
+        for (u32 k = 0; k < PARTS; k++) all[k] = {make_float4(0, 0, 0, 0), NONE, 0};
+#pragma unroll
+        for (u32 first = 0; first < WARPS; first += SUM_WARPS) {
+            __syncthreads();
+            if (warp - first < SUM_WARPS) {
+#pragma unroll
+                for (u32 i = 0; i < 2; i++) {
+                    u32 row = lane % 4 * 2 + i;
+                    if (lane < 4) {
+                        shared.weights[warp][row] =
+                            make_float2(sums.maximum[n][i], sums.weight[n][i]);
+                    }
+#pragma unroll
+                    for (u32 m = 0; m < NV; m++) {
+                        float* to = &shared.sums[warp - first][row][m * TILE + lane / 4];
+                        to[0] = sums.out[n][m][i];
+                        to[8] = sums.out[n][m][i + 2];
+                    }
+                }
             }
+            __syncthreads();
 #pragma unroll
-            for (u32 m = 0; m < NV; m++) {
-                float* to = &shared.sums[warp][row][m * TILE + lane / 4];
-                to[0] = sums.out[n][m][i];
-                to[8] = sums.out[n][m][i + 2];
+            for (u32 k = 0; k < PARTS; k++) {
+                u32 i = threadIdx.x + k * WARPS * 32;
+                u32 row = i / (WIDTH / 4), four = i % (WIDTH / 4);
+                if (row < 8 && n * 8 + row < rows) {
+#pragma unroll
+                    for (u32 w = 0; w < SUM_WARPS; w++) {
+                        float2 weights = shared.weights[first + w][row];
+                        float4 sum = *(const float4*)&shared.sums[w][row][four * 4];
+                        all[k].add(Part{sum, weights.x, weights.y});
+                    }
+                }
             }
         }
-        __syncthreads();
-        // Four channels of a row per thread.
-        for (u32 i = threadIdx.x; i < 8 * (WIDTH / 4); i += WARPS * 32) {
-            u32 row = i / (WIDTH / 4), four = i % (WIDTH / 4);
-            if (n * 8 + row < rows) {
-                Part all = {make_float4(0, 0, 0, 0), NONE, 0};
 #pragma unroll
-                for (u32 w = 0; w < WARPS; w++) {
-                    float2 weights = shared.weights[w][row];
-                    float4 sum = *(const float4*)&shared.sums[w][row][four * 4];
-                    all.add(Part{sum, weights.x, weights.y});
-                }
+        for (u32 k = 0; k < PARTS; k++) {
+            u32 i = threadIdx.x + k * WARPS * 32;
+            u32 row = i / (WIDTH / 4), four = i % (WIDTH / 4);
+            if (row < 8 && n * 8 + row < rows) {
                 u64 place = walk.worker * STRIDE + (n * 8 + row) * (WIDTH / 4) + four;
-                all.collect(args, place, near, 1);
-                all.collect(args, place, far, FAN);
+                all[k].collect(args, place, near, 1);
+                all[k].collect(args, place, far, FAN);
                 if (at.turn > 0) {
-                    all.leave(args, place);
+                    all[k].leave(args, place);
                 } else {
-                    write(args, at, n * 8 + row, four * 4, all.sum, all.weight);
+                    write(args, at, n * 8 + row, four * 4, all[k].sum, all[k].weight);
                 }
             }
         }
@@ -1202,12 +1229,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
                 u32 unit = at.head.unit;
                 u32 within = (s - at.extent.sink) * unit % args.blocks.slices;
                 u32 tokens = args.blocks.block - within * TILE;
-                if (unit == 4) {
-                    take_unit<4>(args, ring, at.head, queries, sums, tokens, lane);
-                } else if (unit == 2) {
-                    take_unit<2>(args, ring, at.head, queries, sums, tokens, lane);
+                const u8* slices = ring + scale_bytes(at.head);
+                if (unit > 1) {
+                    // Four would take too many registers, and seconds to compile.
+                    for (u32 j = 0; j < unit; j += 2) {
+                        const u8* own = slices + j * lean_slice_bytes(at.head);
+                        u32 left = tokens - j * TILE;
+                        take_slices<2>(args, ring, own, at.head, queries, sums, left, lane);
+                    }
                 } else {
-                    take_unit<1>(args, ring, at.head, queries, sums, tokens, lane);
+                    take_slices<1>(args, ring, slices, at.head, queries, sums, tokens, lane);
                 }
             } else
 #endif
