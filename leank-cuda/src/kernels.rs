@@ -82,7 +82,7 @@ impl Rings {
             let stages = (least..=8).rev().find(|&stages| shared(warps, stages) <= limit)?;
             Some(Self { warps, stages, shared: shared(warps, stages) })
         };
-        let many = variant.coded && rows / 8 * variant.tiles <= 8;
+        let many = variant.coded && rows == 8 && variant.tiles <= 8;
         let wanted = [(12, 2), (8, 3), (4, 3), (4, 2), (2, 2)].into_iter().skip(usize::from(!many));
         wanted.into_iter().find_map(|(warps, least)| rings(warps, least))
     }
