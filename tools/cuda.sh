@@ -25,5 +25,6 @@ if ! ldconfig -p | grep -q 'libnvrtc\.so'; then
 fi
 cargo build --quiet --package leank-cuda --package leank-bench \
     --example compile --example compile_decoder
-"$target/debug/examples/compile" 8.0 8.6 9.0 10.0 12.0
-"$target/debug/examples/compile_decoder" 8.0 8.6 9.0 10.0 12.0
+for example in compile compile_decoder; do
+    printf '%s\n' 8.0 8.6 9.0 10.0 12.0 | xargs -P "$(nproc)" -n 1 "$target/debug/examples/$example"
+done

@@ -14,12 +14,14 @@
 //!     dtypes: vec![Dtype::F16],
 //!     threads: vec![1],
 //!     lean: Variant::Llama,
+//!     formats: vec!["k16v16".parse()?, "k8v8".parse()?],
 //!     rounds: 1,
 //!     millis: 1,
 //!     footprint: 1 << 20, // a real run wants many times the last-level cache
 //! };
 //! let report = cpu::measure(&options, |_| ())?;
 //! assert!(report.rows[0].lean.bytes < report.rows[0].dense.bytes);
+//! assert!(report.rows[1].lean.bytes < report.rows[0].lean.bytes);
 //! # Ok::<(), leank_bench::Error>(())
 //! ```
 //!

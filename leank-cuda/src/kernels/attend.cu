@@ -1230,12 +1230,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
                 u32 within = (s - at.extent.sink) * unit % args.blocks.slices;
                 u32 tokens = args.blocks.block - within * TILE;
                 const u8* slices = ring + scale_bytes(at.head);
+                // More would take too many registers, and seconds to compile.
+                constexpr u32 AT_ONCE = NT * NV > 8 ? 1 : 2;
                 if (unit > 1) {
-                    // Four would take too many registers, and seconds to compile.
-                    for (u32 j = 0; j < unit; j += 2) {
+                    for (u32 j = 0; j < unit; j += AT_ONCE) {
                         const u8* own = slices + j * lean_slice_bytes(at.head);
                         u32 left = tokens - j * TILE;
-                        take_slices<2>(args, ring, own, at.head, queries, sums, left, lane);
+                        take_slices<AT_ONCE>(args, ring, own, at.head, queries, sums, left, lane);
                     }
                 } else {
                     take_slices<1>(args, ring, slices, at.head, queries, sums, tokens, lane);

@@ -392,7 +392,7 @@ struct Whole {
 #endif
 
 // Full blocks to lean ones. Grid: [pairs, KV heads, layers].
-extern "C" __global__ void __launch_bounds__(MOVE_THREADS) pack(const __grid_constant__ Move args) {
+extern "C" __global__ void __launch_bounds__(MOVE_THREADS, 4) pack(const __grid_constant__ Move args) {
     const Blocks blocks = args.layers[blockIdx.z];
     const Head head = args.heads[blockIdx.z * args.kv_heads + blockIdx.y];
     if (head.kept == 0) return;
