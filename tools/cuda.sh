@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Compiles every CUDA kernel for compute capabilities 8.0 to 12.0 with NVRTC, which takes no GPU,
-# and prints registers; fails where one does not compile or one of leank-cuda spills registers to
-# memory.
+# Compiles every CUDA kernel for compute capabilities 8.0 to 12.0, or those that are given, with NVRTC,
+# which takes no GPU, and prints registers; fails where one does not compile or one of leank-cuda spills
+# registers to memory.
 #
 #     tools/cuda.sh
+#     tools/cuda.sh 8.0 9.0
 #
 # Needs Rust. Takes NVRTC from where the system has it, or else from PyPI, below target/ (90 MB); exits
 # with 3 where that does not work.
@@ -25,6 +26,7 @@ if ! ldconfig -p | grep -q 'libnvrtc\.so'; then
 fi
 cargo build --quiet --package leank-cuda --package leank-bench \
     --example compile --example compile_decoder
+[ $# -gt 0 ] || set -- 8.0 8.6 9.0 10.0 12.0
 for example in compile compile_decoder; do
-    printf '%s\n' 8.0 8.6 9.0 10.0 12.0 | xargs -P "$(nproc)" -n 1 "$target/debug/examples/$example"
+    printf '%s\n' "$@" | xargs -P "$(nproc)" -n 1 "$target/debug/examples/$example"
 done
