@@ -125,23 +125,21 @@ impl CacheConfig {
     /// # Errors
     /// [`Error::Unavailable`] that names the first other one, its head, and those that there are.
     pub fn check_formats(&self, backend: &str, has: &[LeanFormat]) -> Result<()> {
-        for layer in self.shape.layer_indices() {
-            for head in self.shape.kv_head_indices() {
-                if self.mask.head(layer, head).is_dead() {
-                    continue;
-                }
-                for tensor in [Tensor::K, Tensor::V] {
-                    let format = self.format(layer, head).of(tensor);
-                    if !has.contains(&format) {
-                        let has: Vec<_> = has.iter().map(ToString::to_string).collect();
-                        let why = format!(
-                            "{format} ({tensor:?} of layer {layer}, KV head {head}): {backend} stores lean \
-                             blocks beside full ones of {} as {} only",
-                            self.dtype,
-                            has.join(", ")
-                        );
-                        return Err(Error::Unavailable { what: "lean format", why });
-                    }
+        for (layer, head) in self.shape.all_kv_heads() {
+            if self.mask.head(layer, head).is_dead() {
+                continue;
+            }
+            for tensor in [Tensor::K, Tensor::V] {
+                let format = self.format(layer, head).of(tensor);
+                if !has.contains(&format) {
+                    let has: Vec<_> = has.iter().map(ToString::to_string).collect();
+                    let why = format!(
+                        "{format} ({tensor:?} of layer {layer}, KV head {head}): {backend} stores lean \
+                         blocks beside full ones of {} as {} only",
+                        self.dtype,
+                        has.join(", ")
+                    );
+                    return Err(Error::Unavailable { what: "lean format", why });
                 }
             }
         }

@@ -96,6 +96,18 @@ pub enum Tensor {
     V,
 }
 
+impl Tensor {
+    /// A token and a channel, or how many there are, as a row and a place in it, where rows hold what
+    /// shares scales: channels of K, tokens of V. And the other way round.
+    #[must_use]
+    pub fn by_row(self, token: usize, channel: usize) -> (usize, usize) {
+        match self {
+            Self::K => (channel, token),
+            Self::V => (token, channel),
+        }
+    }
+}
+
 /// How K or V of one head is stored in a lean block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -151,13 +163,16 @@ impl LeanFormat {
     #[must_use]
     pub fn bytes(self, tensor: Tensor, tokens: usize, channels: usize) -> usize {
         let elements = (tokens * channels * self.bits()).div_ceil(8);
-        let (rows, width) = match tensor {
-            Tensor::K => (channels, tokens),
-            Tensor::V => (tokens, channels),
-        };
+        elements + self.scale_bytes(tensor, tokens, channels)
+    }
+
+    /// Bytes of the scales among them: none of plain elements.
+    #[must_use]
+    pub fn scale_bytes(self, tensor: Tensor, tokens: usize, channels: usize) -> usize {
+        let (rows, width) = tensor.by_row(tokens, channels);
         match self {
-            Self::Plain(_) => elements,
-            _ => elements + rows * width.div_ceil(self.group(tensor)) * Scale::BYTES,
+            Self::Plain(_) => 0,
+            _ => rows * width.div_ceil(self.group(tensor)) * Scale::BYTES,
         }
     }
 }

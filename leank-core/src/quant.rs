@@ -186,10 +186,7 @@ pub fn round_trip(format: LeanFormat, tensor: Tensor, channels: usize, values: &
     };
     assert!(values.len().is_multiple_of(channels), "whole rows of {channels} channels");
     let tokens = values.len() / channels;
-    let (rows, width) = match tensor {
-        Tensor::K => (channels, tokens),
-        Tensor::V => (tokens, channels),
-    };
+    let (rows, width) = tensor.by_row(tokens, channels);
     let at = |row: usize, i: usize| match tensor {
         Tensor::K => i * channels + row,
         Tensor::V => row * channels + i,

@@ -107,6 +107,12 @@ impl ModelShape {
         (0..self.layers).map(Layer)
     }
 
+    /// KV heads of all layers in order: layer-major.
+    pub fn all_kv_heads(&self) -> impl Iterator<Item = (Layer, KvHead)> + use<> {
+        let shape = *self;
+        self.layer_indices().flat_map(move |layer| shape.kv_head_indices().map(move |h| (layer, h)))
+    }
+
     /// KV heads of a layer in order.
     pub fn kv_head_indices(&self) -> impl ExactSizeIterator<Item = KvHead> + use<> {
         (0..self.kv_heads).map(KvHead)

@@ -39,10 +39,7 @@ pub(crate) struct Section {
 
 impl Section {
     fn range(self) -> std::ops::Range<usize> {
-        let (tokens, channels) = match self.tensor {
-            Tensor::K => (self.lanes, self.depth),
-            Tensor::V => (self.depth, self.lanes),
-        };
+        let (tokens, channels) = self.tensor.by_row(self.depth, self.lanes);
         self.offset..self.offset + self.format.bytes(self.tensor, tokens, channels)
     }
 

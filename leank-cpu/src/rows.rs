@@ -40,22 +40,11 @@ pub(crate) fn read_rows(
         let from = section.of(from).panels::<T>();
         for (i, to) in bytes.chunks_exact_mut(size_of::<T>()).enumerate() {
             let (token, channel) = (i / rows.channels, i % rows.channels);
-            let (row, lane) = match rows.tensor {
-                Tensor::K => (channel, token),
-                Tensor::V => (token, channel),
-            };
+            let (row, lane) = rows.tensor.by_row(token, channel);
             let x = from.data[index::<T>(from.depth, from.lanes, row, lane)];
             x.put_le(to);
         }
     });
-}
-
-/// Rows of codes in a stream, and codes of a row.
-fn codes_extent(rows: &Rows) -> (usize, usize) {
-    match rows.tensor {
-        Tensor::K => (rows.channels, rows.tokens),
-        Tensor::V => (rows.tokens, rows.channels),
-    }
 }
 
 /// Copies scales and codes to `bytes`.
@@ -63,7 +52,7 @@ fn read_codes(from: Codes<'_>, rows: &Rows, bytes: &mut [u8]) {
     let (to_scales, to_codes) = bytes.split_at_mut(rows.scale_bytes());
     let mut to_scales = to_scales.as_chunks_mut::<{ Scale::BYTES }>().0.iter_mut();
     let (mut scales, mut codes, mut all) = (Vec::new(), Vec::new(), Vec::new());
-    for row in 0..codes_extent(rows).0 {
+    for row in 0..rows.tensor.by_row(rows.tokens, rows.channels).0 {
         from.row(row, &mut scales, &mut codes);
         let both = scales.iter().zip(to_scales.by_ref());
         both.for_each(|(scale, to)| *to = scale.to_bits().to_le_bytes());
@@ -99,7 +88,7 @@ fn write_codes(mut to: CodesMut<'_>, rows: &Rows, bytes: &[u8]) {
     let (scales, codes) = bytes.split_at(rows.scale_bytes());
     let halves = codes.iter().flat_map(|byte| [byte & 15, byte >> 4]);
     let codes = if rows.format.bits() == 4 { halves.collect() } else { codes.to_vec() };
-    let (count, width) = codes_extent(rows);
+    let (count, width) = rows.tensor.by_row(rows.tokens, rows.channels);
     let (scales, _) = scales.as_chunks();
     let stored = Stored { scales, codes, width, lanes: to.shape.group };
     to.write(count, &mut Vec::new(), stored);

@@ -199,11 +199,8 @@ impl Cuda {
             );
             return unavailable("this block size", why);
         }
-        let formats = shape
-            .layer_indices()
-            .flat_map(|layer| shape.kv_head_indices().map(move |head| (layer, head)));
-        let coded = formats.into_iter().any(|(layer, head)| {
-            let plain = HeadFormat::plain(dtype);
+        let plain = HeadFormat::plain(dtype);
+        let coded = shape.all_kv_heads().any(|(layer, head)| {
             !config.mask.head(layer, head).is_dead() && config.format(layer, head) != plain
         });
         let soft_cap = config.soft_cap.is_some();

@@ -2,7 +2,7 @@
 
 use super::stream::{In, Out, bad};
 use crate::{
-    CacheConfig, ChannelMask, Dtype, Error, KvHead, Layer, LeanFormat, ModelShape, Result, Windows,
+    CacheConfig, ChannelMask, Dtype, Error, LeanFormat, ModelShape, Result, Windows,
     blocks::MAX_TOKENS,
 };
 
@@ -48,11 +48,11 @@ impl Header {
             bytes.extend(n.to_le_bytes());
         }
         bytes.push(format_code(LeanFormat::Plain(config.dtype)));
-        for (layer, head) in heads(&shape) {
+        for (layer, head) in shape.all_kv_heads() {
             let format = config.format(layer, head);
             bytes.extend([format_code(format.k), format_code(format.v)]);
         }
-        for (layer, head) in heads(&shape) {
+        for (layer, head) in shape.all_kv_heads() {
             bytes.extend(mask_bytes(config.mask.head(layer, head)));
         }
         let model = model(config);
@@ -114,7 +114,7 @@ impl Header {
         let dtype = fields.u8()?;
         let full = LeanFormat::Plain(config.dtype).to_string();
         same("element type of a saved sequence", full, named(dtype))?;
-        for (layer, head) in heads(&shape) {
+        for (layer, head) in shape.all_kv_heads() {
             let format = config.format(layer, head);
             for format in [format.k, format.v] {
                 same("lean format of a saved sequence", format.to_string(), named(fields.u8()?))?;
@@ -137,11 +137,6 @@ impl Header {
     }
 }
 
-fn heads(shape: &ModelShape) -> impl Iterator<Item = (Layer, KvHead)> + use<> {
-    let kv_heads = shape.kv_heads;
-    shape.layer_indices().flat_map(move |layer| (0..kv_heads).map(move |h| (layer, KvHead(h))))
-}
-
 fn length(n: usize) -> Result<u32> {
     u32::try_from(n).map_err(|_| Error::invalid("length in a saved sequence", n))
 }
@@ -154,7 +149,7 @@ fn window(tokens: usize) -> u64 {
 /// The oldest version that can say what a cache stores.
 fn version(config: &CacheConfig) -> u32 {
     let plain = |format| matches!(format, LeanFormat::Plain(_));
-    let all_plain = heads(&config.shape).all(|(layer, head)| {
+    let all_plain = config.shape.all_kv_heads().all(|(layer, head)| {
         let format = config.format(layer, head);
         plain(format.k) && plain(format.v)
     });
@@ -232,7 +227,7 @@ impl<'a> Fields<'a> {
     }
 
     fn masks(&mut self, config: &CacheConfig) -> Result<()> {
-        for (layer, head) in heads(&config.shape) {
+        for (layer, head) in config.shape.all_kv_heads() {
             let mask = config.mask.head(layer, head);
             let expected = mask_bytes(mask);
             let found = self.bytes(expected.len())?;

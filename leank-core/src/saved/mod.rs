@@ -90,7 +90,7 @@ impl Rows {
     /// Bytes of the scales, which come first: none of plain elements.
     #[must_use]
     pub fn scale_bytes(&self) -> usize {
-        self.bytes() - (self.tokens * self.channels * self.format.bits()).div_ceil(8)
+        self.format.scale_bytes(self.tensor, self.tokens, self.channels)
     }
 
     /// The number of the first scale that no packing makes.

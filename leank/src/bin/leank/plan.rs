@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::Context as _;
 use leank::{
-    Backend as _, CacheConfig, DEFAULT_BLOCK, Dtype, HeadFormat, HeadPrecision, KvHead, Layer,
-    LeanFormat, ModelShape, Planner, Tensor, Windows, cpu::Cpu,
+    Backend as _, CacheConfig, DEFAULT_BLOCK, Dtype, HeadFormat, HeadPrecision, LeanFormat,
+    ModelShape, Planner, Tensor, Windows, cpu::Cpu,
 };
 use serde::Serialize;
 
@@ -150,19 +150,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 /// Bytes of the scales in a lean block, all layers.
 fn scale_bytes(config: &CacheConfig) -> u64 {
     let of = |format: LeanFormat, tensor, channels: usize| {
-        let elements = (config.block * channels * format.bits()).div_ceil(8);
-        (format.bytes(tensor, config.block, channels) - elements) as u64
+        format.scale_bytes(tensor, config.block, channels) as u64
     };
-    let head = |layer: Layer, head: KvHead| {
+    let head = |(layer, head)| {
         let kept = config.mask.head(layer, head).kept_count();
         let HeadFormat { k, v } = config.format(layer, head);
         let v_channels = if kept == 0 { 0 } else { config.shape.head_dim };
         of(k, Tensor::K, kept) + of(v, Tensor::V, v_channels)
     };
-    let shape = config.shape;
-    let heads =
-        shape.layer_indices().flat_map(|layer| shape.kv_head_indices().map(move |h| (layer, h)));
-    heads.map(|(layer, own)| head(layer, own)).sum()
+    config.shape.all_kv_heads().map(head).sum()
 }
 
 fn print(report: &Report) -> anyhow::Result<()> {
