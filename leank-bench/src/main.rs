@@ -17,9 +17,9 @@ use clap::{Args, Parser, Subcommand};
 use leank_bench::{
     accuracy::{self, AccuracyOptions},
     cpu::{self, CpuOptions},
-    cuda::{self, Batch, CudaOptions, Model},
+    cuda::{self, Batch, CudaOptions},
     figure,
-    setting::HeadShape,
+    setting::{HeadShape, Published},
     steps::{self, Busy, StepsOptions},
     table::{self, Table},
     worker::Worker,
@@ -160,7 +160,7 @@ struct CudaArgs {
     device: usize,
     /// Models whose heads and masks are taken.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "llama,qwen")]
-    models: Vec<Model>,
+    models: Vec<Published>,
     /// Sequences and tokens that each query sees.
     #[arg(
         long,

@@ -121,12 +121,13 @@ const LLAMA: &str = "11110101 21211111 01021311 11111111 11113101 12301210 11001
 const QWEN: &str = "0000 1000 1001 0010 0200 1121 0110 1010 0002 1211 1001 1102 1221 0110 \
                     3222 1021 3221 0222 0221 1032 0212 2122 3213 0330 1103 1322 2123 2222";
 
-/// A published mask, whose heads a layer takes in turn.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A model of which LeanK published the mask, whose heads a layer takes in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Published {
-    /// Llama-3.1-8B-Instruct.
+    /// Llama-3.1-8B: 32 layers, 32 query heads on 8 KV heads of 128 channels.
     Llama,
-    /// Qwen2.5-7B-Instruct.
+    /// Qwen2.5-7B: 28 layers, 28 query heads on 4 KV heads of 128 channels.
     Qwen,
 }
 
@@ -167,6 +168,19 @@ impl Published {
         });
         let heads = heads.collect::<CoreResult<_>>()?;
         ModelMask::new(shape.layers, shape.kv_heads, shape.head_dim, heads)
+    }
+
+    /// The model's own shape, and its mask.
+    ///
+    /// # Errors
+    /// As [`ModelMask::new`].
+    pub fn model(self) -> CoreResult<(ModelShape, ModelMask)> {
+        let (layers, query_heads, kv_heads) = match self {
+            Self::Llama => (32, 32, 8),
+            Self::Qwen => (28, 28, 4),
+        };
+        let shape = ModelShape::new(layers, query_heads, kv_heads, 128)?;
+        Ok((shape, self.mask(&shape)?))
     }
 
     /// A cache with [`Published::mask`] and [`Published::WINDOWS`].

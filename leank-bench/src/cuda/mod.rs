@@ -17,40 +17,6 @@ use crate::{Error, Result, setting::Published};
 pub(crate) use device::{Device, capture, driver, give_up_events, seconds};
 use filled::{Filled, Filler};
 
-/// A model of which LeanK published the mask.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Model {
-    /// Llama-3.1-8B: 32 layers, 32 query heads on 8 KV heads of 128 channels.
-    Llama,
-    /// Qwen2.5-7B: 28 layers, 28 query heads on 4 KV heads of 128 channels.
-    Qwen,
-}
-
-impl Model {
-    fn published(self) -> Published {
-        match self {
-            Self::Llama => Published::Llama,
-            Self::Qwen => Published::Qwen,
-        }
-    }
-
-    fn mask(self) -> Result<(ModelShape, ModelMask)> {
-        let (layers, query_heads, kv_heads) = match self {
-            Self::Llama => (32, 32, 8),
-            Self::Qwen => (28, 28, 4),
-        };
-        let shape = ModelShape::new(layers, query_heads, kv_heads, 128)?;
-        Ok((shape, self.published().mask(&shape)?))
-    }
-}
-
-impl fmt::Display for Model {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.published().fmt(f)
-    }
-}
-
 /// Sequences of one length: `BATCHxCONTEXT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Batch {
@@ -85,7 +51,7 @@ impl FromStr for Batch {
 #[derive(Clone, Debug)]
 pub struct CudaOptions {
     /// Models.
-    pub models: Vec<Model>,
+    pub models: Vec<Published>,
     /// Batches.
     pub batches: Vec<Batch>,
     /// Storage type: f16 or bf16.
@@ -119,7 +85,7 @@ pub struct LayerRow {
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     /// The model.
-    pub model: Model,
+    pub model: Published,
     /// The batch.
     pub batch: Batch,
     /// Microseconds per call on a cache that prunes nothing.
@@ -170,7 +136,7 @@ pub struct Report {
 #[derive(Clone, Debug, Serialize)]
 pub struct Mixed {
     /// The model whose heads are taken.
-    pub model: Model,
+    pub model: Published,
     /// Whether the cache is lean, with the mask of a layer in the model's middle.
     pub lean: bool,
     /// Sequences.
@@ -264,7 +230,7 @@ pub fn start(device: usize) -> Result<(Cuda, Start)> {
     let begin = Instant::now();
     let cuda = Cuda::new(device)?;
     let backend_s = begin.elapsed().as_secs_f64();
-    let (shape, _) = Model::Llama.mask()?;
+    let (shape, _) = Published::Llama.model()?;
     let config = CacheConfig::dense(ModelShape { layers: 1, ..shape })?;
     cuda.create(CacheConfig { dtype: Dtype::Bf16, ..config })?;
     Ok((cuda, Start { start_s: begin.elapsed().as_secs_f64(), backend_s }))
@@ -324,10 +290,10 @@ fn different_layers(shape: ModelShape, mask: &ModelMask) -> Vec<(Vec<usize>, Lay
 /// A cache of one layer of the model: dense, or lean in these formats.
 fn one_layer(
     options: &CudaOptions,
-    model: Model,
+    model: Published,
     lean: Option<(Layer, HeadPrecision)>,
 ) -> Result<CacheConfig> {
-    let (shape, mask) = model.mask()?;
+    let (shape, mask) = model.model()?;
     let one = ModelShape { layers: 1, ..shape };
     let config = match lean {
         None => CacheConfig::dense(one)?,
@@ -345,10 +311,10 @@ fn measure_mixed(
     cuda: &Cuda,
     device: &Device,
     options: &CudaOptions,
-    model: Model,
+    model: Published,
     (sequences, lean): (usize, bool),
 ) -> Result<Mixed> {
-    let (shape, _) = model.mask()?;
+    let (shape, _) = model.model()?;
     let middle = (Layer(shape.layers / 2), HeadPrecision::default());
     let config = one_layer(options, model, lean.then_some(middle))?;
     let mut filler = Filler { cuda, device, random: Rng::new(sequences as u64) };
@@ -379,10 +345,10 @@ fn measure_row(
     cuda: &Cuda,
     device: &Device,
     options: &CudaOptions,
-    model: Model,
+    model: Published,
     batch: Batch,
 ) -> Result<Row> {
-    let (shape, mask) = model.mask()?;
+    let (shape, mask) = model.model()?;
     let seed = (batch.sequences * batch.context) as u64;
     let mut filler = Filler { cuda, device, random: Rng::new(seed) };
     let lengths = vec![batch.context; batch.sequences];
@@ -473,8 +439,8 @@ mod tests {
 
     #[test]
     fn every_layer_counts_once() {
-        for model in [Model::Llama, Model::Qwen] {
-            let (shape, mask) = model.mask().unwrap();
+        for model in Published::ALL {
+            let (shape, mask) = model.model().unwrap();
             let layers = different_layers(shape, &mask);
             assert_eq!(layers.iter().map(|(_, _, count)| count).sum::<usize>(), shape.layers);
             assert!(layers.len() > shape.layers / 2);
@@ -484,7 +450,7 @@ mod tests {
     #[test]
     fn a_row_says_what_was_measured() {
         let row = Row {
-            model: Model::Llama,
+            model: Published::Llama,
             batch: Batch { sequences: 8, context: 32768 },
             dense_us: 350.0,
             dense_bytes: 1.05e9,
