@@ -117,12 +117,9 @@ impl Slots {
         Ok(())
     }
 
-    /// Bytes of the slab that block `id` lies in, or will.
-    fn next_allocation(&self, id: usize) -> u64 {
-        self.places.get(id).map_or_else(
-            || runs(slab_blocks(self.places.len(), self.bytes), self.bytes).1,
-            |place| self.slabs[place.slab].bytes,
-        )
+    /// Bytes of the slab of block `id`, which has a place.
+    fn slab_bytes(&self, id: usize) -> u64 {
+        self.slabs[self.places[id].slab].bytes
     }
 
     /// Takes the storage of block `id`. Memory goes back when no block of its slab has any.
@@ -223,11 +220,10 @@ impl Store {
     pub(crate) fn allocate(&mut self, block: Block) -> Result<()> {
         let context = Arc::clone(&self.context);
         let (slots, id) = self.kind_mut(block);
-        let bytes = slots.next_allocation(id as usize);
         slots.allocate(&context, id as usize).map_err(|error| {
             if is_out_of_memory(error) {
                 let what = "blocks of the cache on the CUDA device";
-                return Error::SystemMemory { what, bytes };
+                return Error::SystemMemory { what, bytes: slots.slab_bytes(id as usize) };
             }
             let why = error.to_string();
             Error::Device { device: "CUDA".into(), action: "allocating blocks", why }
