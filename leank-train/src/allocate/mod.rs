@@ -206,7 +206,7 @@ pub fn allocate(
     let choices = all_choices(curves, shape, options)?;
     let dense = choices.len() * options.dense_cost(shape.head_dim);
     let limit = options.budget.share_of(dense)?;
-    check_limit(&choices, options, limit, dense)?;
+    least_within(&choices, options, limit, dense)?;
     Ok(Program::solve(&choices, limit)?.within(limit).0)
 }
 
@@ -227,8 +227,7 @@ pub fn front(
     }
     let choices = all_choices(curves, shape, options)?;
     let dense = choices.len() * options.dense_cost(shape.head_dim);
-    check_limit(&choices, options, dense, dense)?;
-    let least = least_cost(&choices);
+    let least = least_within(&choices, options, dense, dense)?;
     let program = Program::solve(&choices, dense)?;
     let mut points: Vec<FrontPoint> = Vec::new();
     let limits =
@@ -242,21 +241,18 @@ pub fn front(
     Ok(points)
 }
 
-fn least_cost(choices: &[Vec<Choice>]) -> usize {
-    choices.iter().map(|choices| choices[0].cost).sum()
-}
-
-fn check_limit(
+/// The least that all heads together cost, where that is within the limit.
+fn least_within(
     choices: &[Vec<Choice>],
     options: &AllocateOptions,
     limit: usize,
     dense: usize,
-) -> Result<()> {
-    let least = least_cost(choices);
+) -> Result<usize> {
+    let least = choices.iter().map(|choices| choices[0].cost).sum();
     if least > limit {
         return Err(over_budget(options, least as f64 / dense as f64));
     }
-    Ok(())
+    Ok(least)
 }
 
 /// `least`: the share of the dense middle that the exempt layers take.

@@ -22,6 +22,14 @@ fn curves(heads: Vec<HeadCurve>) -> Curves {
     Curves { heads, precisions: Vec::new() }
 }
 
+/// Heads of 48 channels in steps of 16: four losses in 16 bits each, then those of all precisions.
+fn curves_in_all_precisions(losses: &[Vec<f64>]) -> Curves {
+    let heads: Vec<_> = losses.iter().map(|own| curve(48, 16, own)).collect();
+    let both = heads.iter().zip(losses);
+    let precisions = both.map(|(curve, own)| PrecisionCurve::new(curve, own[4..].to_vec()));
+    Curves { precisions: precisions.collect(), heads }
+}
+
 /// The least loss by trying everything.
 fn brute(curves: &Curves, options: &AllocateOptions, shape: &ModelShape) -> Option<f64> {
     let d = shape.head_dim;
@@ -119,13 +127,7 @@ proptest! {
         exempt in prop::option::of(0usize..2),
     ) {
         let shape = ModelShape::new(2, 2, 2, 48).unwrap();
-        let heads: Vec<_> = losses.iter().map(|own| curve(48, 16, own)).collect();
-        let precisions = heads
-            .iter()
-            .zip(&losses)
-            .map(|(curve, own)| PrecisionCurve::new(curve, own[4..].to_vec()))
-            .collect();
-        let curves = Curves { heads, precisions };
+        let curves = curves_in_all_precisions(&losses);
         let exempt = exempt.map(Layer).into_iter().collect();
         let rules = if padded { PADDED } else { LayoutRules::PACKED };
         let offer = offer.parse().unwrap();
@@ -156,13 +158,7 @@ proptest! {
         losses in prop::collection::vec(prop::collection::vec(0.0..1.0f64, 4 + 36), 4),
     ) {
         let shape = ModelShape::new(2, 2, 2, 48).unwrap();
-        let heads: Vec<_> = losses.iter().map(|own| curve(48, 16, own)).collect();
-        let precisions = heads
-            .iter()
-            .zip(&losses)
-            .map(|(curve, own)| PrecisionCurve::new(curve, own[4..].to_vec()))
-            .collect();
-        let curves = Curves { heads, precisions };
+        let curves = curves_in_all_precisions(&losses);
         let offer: Offer = "k16,k8,k4,v16,v8,v4".parse().unwrap();
         let options = AllocateOptions { offer, ..AllocateOptions::new(Budget::Bytes(1.0)) };
         let front = front(&curves, &shape, &options, 50).unwrap();
