@@ -3,10 +3,13 @@
 use std::{error::Error, fs, num::NonZeroUsize, path::PathBuf};
 
 use clap::Args;
-use leank_bench::decode_gpu::{
-    MaskChoice, MemorySize,
-    speed::{self, SpeedOptions},
-    tokens::{self, TokensOptions},
+use leank_bench::{
+    decode_gpu::{
+        MaskChoice, MemorySize,
+        speed::{self, SpeedOptions},
+        tokens::{self, TokensOptions},
+    },
+    setting::DeviceFormats,
 };
 use leank_core::{Dtype, Windows};
 use leank_cuda::Cuda;
@@ -42,6 +45,10 @@ pub(crate) struct DecodeGpuArgs {
     /// Last tokens that are kept whole.
     #[arg(long, value_name = "TOKENS", requires = "sink")]
     recent: Option<usize>,
+    /// Formats of lean blocks other than the mask's, bits of an element of K and V: 16 is the storage type;
+    /// or fp8 for both.
+    #[arg(long, value_name = "kNvN|fp8")]
+    formats: Option<DeviceFormats>,
     /// Storage type of K and V: f16 or bf16; bf16 by default, with --model f16.
     #[arg(long, value_name = "TYPE")]
     dtype: Option<Dtype>,
@@ -119,6 +126,7 @@ impl DecodeGpuArgs {
             layers: self.layers as usize,
             mask: self.mask.clone(),
             windows: self.windows(),
+            formats: self.formats,
             dtype: self.dtype.unwrap_or(Dtype::Bf16),
             memory: self.memory,
             steps: self.steps.get(),
@@ -143,6 +151,7 @@ impl DecodeGpuArgs {
             dtype: self.dtype.unwrap_or(Dtype::F16),
             mask: self.mask.clone(),
             windows: self.windows().or(published),
+            formats: self.formats,
         })
     }
 }
@@ -166,12 +175,15 @@ mod tests {
 
     #[test]
     fn speed_is_measured_without_a_model() {
-        let args = parse("--batch 4 --memory 72GiB --sink 64 --recent 256 --no-graphs").unwrap();
+        let args =
+            parse("--batch 4 --memory 72GiB --sink 64 --recent 256 --formats k8v4 --no-graphs")
+                .unwrap();
         let options = args.speed();
         assert_eq!((options.batch, options.context, options.layers), (4, 32768, 32));
         assert_eq!(options.memory, Some(MemorySize(72 << 30)));
         assert_eq!(options.windows, Some(Windows { sink: 64, recent: 256 }));
         assert_eq!((options.dtype, options.graphs), (Dtype::Bf16, false));
+        assert_eq!(options.formats.unwrap().to_string(), "k8v4");
     }
 
     #[test]
@@ -199,6 +211,7 @@ mod tests {
             ("--prompt a", "--model"),
             ("--model m --batch 4", "cannot be used with"),
             ("--steps 0", "zero"),
+            ("--formats k8", "k8v4"),
             ("--batch 0", "zero"),
             ("--context 0", "zero"),
         ] {

@@ -19,7 +19,7 @@ use leank_bench::{
     cpu::{self, CpuOptions},
     cuda::{self, Batch, CudaOptions},
     figure,
-    setting::{HeadShape, Published},
+    setting::{DeviceFormats, HeadShape, Published},
     steps::{self, Busy, StepsOptions},
     table::{self, Table},
     worker::Worker,
@@ -175,9 +175,9 @@ struct CudaArgs {
     /// Leave the lean cache out.
     #[arg(long, conflicts_with = "formats")]
     dense: bool,
-    /// Formats of lean blocks, bits of an element of K and V: 16 is the storage type.
-    #[arg(long, value_name = "kNvN,...", value_delimiter = ',', default_value = "k16v16")]
-    formats: Vec<HeadPrecision>,
+    /// Formats of lean blocks, bits of an element of K and V: 16 is the storage type; or fp8 for both.
+    #[arg(long, value_name = "kNvN|fp8,...", value_delimiter = ',', default_value = "k16v16")]
+    formats: Vec<DeviceFormats>,
     /// Also compare so many sequences of lengths between 1024 and 65536 with as many of one length.
     #[arg(long, value_name = "SEQUENCES")]
     mixed: Option<NonZeroUsize>,

@@ -2,11 +2,57 @@
 
 use std::{fmt, str::FromStr};
 
-use leank_core::{CacheConfig, ChannelMask, ModelMask, ModelShape, Result as CoreResult, Windows};
+use leank_core::{
+    CacheConfig, ChannelMask, Dtype, HeadFormat, HeadPrecision, LeanFormat, ModelMask, ModelShape,
+    Result as CoreResult, Windows,
+};
 use leank_train::rng::Rng;
 use serde::Serialize;
 
 use crate::{Error, Result};
+
+/// Formats of lean blocks on a device: those that a mask can ask for, as `k8v4`, or `fp8` for K and V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceFormats {
+    /// As masks ask for them.
+    Masks(HeadPrecision),
+    /// [`LeanFormat::Fp8`].
+    Fp8,
+}
+
+impl DeviceFormats {
+    /// The formats beside full blocks of this type.
+    #[must_use]
+    pub fn format(self, full: Dtype) -> HeadFormat {
+        match self {
+            Self::Masks(precision) => precision.format(full),
+            Self::Fp8 => HeadFormat { k: LeanFormat::Fp8, v: LeanFormat::Fp8 },
+        }
+    }
+}
+
+impl Default for DeviceFormats {
+    fn default() -> Self {
+        Self::Masks(HeadPrecision::default())
+    }
+}
+
+impl FromStr for DeviceFormats {
+    type Err = leank_core::Error;
+
+    fn from_str(text: &str) -> CoreResult<Self> {
+        if text == "fp8" { Ok(Self::Fp8) } else { text.parse().map(Self::Masks) }
+    }
+}
+
+impl fmt::Display for DeviceFormats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Masks(precision) => precision.fmt(f),
+            Self::Fp8 => f.write_str("fp8"),
+        }
+    }
+}
 
 /// The attention heads of one layer.
 ///

@@ -118,16 +118,20 @@ pub enum LeanFormat {
     Int8,
     /// Codes of 4 bits and their scales: see [`quant`](crate::quant).
     Int4,
+    /// Numbers of 8 bits (e4m3) and their scales: see [`quant`](crate::quant). Masks ask for [`Self::Int8`],
+    /// which is closer in the same bytes.
+    Fp8,
 }
 
 impl LeanFormat {
     /// Every format.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Plain(Dtype::F32),
         Self::Plain(Dtype::F16),
         Self::Plain(Dtype::Bf16),
         Self::Int8,
         Self::Int4,
+        Self::Fp8,
     ];
 
     /// Bits of an element, without its share of a scale.
@@ -135,16 +139,16 @@ impl LeanFormat {
     pub fn bits(self) -> usize {
         match self {
             Self::Plain(dtype) => 8 * dtype.bytes(),
-            Self::Int8 => 8,
+            Self::Int8 | Self::Fp8 => 8,
             Self::Int4 => 4,
         }
     }
 
-    /// The largest code; `None` where elements are plain.
+    /// The largest code; `None` where codes are no whole numbers, or elements plain.
     #[must_use]
     pub fn largest_code(self) -> Option<u8> {
         match self {
-            Self::Plain(_) => None,
+            Self::Plain(_) | Self::Fp8 => None,
             Self::Int8 => Some(255),
             Self::Int4 => Some(15),
         }
@@ -183,6 +187,7 @@ impl fmt::Display for LeanFormat {
             Self::Plain(dtype) => dtype.fmt(f),
             Self::Int8 => f.write_str("int8"),
             Self::Int4 => f.write_str("int4"),
+            Self::Fp8 => f.write_str("fp8"),
         }
     }
 }
@@ -324,11 +329,12 @@ mod tests {
 
     #[test]
     fn bytes_count_scales() {
-        use LeanFormat::{Int4, Int8, Plain};
+        use LeanFormat::{Fp8, Int4, Int8, Plain};
         let bytes = |format: LeanFormat, tensor| format.bytes(tensor, 64, 33);
         assert_eq!(bytes(Plain(Dtype::F16), Tensor::K), 64 * 33 * 2);
         assert_eq!(bytes(Int8, Tensor::K), 64 * 33 + 33 * 4);
         assert_eq!(bytes(Int8, Tensor::V), 64 * 33 + 64 * 4);
+        assert_eq!(bytes(Fp8, Tensor::V), 64 * 33 + 64 * 4);
         assert_eq!(bytes(Int4, Tensor::K), 32 * 33 + 33 * 4);
         assert_eq!(bytes(Int4, Tensor::V), 32 * 33 + 64 * 2 * 4);
         assert_eq!(Int4.bytes(Tensor::K, 3, 3), 5 + 12);

@@ -1,16 +1,16 @@
-//! Codes: small unsigned integers that stand for elements of K and V in lean blocks of the formats
-//! [`LeanFormat::Int8`] and [`LeanFormat::Int4`].
+//! Codes: a few bits that stand for elements of K and V in lean blocks of the formats
+//! [`LeanFormat::Int8`], [`LeanFormat::Int4`] and [`LeanFormat::Fp8`].
 //!
 //! Elements that are alike share a [`Scale`], a step and a zero point: a *group*. Their values are
 //!
 //! ```text
-//! value = step · (code + zero)        step: a positive bf16   zero: an i16   code: 0..=255 or 0..=15
+//! value = step · (code + zero)   step: a positive bf16   zero: -32767..=32767   code: 0..=255 or 0..=15
 //! ```
 //!
 //! | | a group is |
 //! |---|---|
-//! | K, both formats | one channel, all tokens of the block: K's large channels are large in every token |
-//! | V, [`LeanFormat::Int8`] | one token, all channels |
+//! | K, all formats | one channel, all tokens of the block: K's large channels are large in every token |
+//! | V in 8 bits | one token, all channels |
 //! | V, [`LeanFormat::Int4`] | one token, [`INT4_GROUP`] channels (the last group of a row may be shorter) |
 //!
 //! So scales never stand inside a sum: `q·k = Σ_c (q_c step_c)·code_c + Σ_c (q_c step_c)·zero_c`, where
@@ -19,8 +19,12 @@
 //! [`quantise`] stores the same codes and means the same numbers by them. The zero point is a whole
 //! number of steps, so a channel of K far from zero costs no more than one around it.
 //!
+//! In [`LeanFormat::Fp8`] codes are floating-point numbers of 8 bits (e4m3 of the Open Compute Project: up to
+//! 448, without infinity), `value = step · number(code)`, and zero points are 0.
+//!
 //! # Errors
-//! Values are at most 0.51 steps off, and a step is at most 1.008 · (largest − least) / 255 (or 15), or
+//! Values of fp8 are 1/16 of themselves off, or 2⁻¹⁰ steps where that is more, and steps are at most
+//! 1.008 / 448 of the largest magnitude. Others are at most 0.51 steps off, and a step is at most 1.008 · (largest − least) / 255 (or 15), or
 //! 3.1e-5 of the largest magnitude where that is more (a channel that hardly changes).
 //!
 //! # Extremes
@@ -95,12 +99,13 @@ impl Scale {
         self.step() * (f32::from(code) + self.zero())
     }
 
-    /// Whether [`quantise`] can give it: a finite positive step that is not subnormal, or
-    /// [`Scale::NAN`].
+    /// Whether [`quantise`] can give it: a finite positive step that is not subnormal and a zero point
+    /// other than -32768, or [`Scale::NAN`].
     #[must_use]
     pub fn is_valid(self) -> bool {
         let step = bf16::from_bits(self.0 as u16);
-        self == Self::NAN || step.is_normal() && step.is_sign_positive()
+        let finite = step.is_normal() && step.is_sign_positive() && self.0 >> 16 != 0x8000;
+        self == Self::NAN || finite
     }
 }
 
@@ -144,6 +149,78 @@ pub fn quantise(values: &[f32], most: u8, codes: &mut [u8]) -> Scale {
     Scale(step | (zero as i32 as u32) << 16)
 }
 
+/// Quantises a group for [`LeanFormat::Fp8`], as [`quantise`] does for whole numbers: with `most` the
+/// largest magnitude (saturated at 2¹²⁶),
+///
+/// ```text
+/// step = max(most / 448, 2⁻¹²⁶), rounded up to bf16
+/// code = value · (1 / step), to the nearest e4m3, ties to the even one, at most 448
+/// ```
+///
+/// # Panics
+/// When there are no values, or not as many codes.
+#[inline(always)]
+pub fn quantise_fp8(values: &[f32], codes: &mut [u8]) -> Scale {
+    assert!(!values.is_empty() && values.len() == codes.len(), "a code for each of some values");
+    let Some((lo, hi)) = range(values) else {
+        codes.fill(0);
+        return Scale::NAN;
+    };
+    let step = (lo.abs().max(hi.abs()).min(LARGEST) / 448.0).max(LEAST_STEP);
+    let step = (step.to_bits() + 0xffff) >> 16;
+    let inverse = 1.0 / f32::from_bits(step << 16);
+    for (code, &x) in codes.iter_mut().zip(values) {
+        *code = to_e4m3(x * inverse);
+    }
+    Scale(step)
+}
+
+/// The nearest e4m3, ties to the even one, at most 448.
+#[inline(always)]
+fn to_e4m3(x: f32) -> u8 {
+    let bits = x.to_bits();
+    let sign = (bits >> 24) as u8 & 0x80;
+    let magnitude = bits & 0x7fff_ffff;
+    // Three bits of the mantissa stay; exponents begin at 2⁻⁶.
+    let normal = (magnitude + 0x7_ffff + (magnitude >> 20 & 1) >> 20).wrapping_sub(120 << 3);
+    let subnormal = (round(f32::from_bits(magnitude) * 512.0)) as u32;
+    let code = if magnitude < (121 << 23) { subnormal } else { normal.min(0x7e) };
+    sign | code as u8
+}
+
+/// The number that a code stands for in [`LeanFormat::Fp8`]; exact. What would be NaN, which
+/// [`quantise_fp8`] never gives, is ±480.
+#[inline(always)]
+#[must_use]
+pub fn from_e4m3(code: u8) -> f32 {
+    // As the exponent and mantissa of an f32 it is 2¹²⁰ times too small, subnormal or not.
+    let bits = u32::from(code & 0x80) << 24 | u32::from(code & 0x7f) << 20;
+    f32::from_bits(bits) * f32::from_bits((127 + 120) << 23)
+}
+
+/// Quantises a group in any format that has codes.
+///
+/// # Panics
+/// When there are no values or not as many codes, or the format has none.
+pub fn encode(format: LeanFormat, values: &[f32], codes: &mut [u8]) -> Scale {
+    match format.largest_code() {
+        Some(most) => quantise(values, most, codes),
+        None => {
+            assert_eq!(format, LeanFormat::Fp8, "a format with codes");
+            quantise_fp8(values, codes)
+        }
+    }
+}
+
+/// The value that a code stands for; exact.
+#[must_use]
+pub fn value(format: LeanFormat, scale: Scale, code: u8) -> f32 {
+    match format {
+        LeanFormat::Fp8 => scale.step() * from_e4m3(code),
+        _ => scale.value(code),
+    }
+}
+
 /// To the nearest even integer, for magnitudes below 2²²: adding 1.5·2²³ rounds.
 #[inline(always)]
 fn round(x: f32) -> f32 {
@@ -178,12 +255,10 @@ fn range(values: &[f32]) -> Option<(f32, f32)> {
 /// # Panics
 /// When there are no whole rows.
 pub fn round_trip(format: LeanFormat, tensor: Tensor, channels: usize, values: &mut [f32]) {
-    let Some(most) = format.largest_code() else {
-        if let LeanFormat::Plain(dtype) = format {
-            values.iter_mut().for_each(|x| *x = dtype.round(*x));
-        }
+    if let LeanFormat::Plain(dtype) = format {
+        values.iter_mut().for_each(|x| *x = dtype.round(*x));
         return;
-    };
+    }
     assert!(values.len().is_multiple_of(channels), "whole rows of {channels} channels");
     let tokens = values.len() / channels;
     let (rows, width) = tensor.by_row(tokens, channels);
@@ -196,9 +271,9 @@ pub fn round_trip(format: LeanFormat, tensor: Tensor, channels: usize, values: &
             let members = first..width.min(first.saturating_add(format.group(tensor)));
             let group: Vec<f32> = members.clone().map(|i| values[at(row, i)]).collect();
             let mut codes = vec![0; group.len()];
-            let scale = quantise(&group, most, &mut codes);
+            let scale = encode(format, &group, &mut codes);
             for (i, code) in members.zip(codes) {
-                values[at(row, i)] = scale.value(code);
+                values[at(row, i)] = value(format, scale, code);
             }
         }
     }
@@ -342,6 +417,50 @@ mod tests {
         }
     }
 
+    /// The definition of e4m3: sign, 4 bits of exponent with bias 7, 3 of mantissa; the last of each sign
+    /// is NaN.
+    fn e4m3(code: u8) -> f64 {
+        let (exponent, mantissa) = (i32::from(code >> 3 & 15), f64::from(code & 7) / 8.0);
+        let magnitude = match exponent {
+            0 => mantissa * 2f64.powi(-6),
+            _ => (1.0 + mantissa) * 2f64.powi(exponent - 7),
+        };
+        if code >> 7 == 1 { -magnitude } else { magnitude }
+    }
+
+    #[test]
+    fn every_fp8_is_its_own_nearest() {
+        let finite = (0..=u8::MAX).filter(|code| code & 0x7f != 0x7f);
+        for code in finite.clone() {
+            assert_eq!(f64::from(from_e4m3(code)), e4m3(code), "{code:#x}");
+            assert_eq!(to_e4m3(from_e4m3(code)), code);
+        }
+        // Between two neighbours, and beside the middle.
+        for code in (0..0x7e).chain(0x80..0xfe) {
+            let middle = ((e4m3(code) + e4m3(code + 1)) / 2.0) as f32;
+            assert_eq!(to_e4m3(middle), code + code % 2, "{code:#x}");
+            assert_eq!(to_e4m3(middle * (1.0 - f32::EPSILON)), code);
+            assert_eq!(to_e4m3(middle * (1.0 + f32::EPSILON)), code + 1);
+        }
+        assert_eq!((to_e4m3(1e9), to_e4m3(-465.0), to_e4m3(1e-40)), (0x7e, 0xfe, 0));
+    }
+
+    proptest! {
+        #[test]
+        fn fp8_is_a_sixteenth_off(values in prop::collection::vec(number(), 1..70)) {
+            let mut codes = vec![0; values.len()];
+            let scale = quantise_fp8(&values, &mut codes);
+            prop_assert!(scale.is_valid() && scale.zero() == 0.0);
+            let largest = values.iter().fold(0f32, |most, x| most.max(x.abs()));
+            prop_assert!(scale.step() <= (1.008 * largest / 448.0).max(LEAST_STEP));
+            for (&x, code) in values.iter().zip(codes) {
+                let error = (value(LeanFormat::Fp8, scale, code) - x).abs();
+                let stated = (x.abs() / 16.0).max(scale.step() / 1024.0);
+                prop_assert!(error <= 1.0001 * stated, "{} is {} off", x, error);
+            }
+        }
+    }
+
     #[test]
     fn scales_that_are_never_made_are_told_apart() {
         let valid = |step: f32, zero: u32| {
@@ -352,6 +471,7 @@ mod tests {
             assert!(!valid(step, 0), "{step}");
         }
         assert!(!valid(f32::NAN, 1) && !Scale::from_bits(0x7f81).is_valid());
+        assert!(valid(1.0, 0x8001) && !valid(1.0, 0x8000));
     }
 
     #[test]
@@ -368,10 +488,11 @@ mod tests {
         };
         let channel: Vec<_> = (0..tokens).map(|token| (token, 40)).collect();
         let token = |channels: std::ops::Range<usize>| channels.map(|c| (3, c)).collect::<Vec<_>>();
-        for format in [LeanFormat::Int8, LeanFormat::Int4] {
+        for format in [LeanFormat::Int8, LeanFormat::Int4, LeanFormat::Fp8] {
             assert_eq!(spoiled(format, Tensor::K), channel);
         }
         assert_eq!(spoiled(LeanFormat::Int8, Tensor::V), token(0..70));
+        assert_eq!(spoiled(LeanFormat::Fp8, Tensor::V), token(0..70));
         assert_eq!(spoiled(LeanFormat::Int4, Tensor::V), token(32..64));
         let mut plain = values.clone();
         round_trip(LeanFormat::Plain(Dtype::Bf16), Tensor::V, channels, &mut plain);

@@ -152,7 +152,7 @@ impl Backend for Cpu {
     }
 
     fn lean_formats(&self, _full: Dtype) -> Vec<LeanFormat> {
-        LeanFormat::ALL.to_vec()
+        LeanFormat::ALL.into_iter().filter(|&format| format != LeanFormat::Fp8).collect()
     }
 
     fn create(&self, config: CacheConfig) -> Result<Self::Cache> {

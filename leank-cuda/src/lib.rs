@@ -223,7 +223,9 @@ impl Backend for Cuda {
     fn lean_formats(&self, full: Dtype) -> Vec<LeanFormat> {
         match full {
             Dtype::F32 => Vec::new(),
-            _ => vec![LeanFormat::Plain(full), LeanFormat::Int8, LeanFormat::Int4],
+            _ => {
+                vec![LeanFormat::Plain(full), LeanFormat::Int8, LeanFormat::Int4, LeanFormat::Fp8]
+            }
         }
     }
 

@@ -29,9 +29,9 @@ pub(crate) struct Sequence {
 pub(crate) struct Head {
     pub(crate) offset: u32,
     pub(crate) kept: u16,
-    /// Words per lane of a tile of codes; 0: plain elements.
-    pub(crate) k_words: u8,
-    pub(crate) v_words: u8,
+    /// Kinds of codes as kernels number them; 0: plain elements.
+    pub(crate) k_codes: u8,
+    pub(crate) v_codes: u8,
     pub(crate) tiles: u16,
     /// Slices that are read together.
     pub(crate) unit: u16,

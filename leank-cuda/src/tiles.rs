@@ -1,7 +1,7 @@
 //! Where elements, codes and scales lie in a slice: the host's side of `kernels/common.cuh`.
 
 use leank_core::{
-    CacheLayout, HeadFormat, KvHead, Layer, LeanFormat,
+    CacheLayout, Dtype, HeadFormat, KvHead, Layer, LeanFormat,
     quant::{INT4_GROUP, Scale},
     saved::Tensor,
 };
@@ -17,8 +17,6 @@ pub(crate) const TILE_BYTES: usize = TILE * TILE * 2;
 pub(crate) const SECTION: usize = TILE * Scale::BYTES;
 /// Bytes of a tile of codes of 4 bits.
 const CODE_BYTES: usize = TILE * TILE / 2;
-/// What is turned where scales lie on the device: the highest bit of the zero.
-const TURNED: u32 = 1 << 31;
 
 /// Index of an element in its tile. Rows of a K tile are tokens and its columns channels; rows of
 /// a V tile are channels and its columns tokens.
@@ -26,9 +24,14 @@ fn in_tile(row: usize, column: usize) -> usize {
     ((row % 8) * 4 + column % 8 / 2) * 8 + (row / 8 + column / 8 * 2) * 2 + column % 2
 }
 
-/// Index of a scale among those of 16 channels or tokens, in the order of the lanes that want them.
+/// Byte offset of the step of a channel or token among the scales of 16.
 fn in_scales(i: usize) -> usize {
-    i % 8 / 2 * 4 + i / 8 * 2 + i % 2
+    (i % 8 / 2 * 8 + i / 8 * 2 + i % 2) * 2
+}
+
+/// Where the code of a lane's element begins in its words, in bits.
+fn in_words(i: usize, words: usize) -> usize {
+    i / 2 % 2 * 8 + i % 2 * 16 + i / 4 * if words == 1 { 4 } else { 32 }
 }
 
 /// Words that a lane has of a tile of codes; 0 of plain elements.
@@ -36,6 +39,16 @@ fn words(format: LeanFormat) -> usize {
     match format {
         LeanFormat::Plain(_) => 0,
         format => format.bits() / 4,
+    }
+}
+
+/// Number of a kind of codes in kernels.
+fn kind(format: LeanFormat) -> u8 {
+    match format {
+        LeanFormat::Int4 => 1,
+        LeanFormat::Int8 => 2,
+        LeanFormat::Fp8 => 3,
+        _ => 0,
     }
 }
 
@@ -48,9 +61,7 @@ pub(crate) struct HeadPlace {
     k_tiles: usize,
     /// Tiles across the channels of V.
     v_tiles: usize,
-    /// Words that a lane has of a tile of codes; 0: plain elements.
-    k_words: usize,
-    v_words: usize,
+    format: HeadFormat,
 }
 
 impl HeadPlace {
@@ -65,18 +76,13 @@ impl HeadPlace {
         if !lean {
             let k_tiles = layout.full_channels / TILE;
             let offset = layout.full_k_offset(head);
-            return Some(Self { offset, k_tiles, v_tiles, k_words: 0, v_words: 0 });
+            // Of all plain types alike.
+            let format = HeadFormat::plain(Dtype::F16);
+            return Some(Self { offset, k_tiles, v_tiles, format });
         }
         let head = &layout.layer(layer).lean[head.0];
-        let HeadFormat { k, v } = head.format;
-        let place = Self {
-            offset: head.k_offset,
-            k_tiles: head.stored / TILE,
-            v_tiles,
-            k_words: words(k),
-            v_words: words(v),
-        };
-        (head.kept > 0).then_some(place)
+        let (offset, k_tiles) = (head.k_offset, head.stored / TILE);
+        (head.kept > 0).then_some(Self { offset, k_tiles, v_tiles, format: head.format })
     }
 
     /// What kernels know of a live head, without what the mask says; `slices`: of a block.
@@ -85,13 +91,14 @@ impl HeadPlace {
             let bytes = self.k_scale_bytes() + unit * self.slice_bytes();
             slices.is_multiple_of(*unit) && bytes <= 2 * self.v_tiles * TILE_BYTES
         };
-        let coded = self.k_words + self.v_words > 0;
+        let HeadFormat { k, v } = self.format;
+        let coded = kind(k) + kind(v) > 0;
         let unit = if coded { [4, 2].into_iter().find(fits).unwrap_or(1) } else { 1 };
         Head {
             offset: self.offset as u32,
             kept: 0,
-            k_words: self.k_words as u8,
-            v_words: self.v_words as u8,
+            k_codes: kind(k),
+            v_codes: kind(v),
             tiles: self.k_tiles as u16,
             unit: unit as u16,
             channels: 0,
@@ -100,25 +107,33 @@ impl HeadPlace {
 
     /// Scales of K, before the slices.
     fn k_scale_bytes(&self) -> usize {
-        if self.k_words > 0 { self.k_tiles * SECTION } else { 0 }
+        if words(self.format.k) > 0 { self.k_tiles * SECTION } else { 0 }
     }
 
-    fn tile_bytes(words: usize) -> usize {
-        if words > 0 { words * CODE_BYTES } else { TILE_BYTES }
+    fn tile_bytes(format: LeanFormat) -> usize {
+        match words(format) {
+            0 => TILE_BYTES,
+            words => words * CODE_BYTES,
+        }
     }
 
     fn k_bytes(&self) -> usize {
-        self.k_tiles * Self::tile_bytes(self.k_words)
+        self.k_tiles * Self::tile_bytes(self.format.k)
+    }
+
+    fn v_bytes(&self) -> usize {
+        self.v_tiles * Self::tile_bytes(self.format.v)
     }
 
     /// Tiles of V that share scales.
     fn group_tiles(&self) -> usize {
-        if self.v_words == 1 { INT4_GROUP / TILE } else { self.v_tiles }
+        if self.format.v == LeanFormat::Int4 { INT4_GROUP / TILE } else { self.v_tiles }
     }
 
     fn slice_bytes(&self) -> usize {
-        let groups = if self.v_words > 0 { self.v_tiles.div_ceil(self.group_tiles()) } else { 0 };
-        self.k_bytes() + self.v_tiles * Self::tile_bytes(self.v_words) + groups * SECTION
+        let coded = words(self.format.v) > 0;
+        let groups = if coded { self.v_tiles.div_ceil(self.group_tiles()) } else { 0 };
+        self.k_bytes() + self.v_bytes() + groups * SECTION
     }
 
     fn slice(&self, token: usize) -> usize {
@@ -127,11 +142,12 @@ impl HeadPlace {
 
     /// Byte offset in the block of the tile with a token and a channel, and the index in it.
     fn tile(&self, tensor: Tensor, token: usize, channel: usize) -> (usize, usize) {
-        let (before, words, index) = match tensor {
-            Tensor::K => (0, self.k_words, in_tile(token % TILE, channel % TILE)),
-            Tensor::V => (self.k_bytes(), self.v_words, in_tile(channel % TILE, token % TILE)),
+        let (before, index) = match tensor {
+            Tensor::K => (0, in_tile(token % TILE, channel % TILE)),
+            Tensor::V => (self.k_bytes(), in_tile(channel % TILE, token % TILE)),
         };
-        (self.slice(token) + before + channel / TILE * Self::tile_bytes(words), index)
+        let tile = channel / TILE * Self::tile_bytes(self.format.of(tensor));
+        (self.slice(token) + before + tile, index)
     }
 
     /// Byte offset in the block of the plain element at a token and a channel (of K: as stored).
@@ -142,66 +158,45 @@ impl HeadPlace {
 
     /// Places of the code at a token and a channel (of K: as stored).
     pub(crate) fn code(&self, tensor: Tensor, token: usize, channel: usize) -> CodePlace {
-        let words = if tensor == Tensor::K { self.k_words } else { self.v_words };
+        let words = words(self.format.of(tensor));
         let (tile, index) = self.tile(tensor, token, channel);
         let (lane, i) = (index / 8, index % 8);
-        let bit = (i / 2 * 4 + i % 2 * 16 + 3) % 32;
-        CodePlace { at: tile + lane * 4 * words, words, bit: bit as u32 }
+        CodePlace { bit: (tile + lane * 4 * words) * 8 + in_words(i, words), bits: 4 * words }
     }
 
     /// Places of the scale of a token and a channel (of K: as stored).
     pub(crate) fn scale(&self, tensor: Tensor, token: usize, channel: usize) -> ScalePlace {
-        match tensor {
-            Tensor::K => {
-                let index = channel / TILE * TILE + in_scales(channel % TILE);
-                let step = self.offset + index * Scale::BYTES;
-                ScalePlace { step, zero: step + 2 }
-            }
+        let (section, i) = match tensor {
+            Tensor::K => (self.offset + channel / TILE * SECTION, channel),
             Tensor::V => {
-                let tiles = self.v_tiles * Self::tile_bytes(self.v_words);
                 let group = channel / TILE / self.group_tiles();
-                // Four steps of a lane, then their zeros.
-                let index = in_scales(token % TILE);
-                let own = index / 4 * SECTION / 4 + index % 4 * 2;
-                let step = self.slice(token) + self.k_bytes() + tiles + group * SECTION + own;
-                ScalePlace { step, zero: step + 8 }
+                (self.slice(token) + self.k_bytes() + self.v_bytes() + group * SECTION, token)
             }
-        }
+        };
+        let step = section + in_scales(i % TILE);
+        ScalePlace { step, zero: step + 8 }
     }
 }
 
-/// Where a code lies: its lower half in a word of 32 bits, its upper half in the next one.
+/// Where a code lies in a block: it begins at this bit, of bytes from their lowest bits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CodePlace {
-    at: usize,
-    words: usize,
-    bit: u32,
+    bit: usize,
+    bits: usize,
 }
 
 impl CodePlace {
-    fn word(self, word: usize) -> std::ops::Range<usize> {
-        self.at + word * 4..self.at + word * 4 + 4
-    }
-
     pub(crate) fn get(self, block: &[u8]) -> u8 {
-        let half = |word| {
-            let bits = u32::from_le_bytes(block[self.word(word)].try_into().expect("4 bytes"));
-            (bits.rotate_right(self.bit) & 15) << (4 * word)
-        };
-        (0..self.words).map(half).sum::<u32>() as u8
+        block[self.bit / 8] << (8 - self.bits - self.bit % 8) >> (8 - self.bits)
     }
 
-    /// Puts a code where none was put before.
+    /// Puts the lower bits of `code`, as many as codes have, where none was put before.
     pub(crate) fn put(self, block: &mut [u8], code: u8) {
-        for word in 0..self.words {
-            let half = (u32::from(code) >> (4 * word) & 15).rotate_left(self.bit);
-            let bytes = &mut block[self.word(word)];
-            bytes.iter_mut().zip(half.to_le_bytes()).for_each(|(byte, half)| *byte |= half);
-        }
+        block[self.bit / 8] |= (code & u8::MAX >> (8 - self.bits)) << (self.bit % 8);
     }
 }
 
-/// Where the halves of a scale lie.
+/// Where the halves of a scale lie. Zeros are sign and magnitude there.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ScalePlace {
     step: usize,
@@ -210,20 +205,24 @@ pub(crate) struct ScalePlace {
 
 impl ScalePlace {
     pub(crate) fn get(self, block: &[u8]) -> Scale {
-        let half = |at: usize| u32::from(u16::from_le_bytes([block[at], block[at + 1]]));
-        Scale::from_bits((half(self.step) | half(self.zero) << 16) ^ TURNED)
+        let half = |at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
+        let magnitude = (half(self.zero) & 0x7fff).cast_signed();
+        let zero = if half(self.zero) >> 15 == 1 { -magnitude } else { magnitude };
+        Scale::from_bits(u32::from(half(self.step)) | u32::from(zero.cast_unsigned()) << 16)
     }
 
     pub(crate) fn put(self, block: &mut [u8], scale: Scale) {
-        let bytes = (scale.to_bits() ^ TURNED).to_le_bytes();
-        block[self.step..self.step + 2].copy_from_slice(&bytes[..2]);
-        block[self.zero..self.zero + 2].copy_from_slice(&bytes[2..]);
+        let zero = (scale.to_bits() >> 16) as u16;
+        let sign = zero & 0x8000;
+        let zero = sign | zero.cast_signed().unsigned_abs() & 0x7fff;
+        block[self.step..self.step + 2].copy_from_slice(&scale.to_bits().to_le_bytes()[..2]);
+        block[self.zero..self.zero + 2].copy_from_slice(&zero.to_le_bytes());
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use leank_core::{CacheConfig, ChannelMask, Dtype, ModelMask, ModelShape};
+    use leank_core::{CacheConfig, ChannelMask, ModelMask, ModelShape};
 
     use super::*;
     use crate::layout_rules;
@@ -238,27 +237,31 @@ mod tests {
         }
     }
 
-    /// What of a tile is at bits 3 to 6 and 19 to 22 when its word is turned by 4 times `i` is register
-    /// `i` of the operand.
+    /// The masks of `operand` in `attend.cu` take what belongs to a register from a lane's words.
     #[test]
-    fn turned_words_are_operands() {
-        for lane in 0..32 {
-            for i in 0..8 {
-                let place =
-                    CodePlace { at: lane * 4, words: 1, bit: (i / 2 * 4 + i % 2 * 16 + 3) % 32 };
-                let mut tile = [0; CODE_BYTES];
-                place.put(&mut tile, 0xfd);
-                assert_eq!(place.get(&tile), 0xd);
-                let word = u32::from_le_bytes(tile[lane * 4..][..4].try_into().unwrap());
-                assert_eq!(word.rotate_right(i / 2 * 4), 0xd << (3 + i % 2 * 16));
-            }
+    fn masked_words_are_operands() {
+        for (words, i) in [1, 2].into_iter().flat_map(|words| (0..8).map(move |i| (words, i))) {
+            let code: u8 = if words == 1 { 0xd } else { 0xa5 };
+            let mut lane = [0; 8];
+            CodePlace { bit: in_words(i, words), bits: 4 * words }.put(&mut lane, code);
+            let word = |word: usize| u32::from_le_bytes(*lane[4 * word..].first_chunk().unwrap());
+            let (low, high, bytes) = (0x000f_000f, 0x00f0_00f0, 0x00ff_00ff);
+            let registers = match words {
+                1 => [word(0) & low, word(0) >> 8 & low, word(0) & high, word(0) >> 8 & high],
+                _ => [word(0) & bytes, word(0) >> 8 & bytes, word(1) & bytes, word(1) >> 8 & bytes],
+            };
+            let sixteen = if words == 1 && i >= 4 { 16 } else { 1 };
+            let mut expected = [0; 4];
+            expected[i / 2] = u32::from(code) * sixteen << (i % 2 * 16);
+            assert_eq!(registers, expected, "{words} {i}");
         }
     }
 
     /// Of every format: each byte belongs to one element, code or scale, and none to nobody.
     #[test]
     fn a_block_holds_each_code_and_scale_once() {
-        let formats = [LeanFormat::Plain(Dtype::F16), LeanFormat::Int8, LeanFormat::Int4];
+        let plain = LeanFormat::Plain(Dtype::F16);
+        let formats = [plain, LeanFormat::Int8, LeanFormat::Int4, LeanFormat::Fp8];
         for (k, v) in formats.into_iter().flat_map(|k| formats.map(|v| (k, v))) {
             for (head_dim, block) in [(48, 64), (64, 16), (32, 32)] {
                 let shape = ModelShape::new(1, 2, 2, head_dim).unwrap();
@@ -294,9 +297,11 @@ mod tests {
                             code.put(&mut bytes, 0xff);
                             if first {
                                 let scale = place.scale(tensor, token, channel);
-                                assert_eq!(scale.get(&bytes).to_bits(), TURNED);
-                                scale.put(&mut bytes, Scale::from_bits(!TURNED));
-                                assert_eq!(scale.get(&bytes).to_bits(), !TURNED);
+                                assert_eq!(scale.get(&bytes).to_bits(), 0);
+                                // Of all bits, with the zero as it lies there.
+                                let all = Scale::from_bits(0x8001_ffff);
+                                scale.put(&mut bytes, all);
+                                assert_eq!(scale.get(&bytes), all);
                                 put += Scale::BYTES;
                             }
                         }
@@ -311,12 +316,15 @@ mod tests {
 
     #[test]
     fn units_are_whole_blocks_where_they_fit() {
-        let unit = |kept, k_words, v_words, slices| {
-            let place = HeadPlace { offset: 0, k_tiles: kept / TILE, v_tiles: 8, k_words, v_words };
+        let unit = |kept, format, slices| {
+            let format = HeadFormat { k: format, v: format };
+            let place = HeadPlace { offset: 0, k_tiles: kept / TILE, v_tiles: 8, format };
             place.record(slices).unit
         };
-        assert_eq!((unit(48, 1, 1, 4), unit(48, 2, 2, 4), unit(128, 2, 2, 4)), (4, 2, 1));
-        assert_eq!((unit(48, 1, 1, 2), unit(48, 1, 1, 3), unit(48, 0, 0, 4)), (2, 1, 1));
+        let (four, eight, plain) =
+            (LeanFormat::Int4, LeanFormat::Int8, LeanFormat::Plain(Dtype::F16));
+        assert_eq!((unit(48, four, 4), unit(48, eight, 4), unit(128, eight, 4)), (4, 2, 1));
+        assert_eq!((unit(48, four, 2), unit(48, four, 3), unit(48, plain, 4)), (2, 1, 1));
     }
 
     /// The A operand of mma.m16n8k16 as the PTX manual has it: register `i / 2`, element `i % 2`.

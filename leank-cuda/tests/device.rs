@@ -423,7 +423,7 @@ fn what_there_is_no_kernel_for_is_unavailable() {
         let error = cuda.create(CacheConfig { formats, ..config(Dtype::F16) }).unwrap_err();
         let named = "bf16 (V of layer 0, KV head 0)";
         assert!(error.to_string().contains(named), "{error}");
-        assert!(error.to_string().contains("f16, int8, int4 only"), "{error}");
+        assert!(error.to_string().contains("f16, int8, int4, fp8 only"), "{error}");
         unavailable(CacheConfig::dense(ModelShape::new(1, 1, 1, 257).unwrap()).unwrap());
     });
 }

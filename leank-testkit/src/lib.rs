@@ -115,6 +115,7 @@ pub fn rounding_error(format: LeanFormat) -> f64 {
         LeanFormat::Plain(Dtype::F16) => 1e-2,
         LeanFormat::Plain(Dtype::Bf16) => 8e-2,
         LeanFormat::Int8 => 0.1,
+        LeanFormat::Fp8 => 0.5,
         LeanFormat::Int4 => 1.0,
         other => panic!("no bound is stated for {other}"),
     }

@@ -6,14 +6,17 @@ mod filled;
 use std::{collections::BTreeMap, fmt, str::FromStr, time::Instant};
 
 use leank_core::{
-    Backend as _, Cache as _, CacheConfig, ChannelMask, DEFAULT_BLOCK, Dtype, HeadPrecision,
-    KvHead, Layer, ModelMask, ModelShape, Planner,
+    Backend as _, Cache as _, CacheConfig, ChannelMask, DEFAULT_BLOCK, Dtype, KvHead, Layer,
+    ModelMask, ModelShape, Planner,
 };
 use leank_cuda::Cuda;
 use leank_train::rng::Rng;
 use serde::Serialize;
 
-use crate::{Error, Result, setting::Published};
+use crate::{
+    Error, Result,
+    setting::{DeviceFormats, Published},
+};
 pub(crate) use device::{Device, capture, driver, give_up_events, seconds};
 use filled::{Filled, Filler};
 
@@ -57,7 +60,7 @@ pub struct CudaOptions {
     /// Storage type: f16 or bf16.
     pub dtype: Dtype,
     /// Formats of lean blocks, each in a cache of its own; none: dense caches alone.
-    pub formats: Vec<HeadPrecision>,
+    pub formats: Vec<DeviceFormats>,
     /// Most different layers of a mask, at equal distances; all by default.
     pub layers: Option<usize>,
     /// Sequences of lengths between 1024 and 65536, to be compared with as many of one length.
@@ -291,7 +294,7 @@ fn different_layers(shape: ModelShape, mask: &ModelMask) -> Vec<(Vec<usize>, Lay
 fn one_layer(
     options: &CudaOptions,
     model: Published,
-    lean: Option<(Layer, HeadPrecision)>,
+    lean: Option<(Layer, DeviceFormats)>,
 ) -> Result<CacheConfig> {
     let (shape, mask) = model.model()?;
     let one = ModelShape { layers: 1, ..shape };
@@ -315,7 +318,7 @@ fn measure_mixed(
     (sequences, lean): (usize, bool),
 ) -> Result<Mixed> {
     let (shape, _) = model.model()?;
-    let middle = (Layer(shape.layers / 2), HeadPrecision::default());
+    let middle = (Layer(shape.layers / 2), DeviceFormats::default());
     let config = one_layer(options, model, lean.then_some(middle))?;
     let mut filler = Filler { cuda, device, random: Rng::new(sequences as u64) };
     let blocks: Vec<usize> = (0..sequences).map(|_| 16 + filler.random.below(1009)).collect();

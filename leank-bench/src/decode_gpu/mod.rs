@@ -14,7 +14,10 @@ use leank_core::{
 
 pub use fit::MemorySize;
 
-use crate::{Error, Result, setting::Published};
+use crate::{
+    Error, Result,
+    setting::{DeviceFormats, Published},
+};
 
 /// The mask of the lean cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,7 +47,7 @@ impl fmt::Display for MaskChoice {
 }
 
 impl MaskChoice {
-    /// A lean cache with this mask. Without `windows`, those that the mask was made for.
+    /// A lean cache with this mask. Without `windows` and `formats`, those that the mask was made for.
     ///
     /// # Errors
     /// Those of [`read_mask`]; [`leank_core::Error::Mismatch`] for a mask of another shape.
@@ -52,6 +55,7 @@ impl MaskChoice {
         &self,
         shape: ModelShape,
         windows: Option<Windows>,
+        formats: Option<DeviceFormats>,
         dtype: Dtype,
     ) -> Result<CacheConfig> {
         let config = match self {
@@ -59,7 +63,14 @@ impl MaskChoice {
             Self::File(path) => CacheConfig::new(shape, read_mask(path, &ReadOptions::default())?)?,
         };
         let windows = windows.unwrap_or(config.windows);
-        Ok(CacheConfig { windows, dtype, ..config })
+        let config = CacheConfig { windows, dtype, ..config };
+        Ok(match formats {
+            Some(formats) => {
+                let formats = vec![formats.format(dtype); shape.layers * shape.kv_heads];
+                CacheConfig { formats: Some(formats), ..config }
+            }
+            None => config,
+        })
     }
 }
 
@@ -87,12 +98,12 @@ mod tests {
         }
         let shape = ModelShape::new(2, 4, 2, 64).unwrap();
         let llama = MaskChoice::Published(Published::Llama);
-        let config = llama.config(shape, None, Dtype::Bf16).unwrap();
+        let config = llama.config(shape, None, None, Dtype::Bf16).unwrap();
         assert_eq!((config.windows, config.dtype), (Published::WINDOWS, Dtype::Bf16));
         let windows = Windows { sink: 3, recent: 5 };
-        assert_eq!(llama.config(shape, Some(windows), Dtype::F16).unwrap().windows, windows);
+        assert_eq!(llama.config(shape, Some(windows), None, Dtype::F16).unwrap().windows, windows);
         let missing = MaskChoice::File("no/such/mask.safetensors".into());
-        let error = missing.config(shape, None, Dtype::F16).unwrap_err().to_string();
+        let error = missing.config(shape, None, None, Dtype::F16).unwrap_err().to_string();
         assert!(error.contains("no/such/mask.safetensors"), "{error}");
     }
 }

@@ -163,6 +163,7 @@ fn format_code(format: LeanFormat) -> u8 {
         LeanFormat::Plain(Dtype::Bf16) => 2,
         LeanFormat::Int8 => 3,
         LeanFormat::Int4 => 4,
+        LeanFormat::Fp8 => 5,
     }
 }
 

@@ -11,10 +11,13 @@
 // O += V^T P. K and V come from memory as the operands of mma, so nothing is rearranged; P becomes
 // an operand by a transposition of 8 x 8 elements between lanes.
 //
-// Codes become operands in registers: n / 16 + 1 for numbers n of 4 bits (`decode`). K's steps go into
-// the queries and V's into the weights, once for all that share them; what the zeros and the ones add is
-// one number per query row, and per group of V's channels. A warp takes several slices of a block at once,
-// a unit, so that there is little to do for each.
+// Codes are operands as they lie, but for a mask: a bfloat16 of up to 8 bits is these bits times 2^-133 (of
+// fp8, whose sign has to move, 2^-120 times the number).
+// K's steps go into the queries and V's into the weights, once for all that share them, and what they are
+// multiplied with is 2^64 (2^51) times what it stands for; so products are 2^-69 of what they stand for, and sums
+// that codes go to stay so until their end. Zeros are operands too: what they add is one number per query
+// row, and per group of V's channels. A warp takes several slices of a block at once, a unit, so that there
+// is little to do for each.
 //
 // Constants from the host: NV, BF16, CODED, CAP (logits have a soft-cap), NT (tiles of 8 query rows), WARPS,
 // STAGES, SHARED_BYTES.
@@ -238,6 +241,27 @@ __device__ __forceinline__ float two_to(float x) {
 // What weights are relative to: infinitely small logits alone must give weights of 0, not NaN.
 __device__ __forceinline__ float base_of(float maximum) { return maximum == NONE ? 0 : maximum; }
 
+#if CODED
+
+// x * y + z of bfloat16, two at once.
+__device__ __forceinline__ u32 multiply_add(u32 x, u32 y, u32 z) {
+    u32 sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(y), "r"(z));
+    return sum;
+}
+
+__device__ __forceinline__ u32 product(u32 x, u32 y) { return multiply_add(x, y, 0x80008000); }
+
+// What operands of codes are multiplied with is 2^64 times too large, with fp8 2^51 times, and the sums
+// 2^-69 times too small. Twice, as bfloat16; and from sums to what they stand for.
+__device__ __forceinline__ constexpr u32 lift_of(u32 codes) {
+    return codes == FP8 ? 0x59005900 : 0x5f805f80;
+}
+constexpr u32 LOWER = 0x1d001d00;
+constexpr float RESTORE = 590295810358705651712.0f;
+
+#endif
+
 // ---- Walking over the work ------------------------------------------------------------------
 
 // An item and what a worker has of it.
@@ -261,26 +285,23 @@ struct Stretch {
     }
 };
 
+// Thread blocks begin in the order of their numbers. First workers of items wait for those behind them,
+// so these must begin earlier: where not all find room at once, none waits for one that cannot begin.
+__device__ __forceinline__ u32 worker_of(const Attend& args) { return args.workers - 1 - blockIdx.x; }
+
 struct Walk {
     Stretch at;
-    u32 worker;
-    u32 last_item;
-    u32 last_slice;
 
-    __device__ __forceinline__ void set_end() {
-        at.end = at.item == last_item ? last_slice : at.extent.total;
+    // `next`: where the next worker starts.
+    __device__ __forceinline__ void set_end(const Start& next) {
+        at.end = at.item == next.item ? next.slice : at.extent.total;
     }
 
     // False where the worker has nothing to do.
     __device__ __forceinline__ bool start(const Attend& args) {
-        // Thread blocks begin in the order of their numbers. First workers of items wait for those
-        // behind them, so these must begin earlier: where not all find room at once, none waits for
-        // one that cannot begin.
-        worker = args.workers - 1 - blockIdx.x;
+        u32 worker = worker_of(args);
         const Start& own = args.starts[worker];
         const Start& next = args.starts[worker + 1];
-        last_item = next.item;
-        last_slice = next.slice;
         at.item = own.item;
         at.begin = own.slice;
         at.sequence_index = own.sequence;
@@ -291,22 +312,19 @@ struct Walk {
         at.extent = own.its_extent;
         at.sharers = own.sharers;
         at.turn = own.turn;
-        set_end();
-        return at.item != last_item || at.begin != last_slice;
-    }
-
-    // Whether there is an item after this one.
-    __device__ __forceinline__ bool has_more() const {
-        return at.item + 1 < last_item || (at.item + 1 == last_item && last_slice > 0);
+        set_end(next);
+        return at.item != next.item || at.begin != next.slice;
     }
 
     // The next item; false where there is none.
     __device__ __forceinline__ bool next(const Attend& args) {
-        if (!has_more()) return false;
+        // Read again, because registers are few.
+        const Start& end = args.starts[worker_of(args) + 1];
+        if (at.item + 1 > end.item || (at.item + 1 == end.item && end.slice == 0)) return false;
         at.item += 1;
         at.begin = 0;
         at.tile += 1;
-        if (at.tile == at.sequence.tiles) {
+        if (at.tile * ROWS >= at.sequence.tokens * args.group) {
             at.tile = 0;
             at.head_index += 1;
             if (at.head_index == args.kv_heads) {
@@ -320,8 +338,8 @@ struct Walk {
             at.sequence, at.head, at.tile, ROWS, args.group, args.blocks.block, args.blocks.slices
         );
         at.turn = 0;
-        at.sharers = at.item == last_item ? args.starts[worker + 1].sharers : 1;
-        set_end();
+        at.sharers = at.item == end.item ? end.sharers : 1;
+        set_end(end);
         return true;
     }
 };
@@ -418,8 +436,9 @@ struct Sums {
     float maximum[NT][2];
     float weight[NT][2];
 #if CODED
-    // What belongs to every channel of a group: query row l / 4, tokens as those of B operands.
-    float common[NT][GROUPS];
+    // What belongs to every channel of a group: as `out` of two groups for one tile, where channels are
+    // lower and upper bytes of zeros in turn.
+    float common[NT][(GROUPS + 1) / 2][4];
 #endif
 
     __device__ __forceinline__ void clear() {
@@ -427,7 +446,10 @@ struct Sums {
         for (u32 n = 0; n < NT; n++) {
 #if CODED
 #pragma unroll
-            for (u32 g = 0; g < GROUPS; g++) common[n][g] = 0;
+            for (u32 g = 0; g < (GROUPS + 1) / 2; g++) {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) common[n][g][i] = 0;
+            }
 #endif
 #pragma unroll
             for (u32 i = 0; i < 2; i++) {
@@ -502,6 +524,11 @@ struct Queries {
                         low = c < head.kept ? low : 0;
                         high = c + 1 < head.kept ? high : 0;
                         q[n][k][i] = low | high << 16;
+#if CODED
+                        if (BF16 && head.k_codes != PLAIN) {
+                            q[n][k][i] = product(q[n][k][i], lift_of(head.k_codes));
+                        }
+#endif
                     } else {
                         q[n][k][i] = *(const u32*)&row[c];
                     }
@@ -562,26 +589,25 @@ weigh(const float (&x)[U][NT][4], Sums& sums, u32 (&weights)[U][NT][2], u32 lane
         }
         bool moves = most[0] > sums.maximum[n][0] + SLACK || most[1] > sums.maximum[n][1] + SLACK;
         if (__any_sync(ALL, moves)) {
-            float factors[2];
 #pragma unroll
             for (u32 i = 0; i < 2; i++) {
                 float maximum = fmaxf(sums.maximum[n][i], most[i]);
                 float factor = two_to(sums.maximum[n][i] - base_of(maximum));
                 sums.maximum[n][i] = maximum;
                 sums.weight[n][i] *= factor;
-                factors[i] = factor;
 #pragma unroll
                 for (u32 m = 0; m < NV; m++) {
                     sums.out[n][m][i] *= factor;
                     sums.out[n][m][i + 2] *= factor;
                 }
-            }
 #if CODED
-            float even = __shfl_sync(ALL, factors[0], lane / 8);
-            float odd = __shfl_sync(ALL, factors[1], lane / 8);
 #pragma unroll
-            for (u32 g = 0; g < GROUPS; g++) sums.common[n][g] *= lane / 4 % 2 ? odd : even;
+                for (u32 g = 0; g < (GROUPS + 1) / 2; g++) {
+                    sums.common[n][g][i] *= factor;
+                    sums.common[n][g][i + 2] *= factor;
+                }
 #endif
+            }
         }
 #pragma unroll
         for (u32 j = 0; j < U; j++) {
@@ -600,11 +626,32 @@ weigh(const float (&x)[U][NT][4], Sums& sums, u32 (&weights)[U][NT][2], u32 lane
     }
 }
 
+// Adds V's tile times weights; `lower` where sums are of products with codes.
+__device__ __forceinline__ void
+add_tile(float (&sum)[4], const uint4& a, u32 b0, u32 b1, [[maybe_unused]] bool lower) {
+#if CODED
+    if constexpr (BF16) {
+        b0 = lower ? product(b0, LOWER) : b0;
+        b1 = lower ? product(b1, LOWER) : b1;
+        multiply<true>(sum, a, b0, b1);
+    } else {
+        float own[4] = {};
+        multiply<false>(own, a, b0, b1);
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) sum[i] = fmaf(own[i], lower ? 1 / RESTORE : 1, sum[i]);
+    }
+#else
+    multiply<BF16>(sum, a, b0, b1);
+#endif
+}
+
+// Plain elements of a slice.
 template <bool EDGE>
 __device__ __forceinline__ void take(
-    const Attend& args, const u8* ring, u32 k_tiles, const Queries& queries, Sums& sums,
-    const Edge& edge, u32 row, u32 lane
+    const Attend& args, const u8* ring, u32 k_tiles, const Head& head, const Queries& queries,
+    Sums& sums, const Edge& edge, u32 row, u32 lane
 ) {
+    bool lower = CODED && head.v_codes != PLAIN;
     const uint4* k = (const uint4*)ring + lane;
     float even[NT][4] = {};
     float odd[NT][4] = {};
@@ -645,7 +692,7 @@ __device__ __forceinline__ void take(
             uint4 a = v[m * 32];
 #pragma unroll
             for (u32 n = 0; n < NT; n++) {
-                multiply<BF16>(sums.out[n][m], a, weights[0][n][0], weights[0][n][1]);
+                add_tile(sums.out[n][m], a, weights[0][n][0], weights[0][n][1], lower);
             }
         }
     } else {
@@ -660,7 +707,7 @@ __device__ __forceinline__ void take(
                 u32 b1 = own ? weights[0][n][1] : 0;
 #pragma unroll
                 for (u32 m = 0; m < NV; m++) {
-                    multiply<BF16>(sums.out[n][m], hide(v[m * 32], seen, lane), b0, b1);
+                    add_tile(sums.out[n][m], hide(v[m * 32], seen, lane), b0, b1, lower);
                 }
             }
         }
@@ -671,118 +718,113 @@ __device__ __forceinline__ void take(
 
 // ---- Codes ------------------------------------------------------------------------------------
 
-// The operand n / 16 + 1 of the numbers of a lane.
-__device__ __forceinline__ uint4 decode(u32 word) {
-    u32 x[4];
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        // (turned & 0x780078) | 0x3f803f80 in one instruction.
-        asm("lop3.b32 %0, %1, %2, %3, 0xea;"
-            : "=r"(x[i])
-            : "r"(__funnelshift_r(word, word, 4 * i)), "n"(0x00780078), "n"(0x3f803f80));
+// 1/16, twice, as bfloat16.
+constexpr u32 SIXTEENTH = 0x3d803d80;
+
+// Two e4m3 as bfloat16, 2^-120 times as large: exponent and mantissa are 4 bits further up, the sign 8.
+__device__ __forceinline__ u32 floats(u32 bytes) {
+    // A sign carries over the ones to the highest bit; without one they are masked.
+    return bytes * 16 + 0x78007800 & 0x87f087f0;
+}
+
+// The operand of the codes of a lane. Of those of 4 bits, the columns from 8 on are 16 times too large.
+template <u32 CODES>
+__device__ __forceinline__ uint4 operand(const u8* codes) {
+    if constexpr (CODES == INT4) {
+        constexpr u32 LOW = 0x000f000f, HIGH = 0x00f000f0;
+        u32 x = *(const u32*)codes;
+        return make_uint4(x & LOW, x >> 8 & LOW, x & HIGH, x >> 8 & HIGH);
+    } else {
+        constexpr u32 LOW = 0x4240, HIGH = 0x4341;
+        uint2 x = *(const uint2*)codes;
+        uint4 bytes = make_uint4(
+            __byte_perm(x.x, 0, LOW), __byte_perm(x.x, 0, HIGH), __byte_perm(x.y, 0, LOW),
+            __byte_perm(x.y, 0, HIGH)
+        );
+        if constexpr (CODES == INT8) return bytes;
+        return make_uint4(
+            floats(bytes.x), floats(bytes.y), floats(bytes.z), floats(bytes.w)
+        );
     }
-    return make_uint4(x[0], x[1], x[2], x[3]);
 }
 
-// 16, twice.
-constexpr u32 SIXTEEN = 0x41804180;
+// Lower and upper bytes of two zeros as operands, with their signs.
+__device__ __forceinline__ u32 low_bytes(u32 zeros) { return zeros & 0x80ff80ff; }
 
-// Products of bfloat16, two at once.
-__device__ __forceinline__ u32 product(u32 x, u32 y) {
-    u32 z;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "r"(0x80008000));
-    return z;
+__device__ __forceinline__ u32 high_bytes(u32 zeros) {
+    return __byte_perm(zeros, 0, 0xb391) & 0x807f807f;
 }
 
-__device__ __forceinline__ float step_of(u32 scale) { return __uint_as_float(scale << 16); }
-
-// What a code of 0 stands for beside what its operands do, in sixteenths of a step: ones of one or two
-// operands come off the zero, which is the upper or the lower half of `scale`.
-template <u32 WORDS>
-__device__ __forceinline__ float zero_of(u32 scale, bool upper) {
-    // 2^23 + 2^15 + zero.
-    float number = __uint_as_float(__byte_perm(scale, 0x4b00, upper ? 0x5432 : 0x5410));
-    constexpr float ones = WORDS == 1 ? 16 : 16 * 17;
-    return fmaf(number, 0.0625f, -(8388608.0f + 32768.0f + ones) / 16);
+// Two queries times steps, rounded, and what rounding took from them.
+template <u32 CODES>
+__device__ __forceinline__ void scale_queries(u32 q, u32 steps, u32& scaled, u32& rest) {
+    if constexpr (BF16) {
+        scaled = product(q, steps);
+        rest = multiply_add(q, steps, scaled ^ 0x80008000);
+    } else {
+        float lift = low_of<true>(lift_of(CODES));
+        float low = low_of<false>(q) * lift * low_of<true>(steps);
+        float high = high_of<false>(q) * lift * high_of<true>(steps);
+        scaled = pack<true>(low, high);
+        rest = pack<true>(low - low_of<true>(scaled), high - high_of<true>(scaled));
+    }
 }
 
-// Sixteenths of logits of U slices, without what is common to all tokens of a query row, which is
-// `common`: of query row l / 4, channels as those of B operands.
-template <u32 WORDS, u32 U>
+// Products of U slices, and what all of their tokens have in common: of query rows l % 4 * 2 and one more.
+template <u32 CODES, u32 U>
 __device__ __forceinline__ void multiply_k(
     const u8* scales, const u8* slices, const Head& head, const Queries& queries,
-    float (&x)[U][NT][4], float (&common)[NT], u32 lane
+    float (&x)[U][NT][4], float (&common)[NT][2], u32 lane
 ) {
+    constexpr u32 WORDS = words_of(CODES);
     const u8* codes = slices + lane * (4 * WORDS);
     u32 slice = lean_slice_bytes(head);
+    // Codes of 8 bits are worth what rounding took.
+    constexpr bool TWICE = CODES == INT8;
+    // Products with lower bytes, with upper bytes.
+    float zeros[NT][4] = {};
 #pragma unroll
     for (u32 t = 0; t < NV; t++) {
         if (t >= head.tiles) break;
         uint4 scale = *((const uint4*)(scales + t * SCALE_BYTES) + lane % 4);
-        // Queries times steps, and what rounding took from them where codes have 8 bits.
+        uint4 zero = make_uint4(
+            low_bytes(scale.z), high_bytes(scale.z), low_bytes(scale.w), high_bytes(scale.w)
+        );
         u32 b[NT][2], rest[NT][2];
 #pragma unroll
         for (u32 n = 0; n < NT; n++) {
-#pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                u32 q = queries.q[n][t][i];
-                u32 first = i == 0 ? scale.x : scale.z, second = i == 0 ? scale.y : scale.w;
-                float low = low_of<BF16>(q) * step_of(first);
-                float high = high_of<BF16>(q) * step_of(second);
-                b[n][i] = pack<true>(low, high);
-                float used_low = low_of<true>(b[n][i]), used_high = high_of<true>(b[n][i]);
-                if constexpr (WORDS == 2) {
-                    rest[n][i] = pack<true>(low - used_low, high - used_high);
-                    used_low += low_of<true>(rest[n][i]);
-                    used_high += high_of<true>(rest[n][i]);
-                }
-                common[n] = fmaf(used_low, zero_of<WORDS>(first, true), common[n]);
-                common[n] = fmaf(used_high, zero_of<WORDS>(second, true), common[n]);
-            }
+            scale_queries<CODES>(queries.q[n][t][0], scale.x, b[n][0], rest[n][0]);
+            scale_queries<CODES>(queries.q[n][t][1], scale.y, b[n][1], rest[n][1]);
+            if constexpr (CODES != FP8) multiply<true>(zeros[n], zero, b[n][0], b[n][1]);
+            if constexpr (TWICE) multiply<true>(zeros[n], zero, rest[n][0], rest[n][1]);
+            if constexpr (CODES == INT4) b[n][1] = product(b[n][1], SIXTEENTH);
         }
-        const u8* tile = codes + t * (WORDS * CODE_BYTES);
-        if constexpr (WORDS == 1) {
 #pragma unroll
-            for (u32 j = 0; j < U; j++) {
-                uint4 a = decode(*(const u32*)(tile + j * slice));
-#pragma unroll
-                for (u32 n = 0; n < NT; n++) multiply<true>(x[j][n], a, b[n][0], b[n][1]);
-            }
-        } else {
-            u32 upper[NT][2], upper_rest[NT][2];
+        for (u32 j = 0; j < U; j++) {
+            uint4 a = operand<CODES>(codes + t * (WORDS * CODE_BYTES) + j * slice);
 #pragma unroll
             for (u32 n = 0; n < NT; n++) {
-#pragma unroll
-                for (u32 i = 0; i < 2; i++) {
-                    upper[n][i] = product(b[n][i], SIXTEEN);
-                    upper_rest[n][i] = product(rest[n][i], SIXTEEN);
-                }
-            }
-#pragma unroll
-            for (u32 j = 0; j < U; j++) {
-                uint2 words = *(const uint2*)(tile + j * slice);
-                uint4 a = decode(words.x);
-#pragma unroll
-                for (u32 n = 0; n < NT; n++) {
-                    multiply<true>(x[j][n], a, b[n][0], b[n][1]);
-                    multiply<true>(x[j][n], a, rest[n][0], rest[n][1]);
-                }
-                a = decode(words.y);
-#pragma unroll
-                for (u32 n = 0; n < NT; n++) {
-                    multiply<true>(x[j][n], a, upper[n][0], upper[n][1]);
-                    multiply<true>(x[j][n], a, upper_rest[n][0], upper_rest[n][1]);
-                }
+                multiply<true>(x[j][n], a, b[n][0], b[n][1]);
+                if constexpr (TWICE) multiply<true>(x[j][n], a, rest[n][0], rest[n][1]);
             }
         }
+    }
+#pragma unroll
+    for (u32 n = 0; n < NT; n++) {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) common[n][i] = fmaf(zeros[n][i + 2], 256, zeros[n][i]);
     }
 }
 
 // Adds V of U slices; `v` is where that of the first begins.
-template <u32 WORDS, u32 U>
+template <u32 CODES, u32 U>
 __device__ __forceinline__ void add_v(
     const u8* v, u32 slice, u32 (&weights)[U][NT][2], Sums& sums, u32 lane
 ) {
+    constexpr u32 WORDS = words_of(CODES);
+    // Every second row of the operand of zeros has lower bytes, the others upper ones.
+    bool is_low = lane / 4 % 2 == 0;
+    u32 bytes = is_low ? 0x3210 : 0xb391, mask = is_low ? 0x80ff80ff : 0x807f807f;
     // Not unrolled: the loop over units must fit where instructions are at hand.
 #pragma unroll 1
     for (u32 j = 0; j < U; j++) {
@@ -793,53 +835,34 @@ __device__ __forceinline__ void add_v(
         for (u32 n = 0; n < NT; n++) {
 #pragma unroll
             for (u32 i = 0; i < 2; i++) {
-                weight[n][i] = product(weights[0][n][i], SIXTEEN);
+                weight[n][i] = product(weights[0][n][i], lift_of(CODES));
 #pragma unroll
                 for (u32 k = 1; k < U; k++) weights[k - 1][n][i] = weights[k][n][i];
             }
         }
-        constexpr u32 groups = WORDS == 1 ? GROUPS : 1;
+        constexpr u32 groups = CODES == INT4 ? GROUPS : 1;
 #pragma unroll
         for (u32 g = 0; g < groups; g++) {
             uint4 scale = scales[g * 4];
-            float zeros[4] = {
-                zero_of<WORDS>(scale.z, false), zero_of<WORDS>(scale.z, true),
-                zero_of<WORDS>(scale.w, false), zero_of<WORDS>(scale.w, true)
-            };
-            u32 b[NT][2], upper[NT][2];
+            u32 low = __byte_perm(scale.z, 0, bytes) & mask;
+            u32 high = __byte_perm(scale.w, 0, bytes) & mask;
+            uint4 zero = g % 2 ? make_uint4(0, low, 0, high) : make_uint4(low, 0, high, 0);
+            u32 b[NT][2];
 #pragma unroll
             for (u32 n = 0; n < NT; n++) {
                 b[n][0] = product(weight[n][0], scale.x);
                 b[n][1] = product(weight[n][1], scale.y);
-                float& common = sums.common[n][g];
-                common = fmaf(low_of<true>(b[n][0]), zeros[0], common);
-                common = fmaf(high_of<true>(b[n][0]), zeros[1], common);
-                common = fmaf(low_of<true>(b[n][1]), zeros[2], common);
-                common = fmaf(high_of<true>(b[n][1]), zeros[3], common);
-                if constexpr (WORDS == 2) {
-                    upper[n][0] = product(b[n][0], SIXTEEN);
-                    upper[n][1] = product(b[n][1], SIXTEEN);
+                if constexpr (CODES != FP8) {
+                    multiply<true>(sums.common[n][g / 2], zero, b[n][0], b[n][1]);
                 }
+                if constexpr (CODES == INT4) b[n][1] = product(b[n][1], SIXTEENTH);
             }
-            constexpr u32 tiles = WORDS == 1 ? GROUP_TILES : NV;
+            constexpr u32 tiles = CODES == INT4 ? GROUP_TILES : NV;
 #pragma unroll
             for (u32 m = g * tiles; m < min(NV, (g + 1) * tiles); m++) {
-                const u8* tile = codes + m * (WORDS * CODE_BYTES);
-                if constexpr (WORDS == 1) {
-                    uint4 a = decode(*(const u32*)tile);
+                uint4 a = operand<CODES>(codes + m * (WORDS * CODE_BYTES));
 #pragma unroll
-                    for (u32 n = 0; n < NT; n++) {
-                        multiply<true>(sums.out[n][m], a, b[n][0], b[n][1]);
-                    }
-                } else {
-                    uint2 words = *(const uint2*)tile;
-                    uint4 low = decode(words.x), high = decode(words.y);
-#pragma unroll
-                    for (u32 n = 0; n < NT; n++) {
-                        multiply<true>(sums.out[n][m], low, b[n][0], b[n][1]);
-                        multiply<true>(sums.out[n][m], high, upper[n][0], upper[n][1]);
-                    }
-                }
+                for (u32 n = 0; n < NT; n++) multiply<true>(sums.out[n][m], a, b[n][0], b[n][1]);
             }
         }
     }
@@ -854,12 +877,14 @@ __device__ __forceinline__ void take_slices(
 ) {
     u32 slice = lean_slice_bytes(head);
     float x[U][NT][4] = {};
-    float common[NT] = {};
-    float scale = 16 * args.scale;
-    if (head.k_words == 1) {
-        multiply_k<1>(scales, slices, head, queries, x, common, lane);
-    } else if (head.k_words == 2) {
-        multiply_k<2>(scales, slices, head, queries, x, common, lane);
+    float common[NT][2] = {};
+    float scale = RESTORE * args.scale;
+    if (head.k_codes == INT4) {
+        multiply_k<INT4>(scales, slices, head, queries, x, common, lane);
+    } else if (head.k_codes == INT8) {
+        multiply_k<INT8>(scales, slices, head, queries, x, common, lane);
+    } else if (head.k_codes == FP8) {
+        multiply_k<FP8>(scales, slices, head, queries, x, common, lane);
     } else {
         scale = args.scale;
 #pragma unroll
@@ -877,18 +902,11 @@ __device__ __forceinline__ void take_slices(
     }
 #pragma unroll
     for (u32 n = 0; n < NT; n++) {
-        float own[2];
-        if (head.k_words != 0) {
-            common[n] += __shfl_xor_sync(ALL, common[n], 1);
-            common[n] += __shfl_xor_sync(ALL, common[n], 2);
-        }
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) own[i] = __shfl_sync(ALL, common[n], (lane % 4 * 2 + i) * 4);
 #pragma unroll
         for (u32 j = 0; j < U; j++) {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
-                float logit = (x[j][n][i] + own[i % 2]) * scale;
+                float logit = (x[j][n][i] + common[n][i % 2]) * scale;
                 if constexpr (CAP) logit = args.cap * tanhf(logit * args.inverse_cap);
                 x[j][n][i] = logit;
             }
@@ -908,12 +926,14 @@ __device__ __forceinline__ void take_slices(
 
     const u8* v = slices + lean_k_bytes(head);
     u32 weights[U][NT][2];
-    if (head.v_words != 0) {
+    if (head.v_codes != PLAIN) {
         weigh<U, true>(x, sums, weights, lane);
-        if (head.v_words == 1) {
-            add_v<1>(v, slice, weights, sums, lane);
+        if (head.v_codes == INT4) {
+            add_v<INT4>(v, slice, weights, sums, lane);
+        } else if (head.v_codes == INT8) {
+            add_v<INT8>(v, slice, weights, sums, lane);
         } else {
-            add_v<2>(v, slice, weights, sums, lane);
+            add_v<FP8>(v, slice, weights, sums, lane);
         }
     } else {
         weigh<U, BF16>(x, sums, weights, lane);
@@ -931,26 +951,25 @@ __device__ __forceinline__ void take_slices(
     }
 }
 
-// Adds what belongs to all channels of a group to each of them.
+// Makes sums of products with codes what they stand for.
 __device__ __forceinline__ void settle(const Head& head, Sums& sums, u32 lane) {
-    if (head.v_words == 0) return;
+    if (head.v_codes == PLAIN) return;
+    bool is_low = lane / 4 % 2 == 0;
 #pragma unroll
     for (u32 n = 0; n < NT; n++) {
 #pragma unroll
         for (u32 g = 0; g < GROUPS; g++) {
-            float common = sums.common[n][g];
-            common += __shfl_xor_sync(ALL, common, 1);
-            common += __shfl_xor_sync(ALL, common, 2);
 #pragma unroll
             for (u32 i = 0; i < 2; i++) {
-                float own = __shfl_sync(ALL, common, (lane % 4 * 2 + i) * 4);
+                float common = sums.common[n][g / 2][g % 2 * 2 + i] * (is_low ? 1 : 256);
+                common += __shfl_xor_sync(ALL, common, 4);
 #pragma unroll
                 for (u32 m = 0; m < NV; m++) {
                     // Of 8 bits there is one group.
-                    bool within = head.v_words == 2 ? g == 0 : m / (GROUP_TILES) == g;
+                    bool within = head.v_codes != INT4 ? g == 0 : m / GROUP_TILES == g;
                     if (within) {
-                        sums.out[n][m][i] += own;
-                        sums.out[n][m][i + 2] += own;
+                        sums.out[n][m][i] = (sums.out[n][m][i] + common) * RESTORE;
+                        sums.out[n][m][i + 2] = (sums.out[n][m][i + 2] + common) * RESTORE;
                     }
                 }
             }
@@ -1154,7 +1173,7 @@ finish(const Attend& args, Shared& shared, const Walk& walk, Sums& sums, u32 war
             u32 i = threadIdx.x + k * WARPS * 32;
             u32 row = i / (WIDTH / 4), four = i % (WIDTH / 4);
             if (row < 8 && n * 8 + row < rows) {
-                u64 place = walk.worker * STRIDE + (n * 8 + row) * (WIDTH / 4) + four;
+                u64 place = worker_of(args) * STRIDE + (n * 8 + row) * (WIDTH / 4) + four;
                 all[k].collect(args, place, near, 1);
                 all[k].collect(args, place, far, FAN);
                 if (at.turn > 0) {
@@ -1244,14 +1263,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
             } else
 #endif
             if (s < plain) {
-                take<false>(args, ring, k_tiles, queries, sums, edge, row, lane);
+                take<false>(args, ring, k_tiles, at.head, queries, sums, edge, row, lane);
             } else {
                 u32 physical = at.extent.slice(s, at.head);
                 u32 index = physical / args.blocks.slices;
                 u32 within = (physical - index * args.blocks.slices) * TILE;
                 edge.position = index * args.blocks.block + within;
                 edge.tokens = min(TILE, args.blocks.block - within);
-                take<true>(args, ring, k_tiles, queries, sums, edge, row, lane);
+                take<true>(args, ring, k_tiles, at.head, queries, sums, edge, row, lane);
             }
             __syncwarp();
             used += 1;

@@ -28,7 +28,10 @@ union Unit {
 
 // ---- Codes ------------------------------------------------------------------------------------
 
-// leank_core::quant::quantise, operation by operation: none may be fused with another.
+// leank_core::quant's, operation by operation: none may be fused with another.
+
+// Of a group with an infinity or NaN.
+constexpr u32 NAN_SCALE = 0x7fc0;
 
 __device__ __forceinline__ float nearest(float x) {
     return __fsub_rn(__fadd_rn(x, 12582912.0f), 12582912.0f);
@@ -48,36 +51,68 @@ struct Range {
     }
 
     // Step and zero.
-    __device__ __forceinline__ u32 scale(float most) const {
-        if (!finite) return 0x7fc0;
+    __device__ __forceinline__ u32 scale(u32 kind) const {
+        if (!finite) return NAN_SCALE;
         constexpr float LARGEST = 8.507059173023462e37f, LEAST_STEP = 1.1754943508222875e-38f;
         float low = fminf(fmaxf(least, -LARGEST), LARGEST);
         float high = fminf(fmaxf(largest, -LARGEST), LARGEST);
-        float step = __fdiv_rn(__fsub_rn(high, low), most);
-        step = fmaxf(step, __fdiv_rn(fmaxf(fabsf(low), fabsf(high)), 32767.0f));
+        float magnitude = fmaxf(fabsf(low), fabsf(high));
+        if (kind == FP8) {
+            float step = fmaxf(__fdiv_rn(magnitude, 448.0f), LEAST_STEP);
+            return (__float_as_uint(step) + 0xffff) >> 16;
+        }
+        float step = __fdiv_rn(__fsub_rn(high, low), kind == INT4 ? 15.0f : 255.0f);
+        step = fmaxf(step, __fdiv_rn(magnitude, 32767.0f));
         u32 bits = (__float_as_uint(fmaxf(step, LEAST_STEP)) + 0xffff) >> 16;
         float inverse = __fdiv_rn(1.0f, __uint_as_float(bits << 16));
         return bits | u32(int(nearest(__fmul_rn(low, inverse)))) << 16;
     }
 };
 
-__device__ __forceinline__ u32 code_of(u16 element, u32 scale, float most) {
-    if ((scale & 0xffff) == 0x7fc0) return 0;
+// The nearest e4m3, at most 448.
+__device__ __forceinline__ u32 to_e4m3(float x) {
+    u32 bits = __float_as_uint(x), magnitude = bits & 0x7fffffff;
+    u32 code = u32(nearest(__fmul_rn(fabsf(x), 512.0f)));
+    if (magnitude >= 121 << 23) {
+        code = min(((magnitude + 0x7ffff + (magnitude >> 20 & 1)) >> 20) - (120 << 3), 0x7eu);
+    }
+    return bits >> 24 & 0x80 | code;
+}
+
+__device__ __forceinline__ u32 code_of(u16 element, u32 scale, u32 kind) {
+    if ((scale & 0xffff) == NAN_SCALE) return 0;
     float inverse = __fdiv_rn(1.0f, __uint_as_float(scale << 16));
+    float scaled = __fmul_rn(low_of<BF16>(element), inverse);
+    if (kind == FP8) return to_e4m3(scaled);
     float zero = float(int(scale) >> 16);
-    float whole = nearest(__fmul_rn(low_of<BF16>(element), inverse));
-    return u32(fminf(fmaxf(__fsub_rn(whole, zero), 0.0f), most));
+    float code = fmaxf(__fsub_rn(nearest(scaled), zero), 0.0f);
+    return u32(fminf(code, kind == INT4 ? 15.0f : 255.0f));
 }
 
 // Puts a lane's code into its words.
-__device__ __forceinline__ void put_code(u32 (&words)[2], u32 i, u32 code) {
-    u32 bit = (i / 2 * 4 + i % 2 * 16 + 3) % 32;
-    words[0] |= __funnelshift_l(code & 15, code & 15, bit);
-    words[1] |= __funnelshift_l(code >> 4, code >> 4, bit);
+__device__ __forceinline__ void put_code(u32 (&words)[2], u32 i, u32 code, u32 kind) {
+    u32 bit = i / 2 % 2 * 8 + i % 2 * 16;
+    if (kind == INT4) {
+        words[0] |= code << (bit + i / 4 * 4);
+    } else {
+        words[i / 4] |= code << bit;
+    }
 }
 
-// Turns the highest bit, that of the zero, as scales are stored.
-constexpr u32 TURNED = 0x80000000;
+// Where the step of a channel or token lies among those of 16; its zero lies 4 further.
+__device__ __forceinline__ u32 in_scales(u32 i) { return i % 8 / 2 * 8 + i / 8 * 2 + i % 2; }
+
+__device__ __forceinline__ void put_scale(u16* scales, u32 i, u32 scale) {
+    int zero = int(scale) >> 16;
+    scales[in_scales(i)] = u16(scale);
+    scales[in_scales(i) + 4] = u16(zero < 0 ? 0x8000 - zero : zero);
+}
+
+__device__ __forceinline__ u32 get_scale(const u16* scales, u32 i) {
+    int zero = scales[in_scales(i) + 4];
+    if (zero >= 0x8000) zero = 0x8000 - zero;
+    return scales[in_scales(i)] | u32(zero) << 16;
+}
 
 // Writes a head that has codes, by all threads of a block. `source` has the elements of the whole block
 // by token and channel, and zeros for V's channels from head_dim on.
@@ -86,12 +121,11 @@ __device__ __forceinline__ void
 encode(const Source& source, u64 target, const Head& head, const Blocks& blocks, u32 head_dim, const u16* kept) {
     u8* slices = (u8*)target + scale_bytes(head);
     u32 slice_bytes = lean_slice_bytes(head), k_bytes = lean_k_bytes(head);
-    u32 scales_at = k_bytes + NV * head.v_words * CODE_BYTES;
-    float k_most = head.k_words == 1 ? 15 : 255, v_most = head.v_words == 1 ? 15 : 255;
-    u32 groups = groups_of(head), width = head.v_words == 1 ? GROUP_TILES * TILE : WIDTH;
+    u32 scales_at = k_bytes + NV * words_of(head.v_codes) * CODE_BYTES;
+    u32 groups = groups_of(head), width = head.v_codes == INT4 ? GROUP_TILES * TILE : WIDTH;
 
     // Scales; of what is not there, 0.
-    u32 k_scales = head.k_words == 0 ? 0 : head.tiles * TILE;
+    u32 k_scales = head.k_codes == PLAIN ? 0 : head.tiles * TILE;
     for (u32 place = threadIdx.x; place < k_scales; place += blockDim.x) {
         u32 scale = 0;
         if (place < head.kept) {
@@ -100,12 +134,11 @@ encode(const Source& source, u64 target, const Head& head, const Blocks& blocks,
             for (u32 token = 0; token < blocks.block; token++) {
                 range.take(source.k(token, kept[place]));
             }
-            scale = range.scale(k_most);
+            scale = range.scale(head.k_codes);
         }
-        u32 at = place / TILE * TILE + place % 8 / 2 * 4 + place % TILE / 8 * 2 + place % 2;
-        ((u32*)target)[at] = scale ^ TURNED;
+        put_scale((u16*)(target + place / TILE * SCALE_BYTES), place % TILE, scale);
     }
-    u32 v_scales = head.v_words == 0 ? 0 : blocks.slices * TILE * groups;
+    u32 v_scales = head.v_codes == PLAIN ? 0 : blocks.slices * TILE * groups;
     for (u32 i = threadIdx.x; i < v_scales; i += blockDim.x) {
         u32 token = i / groups, group = i % groups;
         u32 scale = 0;
@@ -114,13 +147,10 @@ encode(const Source& source, u64 target, const Head& head, const Blocks& blocks,
             Range range;
 #pragma unroll 8
             for (u32 channel = begin; channel < end; channel++) range.take(source.v(token, channel));
-            scale = range.scale(v_most);
+            scale = range.scale(head.v_codes);
         }
-        scale ^= TURNED;
         u8* to = slices + token / TILE * slice_bytes + scales_at + group * SCALE_BYTES;
-        u16* own = (u16*)to + token % 8 / 2 * 8 + token % TILE / 8 * 2 + token % 2;
-        own[0] = u16(scale);
-        own[4] = u16(scale >> 16);
+        put_scale((u16*)to, token % TILE, scale);
     }
     __syncthreads();
 
@@ -130,7 +160,7 @@ encode(const Source& source, u64 target, const Head& head, const Blocks& blocks,
         u8* to = slices + slice * slice_bytes;
         bool is_k = tile < head.tiles;
         if (!is_k) tile -= head.tiles;
-        u32 word_count = is_k ? head.k_words : head.v_words;
+        u32 kind = is_k ? head.k_codes : head.v_codes;
         Unit x;
         u32 words[2] = {0, 0};
 #pragma unroll
@@ -142,26 +172,20 @@ encode(const Source& source, u64 target, const Head& head, const Blocks& blocks,
                 element = is_k ? source.k(token, kept[place]) : source.v(token, place);
             }
             x.elements[i] = element;
-            u32 scale;
-            if (is_k) {
-                u32 at = tile * TILE + c % 8 / 2 * 4 + c / 8 * 2 + c % 2;
-                scale = word_count == 0 ? 0 : ((const u32*)target)[at];
-            } else if (word_count != 0) {
-                u32 group = head.v_words == 1 ? tile / GROUP_TILES : 0;
-                const u16* own = (const u16*)(to + scales_at + group * SCALE_BYTES) + c % 8 / 2 * 8 +
-                                 c / 8 * 2 + c % 2;
-                scale = own[0] | u32(own[4]) << 16;
-            }
-            if (word_count != 0) {
+            if (kind != PLAIN) {
+                u32 group = head.v_codes == INT4 ? tile / GROUP_TILES : 0;
+                const u8* scales = is_k ? (const u8*)target + tile * SCALE_BYTES
+                                        : to + scales_at + group * SCALE_BYTES;
+                u32 scale = get_scale((const u16*)scales, c);
                 bool is_there = token < blocks.block && place < (is_k ? head.kept : head_dim);
-                u32 code = code_of(element, scale ^ TURNED, is_k ? k_most : v_most);
-                put_code(words, i, is_there ? code : 0);
+                u32 code = code_of(element, scale, kind);
+                put_code(words, i, is_there ? code : 0, kind);
             }
         }
         if (!is_k) to += k_bytes;
-        if (word_count == 0) {
+        if (kind == PLAIN) {
             *(uint4*)(to + tile * TILE_BYTES + lane * 16) = x.all;
-        } else if (word_count == 1) {
+        } else if (kind == INT4) {
             *(u32*)(to + tile * CODE_BYTES + lane * 4) = words[0];
         } else {
             *(uint2*)(to + tile * 2 * CODE_BYTES + lane * 8) = make_uint2(words[0], words[1]);

@@ -18,15 +18,14 @@ typedef unsigned long long u64;
 // slices of a head follow one another, and the heads of a block do.
 //
 // Codes (leank_core::quant) lie in tiles too. A lane has one word of a tile of 4-bit codes, and two of
-// a tile of 8-bit codes: the lower halves of the codes, then the upper ones, so that all arithmetic is
-// on numbers of 4 bits. The code of the lane's element i begins at bit (i / 2 * 4 + i % 2 * 16 + 3) % 32:
-// turned by a multiple of 4 and masked, the word is the upper mantissa bits of two bfloat16.
+// a tile of 8-bit codes: with some bits masked, a word or one shifted by 8 is two codes as the lower bits of
+// 16. The code of the lane's element i begins at bit i / 2 % 2 * 8 + i % 2 * 16, of 4 bits from i = 4 on
+// 4 further, of 8 bits from i = 4 on in the second word.
 //
-// Scales are in the order of the lanes that want them, 64 bytes for 16 of them. K's, one per channel,
-// come before the slices of their head: for each l of 0..4 those of channels 2 l, 2 l + 1, 2 l + 8 and
-// 2 l + 9 of a tile, step and zero. V's come behind the tiles of their slice, one group of channels after
-// the other: for each l the steps of tokens 2 l, 2 l + 1, 2 l + 8 and 2 l + 9, then their zeros. The
-// highest bit of zeros is inverted.
+// Scales lie 16 by 16, in the order of the lanes that want them: for each l of 0..4 the steps of channels
+// (K) or tokens (V) 2 l, 2 l + 1, 2 l + 8 and 2 l + 9, then their zeros. Zeros are sign and magnitude. K's,
+// one per channel, come before the slices of their head; V's behind the tiles of their slice, one group of
+// channels after the other. Zeros of fp8 are 0.
 
 constexpr u32 TILE = 16;
 constexpr u32 TILE_BYTES = TILE * TILE * 2;
@@ -161,15 +160,20 @@ __device__ __forceinline__ u32 find_sequence(const Sequence* sequences, u32 coun
     return low;
 }
 
+enum : u32 { PLAIN = 0, INT4 = 1, INT8 = 2, FP8 = 3 };
+
+// Words per lane of a tile of codes.
+__device__ __forceinline__ constexpr u32 words_of(u32 codes) { return codes < INT8 ? codes : 2; }
+
 // A KV head of one layer in lean blocks.
 struct Head {
     // Byte offset in a lean block.
     u32 offset;
     // Kept channels; 0: dead, nothing is stored.
     u16 kept;
-    // Words per lane of a tile of codes; 0: plain elements.
-    u8 k_words;
-    u8 v_words;
+    // How K and V are stored: `PLAIN` or a kind of codes.
+    u8 k_codes;
+    u8 v_codes;
     // Tiles of K across the kept channels.
     u16 tiles;
     // Slices that are read together.
@@ -203,28 +207,29 @@ __device__ __forceinline__ u64 address(const Blocks& blocks, u64 entry) {
 }
 
 __device__ __forceinline__ bool is_coded(const Head& head) {
-    return CODED && (head.k_words | head.v_words) != 0;
+    return CODED && (head.k_codes | head.v_codes) != PLAIN;
 }
 
 __device__ __forceinline__ u32 unit_of(const Head& head) { return CODED ? head.unit : 1; }
 
 // Bytes of K's scales, before the slices.
 __device__ __forceinline__ u32 scale_bytes(const Head& head) {
-    return CODED && head.k_words != 0 ? head.tiles * SCALE_BYTES : 0;
+    return CODED && head.k_codes != PLAIN ? head.tiles * SCALE_BYTES : 0;
 }
 
 // Bytes of K in a slice.
 __device__ __forceinline__ u32 lean_k_bytes(const Head& head) {
-    return head.tiles * (CODED && head.k_words != 0 ? head.k_words * CODE_BYTES : TILE_BYTES);
+    bool coded = CODED && head.k_codes != PLAIN;
+    return head.tiles * (coded ? words_of(head.k_codes) * CODE_BYTES : TILE_BYTES);
 }
 
 // Groups of V's channels that have scales.
-__device__ __forceinline__ u32 groups_of(const Head& head) { return head.v_words == 1 ? GROUPS : 1; }
+__device__ __forceinline__ u32 groups_of(const Head& head) { return head.v_codes == INT4 ? GROUPS : 1; }
 
 __device__ __forceinline__ u32 lean_slice_bytes(const Head& head) {
     u32 v = NV * TILE_BYTES;
-    if (CODED && head.v_words != 0) {
-        v = NV * head.v_words * CODE_BYTES + groups_of(head) * SCALE_BYTES;
+    if (CODED && head.v_codes != PLAIN) {
+        v = NV * words_of(head.v_codes) * CODE_BYTES + groups_of(head) * SCALE_BYTES;
     }
     return lean_k_bytes(head) + v;
 }

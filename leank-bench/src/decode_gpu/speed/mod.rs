@@ -18,6 +18,7 @@ use crate::{
     Error, Result,
     cuda::{Device, capture, driver, seconds},
     decoder::{Activations, Decoder, DecoderConfig, MOST_ROWS, Products},
+    setting::DeviceFormats,
     stats::median,
 };
 
@@ -48,6 +49,8 @@ pub struct SpeedOptions {
     pub mask: MaskChoice,
     /// Windows other than the mask's.
     pub windows: Option<Windows>,
+    /// Formats of lean blocks other than the mask's, for all heads.
+    pub formats: Option<DeviceFormats>,
     /// Storage type of K and V: f16 or bf16.
     pub dtype: Dtype,
     /// Memory for weights, activations and cache, in which both caches hold what they can.
@@ -359,7 +362,8 @@ pub fn measure(
     mut progress: impl FnMut(&str),
 ) -> Result<SpeedReport> {
     let config = check(options)?;
-    let lean = options.mask.config(config.shape, options.windows, options.dtype)?;
+    let lean =
+        options.mask.config(config.shape, options.windows, options.formats, options.dtype)?;
     let windows = lean.windows;
     let variants = [
         Variant::new(cuda, "dense", dense(config.shape, options.dtype)?)?,
@@ -396,6 +400,7 @@ pub fn measure(
         layers: options.layers,
         decoder_bytes,
         mask: options.mask.to_string(),
+        formats: options.formats.map(|formats| formats.to_string()),
         windows,
         dtype: options.dtype,
         graphs: options.graphs,
@@ -449,6 +454,7 @@ mod tests {
             layers: 32,
             mask: MaskChoice::Published(Published::Llama),
             windows: None,
+            formats: None,
             dtype: Dtype::Bf16,
             memory: None,
             steps: 64,

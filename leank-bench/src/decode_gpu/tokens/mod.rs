@@ -25,6 +25,7 @@ use super::{MaskChoice, check_dtype, dense};
 use crate::{
     Error, Result,
     decoder::{Activations, Decoder, DecoderConfig},
+    setting::DeviceFormats,
 };
 
 /// Tokens of a prompt per step.
@@ -45,6 +46,8 @@ pub struct TokensOptions {
     pub mask: MaskChoice,
     /// Windows other than the mask's.
     pub windows: Option<Windows>,
+    /// Formats of lean blocks other than the mask's, for all heads.
+    pub formats: Option<DeviceFormats>,
 }
 
 /// New tokens of one sequence in a step.
@@ -218,7 +221,7 @@ pub fn compare(
     let model = Model::load(&options.model, LoadOptions::default())?;
     let (prompts, longest) = encode(&model, options)?;
     let shape = model.config().shape;
-    let lean = options.mask.config(shape, options.windows, options.dtype)?;
+    let lean = options.mask.config(shape, options.windows, options.formats, options.dtype)?;
     if let MaskChoice::File(_) = options.mask {
         lean.mask.check_model(model.fingerprint())?;
     }
