@@ -12,7 +12,7 @@ use leank_core::CacheConfig;
 use serde::Serialize;
 
 use crate::{Error, Model, Result, Text, tasks::Task};
-pub use score::{TaskScore, TextScore};
+pub use score::{Divergence, TaskScore, TextScore};
 
 /// Most sequences of text, and most items of a task: they are laid out before anything runs.
 const MAX_ITEMS: usize = 1 << 16;
@@ -112,12 +112,13 @@ pub fn evaluate(
         .collect();
     for group in &groups {
         let measured = runner::run(model, configs, &group.items, options.batch, &mut tick)?;
-        for (report, measured) in reports.iter_mut().zip(measured) {
+        let Some(first) = measured.first() else { continue };
+        for (report, own) in reports.iter_mut().zip(&measured) {
             match group.task {
-                Some(task) => report.tasks.push(TaskScore::new(task, &measured.items)),
+                Some(task) => report.tasks.push(TaskScore::new(task, &own.items, &first.items)),
                 None => {
-                    report.text = Some(TextScore::new(&measured.items));
-                    report.cache = measured.cache;
+                    report.text = Some(TextScore::new(&own.items, &first.items));
+                    report.cache = own.cache;
                 }
             }
         }

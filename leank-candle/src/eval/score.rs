@@ -49,6 +49,35 @@ fn log_sum_and_top(logits: &[f32]) -> (f64, usize) {
     (f64::from(max) + sum.ln(), top)
 }
 
+/// How far the lean predictions are from the dense ones. Standard errors are from the spread between
+/// sequences, since positions of one sequence are not independent; `None` for a single sequence.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Divergence {
+    /// Mean KL(dense ‖ lean) in nats per token, of the sequences' means.
+    pub kl: f64,
+    /// Standard error of `kl`.
+    pub kl_standard_error: Option<f64>,
+    /// `kl` less that of the first mask.
+    pub kl_over_first: f64,
+    /// Standard error of `kl_over_first`: all masks see the same positions, so it is far below those of
+    /// the two KLs.
+    pub kl_over_first_standard_error: Option<f64>,
+}
+
+impl Divergence {
+    /// `first`: the predictions of the first mask, on the same items.
+    fn new(items: &[Vec<Prediction>], first: &[Vec<Prediction>]) -> Self {
+        let mean_kl =
+            |item: &Vec<Prediction>| item.iter().map(|p| p.kl).sum::<f64>() / item.len() as f64;
+        let kls: Vec<f64> = items.iter().map(mean_kl).collect();
+        let over_first: Vec<f64> =
+            kls.iter().zip(first.iter().map(mean_kl)).map(|(kl, first)| kl - first).collect();
+        let (kl, kl_standard_error) = mean_and_error(&kls);
+        let (kl_over_first, kl_over_first_standard_error) = mean_and_error(&over_first);
+        Self { kl, kl_standard_error, kl_over_first, kl_over_first_standard_error }
+    }
+}
+
 /// Quality on plain text, dense against lean.
 #[derive(Clone, Debug, Serialize)]
 pub struct TextScore {
@@ -60,28 +89,25 @@ pub struct TextScore {
     pub dense_perplexity: f64,
     /// Perplexity of the lean one.
     pub lean_perplexity: f64,
-    /// Mean KL(dense ‖ lean) in nats per token.
-    pub kl: f64,
-    /// Standard error of `kl`, from the spread between sequences: positions of one sequence are
-    /// not independent. `None` for a single sequence.
-    pub kl_standard_error: Option<f64>,
+    /// Divergence of the predictions.
+    #[serde(flatten)]
+    pub divergence: Divergence,
     /// Share of positions where both have the same most likely token.
     pub top1_agreement: f64,
 }
 
 impl TextScore {
-    pub(super) fn new(items: &[Vec<Prediction>]) -> Self {
+    /// `first`: the predictions of the first mask, on the same items.
+    pub(super) fn new(items: &[Vec<Prediction>], first: &[Vec<Prediction>]) -> Self {
         let all = || items.iter().flatten();
         let positions = all().count();
         let mean = |sum: f64| sum / positions as f64;
-        let (kl, kl_standard_error) = mean_and_error(items);
         Self {
             sequences: items.len(),
             positions,
             dense_perplexity: mean(all().map(|p| p.dense_loss).sum()).exp(),
             lean_perplexity: mean(all().map(|p| p.lean_loss).sum()).exp(),
-            kl,
-            kl_standard_error,
+            divergence: Divergence::new(items, first),
             top1_agreement: mean(all().filter(|p| p.same_top).count() as f64),
         }
     }
@@ -93,15 +119,11 @@ impl TextScore {
     }
 }
 
-fn mean_and_error(items: &[Vec<Prediction>]) -> (f64, Option<f64>) {
-    let means: Vec<f64> = items
-        .iter()
-        .map(|item| item.iter().map(|p| p.kl).sum::<f64>() / item.len() as f64)
-        .collect();
-    let n = means.len() as f64;
-    let mean = means.iter().sum::<f64>() / n;
-    let squares: f64 = means.iter().map(|m| (m - mean).powi(2)).sum();
-    (mean, (means.len() > 1).then(|| (squares / (n - 1.0) / n).sqrt()))
+fn mean_and_error(values: &[f64]) -> (f64, Option<f64>) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (mean, (values.len() > 1).then(|| (squares / (n - 1.0) / n).sqrt()))
 }
 
 /// Accuracy on one retrieval task.
@@ -117,10 +139,13 @@ pub struct TaskScore {
     pub lean_right: usize,
     /// Items that both answer.
     pub both_right: usize,
+    /// Divergence of the predictions of the answer.
+    #[serde(flatten)]
+    pub divergence: Divergence,
 }
 
 impl TaskScore {
-    pub(super) fn new(task: Task, items: &[Vec<Prediction>]) -> Self {
+    pub(super) fn new(task: Task, items: &[Vec<Prediction>], first: &[Vec<Prediction>]) -> Self {
         let count = |right: fn(&Prediction) -> bool| {
             items.iter().filter(|item| item.iter().all(right)).count()
         };
@@ -130,6 +155,7 @@ impl TaskScore {
             dense_right: count(|p| p.dense_right),
             lean_right: count(|p| p.lean_right),
             both_right: count(|p| p.dense_right && p.lean_right),
+            divergence: Divergence::new(items, first),
         }
     }
 }
@@ -149,10 +175,29 @@ mod tests {
     }
 
     #[test]
+    fn masks_are_compared_sequence_by_sequence() {
+        let sequence = |odds: f32| vec![compare(&[0.0, 0.0], &[0.0, odds.ln()], 0)];
+        let first = [sequence(2.0), sequence(8.0)];
+        let other = [sequence(3.0), sequence(9.0)];
+        let kl = |score: &[Vec<Prediction>], i: usize| score[i][0].kl;
+        let (d0, d1) = (kl(&other, 0) - kl(&first, 0), kl(&other, 1) - kl(&first, 1));
+        let found = Divergence::new(&other, &first);
+        assert!((found.kl_over_first - (d0 + d1) / 2.0).abs() < 1e-12);
+        // Of two values half their distance.
+        let error = found.kl_over_first_standard_error.unwrap();
+        assert!((error - (d0 - d1).abs() / 2.0).abs() < 1e-12);
+        assert!(error < found.kl_standard_error.unwrap() / 5.0);
+        let found = Divergence::new(&first, &first);
+        assert_eq!((found.kl_over_first, found.kl_over_first_standard_error), (0.0, Some(0.0)));
+        assert_eq!(Divergence::new(&other[..1], &first[..1]).kl_over_first_standard_error, None);
+    }
+
+    #[test]
     fn an_item_counts_only_when_all_of_its_answer_is_right() {
         let (right, wrong) =
             (compare(&[0.0, 1.0], &[0.0, 1.0], 1), compare(&[0.0, 1.0], &[1.0, 0.0], 1));
-        let score = TaskScore::new(Task::Passkey, &[vec![right, right], vec![right, wrong]]);
+        let items = [vec![right, right], vec![right, wrong]];
+        let score = TaskScore::new(Task::Passkey, &items, &items);
         assert_eq!((score.dense_right, score.lean_right, score.both_right), (2, 1, 1));
     }
 }

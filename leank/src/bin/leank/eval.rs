@@ -9,7 +9,7 @@ use leank::{
     CacheConfig, MaskSummary, ModelMask,
     candle::{
         Model, Task,
-        eval::{EvalOptions, MaskReport, evaluate},
+        eval::{Divergence, EvalOptions, MaskReport, evaluate},
     },
 };
 use serde::Serialize;
@@ -144,7 +144,9 @@ fn config(args: &Args, model: &Model, path: &Path, mask: ModelMask) -> anyhow::R
 
 /// A row per mask; what all rows share stands below.
 fn print(args: &Args, entries: &[Entry]) -> anyhow::Result<()> {
-    let rows: Vec<_> = entries.iter().zip(names(&args.mask)).map(row).collect();
+    let several = entries.len() > 1;
+    let rows = entries.iter().zip(names(&args.mask));
+    let rows: Vec<_> = rows.map(|(entry, name)| row(entry, name, several)).collect();
     let Some(first) = rows.first() else { return Ok(()) };
     let mut table = output::table(first.iter().map(|(column, _)| column.as_str()));
     if let Some(masks) = table.column_mut(0) {
@@ -156,7 +158,7 @@ fn print(args: &Args, entries: &[Entry]) -> anyhow::Result<()> {
     output::line(table)?;
     if let Some(text) = &entries[0].report.text {
         output::line(format!(
-            "\n{} sequences × {} positions at a context of {}; perplexity of the dense model {:.3}.\nKL in nats per token against the dense model, ± its standard error; middle: bytes of lean\nblocks against dense ones; whole-KV ratio as measured on the caches, windows included. Scales\nand padding count in both.",
+            "\n{} sequences × {} positions at a context of {}; perplexity of the dense model {:.3}.\nKL in nats per token against the dense model, ± its standard error; over the first: less that of\nthe first mask, on the same positions; middle: bytes of lean blocks against dense ones; whole-KV\nratio as measured on the caches, windows included. Scales and padding count in both.",
             text.sequences,
             text.positions / text.sequences.max(1),
             args.context,
@@ -177,7 +179,7 @@ fn names(masks: &[PathBuf]) -> Vec<String> {
     masks.iter().map(name).collect()
 }
 
-fn row((entry, name): (&Entry, String)) -> Vec<(String, String)> {
+fn row(entry: &Entry, name: String, several: bool) -> Vec<(String, String)> {
     let mut row: Vec<(String, String)> = Vec::new();
     let mut cell = |column: &str, cell: String| row.push((column.to_owned(), cell));
     cell("mask", name);
@@ -189,8 +191,9 @@ fn row((entry, name): (&Entry, String)) -> Vec<(String, String)> {
     cell("formats", formats);
     cell("middle", format!("{:.3}", entry.middle_bytes));
     if let Some(text) = &entry.report.text {
-        let error = text.kl_standard_error.map_or(String::new(), |error| format!(" ± {error:.4}"));
-        cell("KL", format!("{:.4}{error}", text.kl));
+        for (column, kl) in divergence(&text.divergence, several) {
+            cell(column, kl);
+        }
         cell("predicted", entry.predicted_kl.map_or("–".into(), |kl| format!("{kl:.4}")));
         let change = text.perplexity_change() * 100.0;
         cell("perplexity", format!("{:.3} ({change:+.2} %)", text.lean_perplexity));
@@ -199,11 +202,25 @@ fn row((entry, name): (&Entry, String)) -> Vec<(String, String)> {
     for task in &entry.report.tasks {
         let column = format!("{} (dense) of {}", task.task, task.items);
         cell(&column, format!("{} ({})", task.lean_right, task.dense_right));
+        for (column, kl) in divergence(&task.divergence, several) {
+            cell(&format!("{}: {column}", task.task), kl);
+        }
     }
     if let Some(ratio) = entry.whole_kv_ratio {
         cell("whole-KV ratio", format!("{ratio:.3}"));
     }
     row
+}
+
+/// Columns of a divergence; with several masks, its distance to the first one's too.
+fn divergence(found: &Divergence, several: bool) -> Vec<(&'static str, String)> {
+    let error = |error: Option<f64>| error.map_or(String::new(), |error| format!(" ± {error:.4}"));
+    let mut columns = vec![("KL", format!("{:.4}{}", found.kl, error(found.kl_standard_error)))];
+    if several {
+        let paired = error(found.kl_over_first_standard_error);
+        columns.push(("over the first", format!("{:+.4}{paired}", found.kl_over_first)));
+    }
+    columns
 }
 
 #[cfg(test)]
