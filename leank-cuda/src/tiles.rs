@@ -252,7 +252,7 @@ mod tests {
             };
             let sixteen = if words == 1 && i >= 4 { 16 } else { 1 };
             let mut expected = [0; 4];
-            expected[i / 2] = u32::from(code) * sixteen << (i % 2 * 16);
+            expected[i / 2] = (u32::from(code) * sixteen) << (i % 2 * 16);
             assert_eq!(registers, expected, "{words} {i}");
         }
     }

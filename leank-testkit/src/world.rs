@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use leank_core::{
-    Backend, Cache, CacheConfig, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
-    StepEntry, Tensor, blocks::is_lean, oracle::Attention, quant::round_trip,
+    Backend, Cache, CacheConfig, KvHead, Layer, LeanFormat, Result, SequenceId, StepEntry, Tensor,
+    blocks::is_lean, oracle::Attention, quant::round_trip,
 };
 
 use crate::{CacheOf, Case, Kind, Load, Rows, Subject, data::activation, rounding_error};
