@@ -184,7 +184,7 @@ fn to_e4m3(x: f32) -> u8 {
     // Three bits of the mantissa stay; exponents begin at 2⁻⁶.
     let rounded = (magnitude + 0x7_ffff + (magnitude >> 20 & 1)) >> 20;
     let normal = rounded.wrapping_sub(120 << 3);
-    let subnormal = (round(f32::from_bits(magnitude) * 512.0)) as u32;
+    let subnormal = round(f32::from_bits(magnitude) * 512.0) as u32;
     let code = if magnitude < (121 << 23) { subnormal } else { normal.min(0x7e) };
     sign | code as u8
 }

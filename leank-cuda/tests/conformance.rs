@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::driver::CudaSlice;
 use half::{bf16, f16};
-use leank_core::{Cache, Dtype, HeadFormat, Layer, Result};
+use leank_core::{Cache, Dtype, Layer, Result};
 use leank_cuda::{Cuda, CudaCache, DeviceView, DeviceViewMut};
 use leank_testkit::{Rows, Subject};
 
@@ -93,7 +93,7 @@ impl Subject for OnCuda {
     }
 
     /// Weights and their products with steps are rounded to bf16, whatever full blocks are.
-    fn coded_arithmetic_error(&self, _format: HeadFormat) -> f64 {
+    fn coded_arithmetic_error(&self) -> f64 {
         3e-2
     }
 }

@@ -51,7 +51,7 @@ pub use properties::{
     planner_agrees, pool_order_does_not_matter, wrong_shapes_are_refused,
 };
 
-use leank_core::{Backend, Dtype, HeadFormat, Layer, LeanFormat, Result};
+use leank_core::{Backend, Dtype, Layer, LeanFormat, Result};
 
 /// A backend under test, fed from host memory.
 pub trait Subject {
@@ -92,8 +92,8 @@ pub trait Subject {
         2e-5
     }
 
-    /// The same for a head whose K or V is codes, whatever full blocks are.
-    fn coded_arithmetic_error(&self, _format: HeadFormat) -> f64 {
+    /// The same for products with codes, whatever full blocks are.
+    fn coded_arithmetic_error(&self) -> f64 {
         2e-5
     }
 

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use leank_core::{
-    Backend, Cache, CacheConfig, KvHead, Layer, LeanFormat, Result, SequenceId, StepEntry, Tensor,
-    blocks::is_lean, oracle::Attention, quant::round_trip,
+    Backend, Cache, CacheConfig, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
+    StepEntry, Tensor, blocks::is_lean, oracle::Attention, quant::round_trip,
 };
 
 use crate::{CacheOf, Case, Kind, Load, Rows, Subject, data::activation, rounding_error};
@@ -191,14 +191,14 @@ impl<'s, S: Subject> World<'s, S> {
 
     /// How far outputs of a KV head's group may be off.
     fn bounds(&self, layer: Layer, head: KvHead) -> Bounds {
-        let own = self.config.format(layer, head);
-        let formats = [own.k, own.v, LeanFormat::Plain(self.config.dtype)];
+        let HeadFormat { k, v } = self.config.format(layer, head);
+        let formats = [k, v, LeanFormat::Plain(self.config.dtype)];
         let largest = |bounds: [f64; 3]| bounds.into_iter().fold(0.0, f64::max);
         // Errors of a logit add up over the channels.
         let channels = (self.config.shape.head_dim as f64 / 128.0).max(1.0);
         let errors = formats.map(|format| match format {
             LeanFormat::Plain(dtype) => self.subject.arithmetic_error(dtype),
-            _ => self.subject.coded_arithmetic_error(own),
+            _ => self.subject.coded_arithmetic_error(),
         });
         let arithmetic = channels * largest(errors);
         Bounds { arithmetic, storage: arithmetic.max(largest(formats.map(rounding_error))) }

@@ -5,7 +5,7 @@
 //! to bf16 first (relative error 2⁻⁹), as attention kernels on tensor cores do. What has it also has
 //! VNNI, whose `vpdpbusd` multiplies codes by integers of 8 bits: queries and weights become two such
 //! integers each, 16 bits of a bound on the largest one of their row: the largest query or weight times
-//! the largest step. Weights for V in 4 bits become one, 8 bits of that bound.
+//! the largest step.
 
 use std::arch::x86_64::*;
 
@@ -38,10 +38,10 @@ impl<const BF16: bool> Avx512<BF16> {
     }
 }
 
-entries!(Avx512<false>, [Bf16Pairs, U8s, U4s, U4s], "avx512f,avx512bw,avx512dq,avx512vl");
+entries!(Avx512<false>, [Bf16Pairs, U8s, U4s], "avx512f,avx512bw,avx512dq,avx512vl");
 entries!(
     Avx512<true>,
-    [Bf16Dot, CodeDot<1>, CodeDot<2>, WeightDot],
+    [Bf16Dot, CodeDot<1>, CodeDot<2>],
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni"
 );
 
@@ -281,8 +281,14 @@ impl<const WORDS: usize> Lanes<Avx512<true>> for CodeDot<WORDS> {
     unsafe fn load(_: Avx512<true>, from: *const Word) -> [__m512i; WORDS] {
         // SAFETY: the token, and the caller's promise.
         let words = unsafe { _mm512_loadu_si512(from.cast()) };
-        let both = if WORDS == 1 { [words; 2] } else { halves(words) };
-        std::array::from_fn(|word| both[word])
+        if WORDS == 1 {
+            return [words; WORDS];
+        }
+        let halves = op!(_mm512_set1_epi8(15));
+        std::array::from_fn(|word| match word {
+            0 => op!(_mm512_and_si512(words, halves)),
+            _ => op!(_mm512_and_si512(_mm512_srli_epi32::<4>(words), halves)),
+        })
     }
 
     #[inline(always)]
@@ -337,8 +343,24 @@ impl<const WORDS: usize> CodeLanes<Avx512<true>> for CodeDot<WORDS> {
         bound: f32,
         to: &mut [f32],
     ) -> Linear {
+        assert!(row.len() == scales.len() && to.len() == scales.len(), "a scale for each factor");
+        assert!(scales.len().is_multiple_of(8), "whole steps");
         let to: &mut [u8] = bytemuck::cast_slice_mut(to);
-        fold(simd, (row, scales), (bound, Digits::LARGEST), |i, integers| {
+        // Large enough for a finite inverse.
+        let bound = bound.max(1e-30);
+        let inverse = simd.splat(Digits::LARGEST / bound);
+        let mut offset = simd.splat(0.0);
+        for i in (0..scales.len()).step_by(16) {
+            let mask = if scales.len() - i < 16 { 0xff } else { 0xffff };
+            // SAFETY: there are as many more scales as the mask has bits.
+            let stored = unsafe { _mm512_maskz_loadu_epi32(mask, scales[i..].as_ptr().cast()) };
+            // SAFETY: the row is as long.
+            let x = unsafe { _mm512_maskz_loadu_ps(mask, row[i..].as_ptr()) };
+            let [step, zero] = steps_and_zeros(stored);
+            let x = op!(_mm512_mul_ps(x, step));
+            // NaN has no digits, but reaches the results by the offset.
+            offset = simd.mul_add(x, zero, offset);
+            let integers = op!(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
             let lower = op!(_mm512_cvtepi32_epi8(integers));
             let rounded = op!(_mm512_add_epi32(integers, _mm512_set1_epi32(128)));
             let upper = op!(_mm512_cvtepi32_epi8(_mm512_srai_epi32::<8>(rounded)));
@@ -347,127 +369,11 @@ impl<const WORDS: usize> CodeLanes<Avx512<true>> for CodeDot<WORDS> {
                 // SAFETY: sixteen bytes.
                 unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), digits) };
             }
-        })
+        }
+        // Nor has what is infinite.
+        let factor = if bound < f32::INFINITY { bound / Digits::LARGEST } else { f32::NAN };
+        Linear { factor, offset: simd.sum(offset) }
     }
-}
-
-/// Codes of 4 bits times softmax weights, which have no sign: integers of 8 bits, of which one is enough
-/// beside what 4 bits took from V.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct WeightDot;
-
-impl WeightDot {
-    /// The largest integer.
-    const LARGEST: f32 = 255.0;
-}
-
-impl Lanes<Avx512<true>> for WeightDot {
-    type Group = Word;
-    type Left = u8;
-    type Sum = __m512i;
-    type Wide = [__m512i; 2];
-    type Splat = [__m512i; 2];
-    const STEP: usize = 8;
-    const VECTORS: usize = 2;
-
-    #[inline(always)]
-    fn zero(_: Avx512<true>) -> __m512i {
-        op!(_mm512_setzero_si512())
-    }
-
-    #[inline(always)]
-    unsafe fn load(_: Avx512<true>, from: *const Word) -> [__m512i; 2] {
-        // SAFETY: the token, and the caller's promise.
-        halves(unsafe { _mm512_loadu_si512(from.cast()) })
-    }
-
-    #[inline(always)]
-    unsafe fn splat(_: Avx512<true>, from: *const u8) -> [__m512i; 2] {
-        [0, 1].map(|word| {
-            // SAFETY: the caller's promise: eight factors are two words.
-            let four = unsafe { from.cast::<i32>().wrapping_add(word).read_unaligned() };
-            op!(_mm512_set1_epi32(four))
-        })
-    }
-
-    #[inline(always)]
-    fn mul_add(_: Avx512<true>, factor: [__m512i; 2], wide: [__m512i; 2], sum: __m512i) -> __m512i {
-        // The first one is without a sign, and of the second one codes of 4 bits are not negative.
-        let both = factor.into_iter().zip(wide);
-        both.fold(sum, |sum, (factor, wide)| op!(_mm512_dpbusd_epi32(sum, factor, wide)))
-    }
-
-    #[inline(always)]
-    fn finish(_: Avx512<true>, sum: __m512i) -> __m512 {
-        op!(_mm512_cvtepi32_ps(sum))
-    }
-
-    #[inline(always)]
-    fn single(factors: &[u8], word: Word, sum: f32) -> f32 {
-        let code = |i: usize| u32::from(word[i % 4] >> (i / 4 * 4) & 15);
-        let products = factors.iter().enumerate().map(|(i, factor)| u32::from(*factor) * code(i));
-        sum + products.sum::<u32>() as f32
-    }
-}
-
-impl CodeLanes<Avx512<true>> for WeightDot {
-    const BOUNDED: bool = true;
-
-    #[inline(always)]
-    fn fold(
-        simd: Avx512<true>,
-        row: &[f32],
-        scales: &[Scale],
-        bound: f32,
-        to: &mut [f32],
-    ) -> Linear {
-        let to: &mut [u8] = bytemuck::cast_slice_mut(to);
-        fold(simd, (row, scales), (bound, Self::LARGEST), |i, integers| {
-            let to: &mut [u8; 16] = to[i..].first_chunk_mut().expect("four bytes for each factor");
-            let bytes = op!(_mm512_cvtusepi32_epi8(integers));
-            // SAFETY: sixteen bytes.
-            unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), bytes) };
-        })
-    }
-}
-
-/// Lower and upper halves of bytes.
-#[inline(always)]
-fn halves(bytes: __m512i) -> [__m512i; 2] {
-    let mask = op!(_mm512_set1_epi8(15));
-    op!([_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi32::<4>(bytes), mask),])
-}
-
-/// Factors times steps, as integers of which `largest` stands for `bound`: gives them to `put` by sixteens,
-/// with the number of the first.
-#[inline(always)]
-fn fold(
-    simd: Avx512<true>,
-    (row, scales): (&[f32], &[Scale]),
-    (bound, largest): (f32, f32),
-    mut put: impl FnMut(usize, __m512i),
-) -> Linear {
-    assert!(row.len() == scales.len(), "a scale for each factor");
-    assert!(scales.len().is_multiple_of(8), "whole steps");
-    // Large enough for a finite inverse.
-    let bound = bound.max(1e-30);
-    let inverse = simd.splat(largest / bound);
-    let mut offset = simd.splat(0.0);
-    for i in (0..scales.len()).step_by(16) {
-        let mask = if scales.len() - i < 16 { 0xff } else { 0xffff };
-        // SAFETY: there are as many more scales as the mask has bits.
-        let stored = unsafe { _mm512_maskz_loadu_epi32(mask, scales[i..].as_ptr().cast()) };
-        // SAFETY: the row is as long.
-        let x = unsafe { _mm512_maskz_loadu_ps(mask, row[i..].as_ptr()) };
-        let [step, zero] = steps_and_zeros(stored);
-        let x = op!(_mm512_mul_ps(x, step));
-        // NaN is no integer, but reaches the results by the offset.
-        offset = simd.mul_add(x, zero, offset);
-        put(i, op!(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse))));
-    }
-    // Nor is what is infinite.
-    let factor = if bound < f32::INFINITY { bound / largest } else { f32::NAN };
-    Linear { factor, offset: simd.sum(offset) }
 }
 
 /// Steps and zero points of scales.

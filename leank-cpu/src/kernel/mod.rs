@@ -120,8 +120,6 @@ trait Engine: Simd {
     type U8: CodeLanes<Self>;
     /// How codes of 4 bits are multiplied.
     type U4: CodeLanes<Self>;
-    /// How they are multiplied by softmax weights, which have no sign and are at most one another's sum.
-    type U4Weights: CodeLanes<Self>;
 
     /// [`product::product`]
     fn product<L: Lanes<Self>, O: Order>(
@@ -141,7 +139,6 @@ impl Engine for Portable {
     type Bf16 = Bf16Pairs;
     type U8 = U8s;
     type U4 = U4s;
-    type U4Weights = U4s;
 
     fn product<L: Lanes<Self>, O: Order>(
         self,
@@ -163,12 +160,11 @@ impl Engine for Portable {
 /// Compiles the general code for a token's instruction set.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! entries {
-    ($token:ty, [$bf16:ty, $u8:ty, $u4:ty, $u4_weights:ty], $features:literal) => {
+    ($token:ty, [$bf16:ty, $u8:ty, $u4:ty], $features:literal) => {
         impl super::Engine for $token {
             type Bf16 = $bf16;
             type U8 = $u8;
             type U4 = $u4;
-            type U4Weights = $u4_weights;
 
             fn product<L: super::Lanes<Self>, O: super::Order>(
                 self,
@@ -276,9 +272,9 @@ macro_rules! on_plain {
     };
 }
 
-/// Runs `$plain` or `$coded` with the [`Lanes`] of a format; of 4 bits those that the engine calls `$u4`.
+/// Runs `$plain` or `$coded` with the [`Lanes`] of a format.
 macro_rules! on_lanes {
-    ($format:expr, $S:ident, $u4:ident, $L:ident => $plain:expr, $coded:expr) => {
+    ($format:expr, $S:ident, $L:ident => $plain:expr, $coded:expr) => {
         match $format {
             LeanFormat::Plain(dtype) => on_plain!(dtype, $S, $L => $plain),
             LeanFormat::Int8 => {
@@ -286,7 +282,7 @@ macro_rules! on_lanes {
                 $coded
             }
             LeanFormat::Int4 => {
-                type $L = <$S as Engine>::$u4;
+                type $L = <$S as Engine>::U4;
                 $coded
             }
             other => unreachable!("the backend refuses {other}"),
@@ -396,7 +392,7 @@ impl Kernel {
         let Running { bases, logits, stride, folded, .. } = running;
         let out = Sums { out: logits, stride: *stride, accumulate: false };
         let rows = bases.len();
-        on_engine!(self, (simd: S) => on_lanes!(k.format(), S, U4, L => {
+        on_engine!(self, (simd: S) => on_lanes!(k.format(), S, L => {
             let args = product((queries, rows, ByStep), (k, ahead), (k.depth(), tokens));
             simd.product::<L, _>(args, out);
         }, {
@@ -430,7 +426,7 @@ impl Kernel {
         let (rows, tokens) = (running.bases.len(), running.stride);
         on_engine!(self, (simd: S) => on_left!(v, S, W => {
             let (_, folded, softmax) = softmax::<W>(running, scale);
-            on_lanes!(k.format(), S, U4, L => {
+            on_lanes!(k.format(), S, L => {
                 let args = product((queries, rows, ByStep), (k, ahead), (k.depth(), tokens));
                 simd.product::<L, _>(args, softmax);
             }, {
@@ -451,7 +447,7 @@ impl Kernel {
         let Running { bases, sums, head_dim, weights, stride, folded, .. } = running;
         let (rows, stride) = (bases.len(), *stride);
         let out = Sums { out: sums, stride: *head_dim, accumulate: true };
-        on_engine!(self, (simd: S) => on_lanes!(v.format(), S, U4Weights, L => {
+        on_engine!(self, (simd: S) => on_lanes!(v.format(), S, L => {
             let left = (&**weights, rows, ByRow(stride));
             simd.product::<L, _>(product(left, (v, ahead), (tokens, *head_dim)), out);
         }, {
