@@ -54,6 +54,12 @@ impl fmt::Display for DeviceFormats {
     }
 }
 
+/// The cache with lean blocks of all heads in one format.
+pub(crate) fn with_format(config: CacheConfig, format: HeadFormat) -> CacheConfig {
+    let heads = config.shape.layers * config.shape.kv_heads;
+    CacheConfig { formats: Some(vec![format; heads]), ..config }
+}
+
 /// The attention heads of one layer.
 ///
 /// Parses from a name (`A`, `B`, `smollm2`, any case) or from

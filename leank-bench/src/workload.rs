@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::{
     Error, Result,
-    setting::{HeadShape, Published, fill, mask_period, mixed_mask},
+    setting::{HeadShape, Published, fill, mask_period, mixed_mask, with_format},
 };
 
 /// Tokens per step while the cache is filled.
@@ -78,9 +78,8 @@ pub struct WorkloadOptions {
 impl WorkloadOptions {
     fn config(&self, layers: usize) -> Result<CacheConfig> {
         let config = self.variant.config(self.shape.model(layers)?)?;
-        let heads = config.mask.heads().len();
-        let formats = Some(vec![self.formats.format(self.dtype); heads]);
-        Ok(CacheConfig { dtype: self.dtype, formats, ..config })
+        let config = with_format(config, self.formats.format(self.dtype));
+        Ok(CacheConfig { dtype: self.dtype, ..config })
     }
 
     fn bytes(&self, layers: usize, backend: &impl Backend) -> Result<u64> {

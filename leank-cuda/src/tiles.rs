@@ -186,13 +186,18 @@ pub(crate) struct CodePlace {
 }
 
 impl CodePlace {
+    /// The bits of a code.
+    fn mask(self) -> u8 {
+        u8::MAX >> (8 - self.bits)
+    }
+
     pub(crate) fn get(self, block: &[u8]) -> u8 {
-        block[self.bit / 8] << (8 - self.bits - self.bit % 8) >> (8 - self.bits)
+        block[self.bit / 8] >> (self.bit % 8) & self.mask()
     }
 
     /// Puts the lower bits of `code`, as many as codes have, where none was put before.
     pub(crate) fn put(self, block: &mut [u8], code: u8) {
-        block[self.bit / 8] |= (code & u8::MAX >> (8 - self.bits)) << (self.bit % 8);
+        block[self.bit / 8] |= (code & self.mask()) << (self.bit % 8);
     }
 }
 

@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::{
     Error, Result,
-    setting::{DeviceFormats, Published},
+    setting::{DeviceFormats, Published, with_format},
 };
 pub(crate) use device::{Device, capture, driver, give_up_events, seconds};
 use filled::{Filled, Filler};
@@ -301,10 +301,10 @@ fn one_layer(
     let config = match lean {
         None => CacheConfig::dense(one)?,
         Some((layer, formats)) => {
-            let formats = Some(vec![formats.format(options.dtype); shape.kv_heads]);
             let heads = (0..shape.kv_heads).map(|head| mask.head(layer, KvHead(head)).clone());
             let mask = ModelMask::new(1, shape.kv_heads, shape.head_dim, heads.collect())?;
-            CacheConfig { windows: Published::WINDOWS, formats, ..CacheConfig::new(one, mask)? }
+            let config = with_format(CacheConfig::new(one, mask)?, formats.format(options.dtype));
+            CacheConfig { windows: Published::WINDOWS, ..config }
         }
     };
     Ok(CacheConfig { dtype: options.dtype, ..config })

@@ -16,7 +16,7 @@ pub use fit::MemorySize;
 
 use crate::{
     Error, Result,
-    setting::{DeviceFormats, Published},
+    setting::{DeviceFormats, Published, with_format},
 };
 
 /// The mask of the lean cache.
@@ -65,10 +65,7 @@ impl MaskChoice {
         let windows = windows.unwrap_or(config.windows);
         let config = CacheConfig { windows, dtype, ..config };
         Ok(match formats {
-            Some(formats) => {
-                let formats = vec![formats.format(dtype); shape.layers * shape.kv_heads];
-                CacheConfig { formats: Some(formats), ..config }
-            }
+            Some(formats) => with_format(config, formats.format(dtype)),
             None => config,
         })
     }
