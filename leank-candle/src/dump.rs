@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 use std::path::Path;
 
-use leank_core::{Dtype, Layer};
+use leank_core::{Dtype, Layer, RunRecord};
 use leank_train::dump::{
     DumpWriter, Existing, FORMAT_VERSION, MAX_DRAWS, MAX_POSITIONS, MAX_SEQUENCES, Manifest, Probe,
     SequenceInfo, SequenceTensors,
@@ -37,6 +37,8 @@ pub struct DumpOptions {
     pub retrieval: f64,
     /// What to do with a dump that is there already.
     pub existing: Existing,
+    /// The run that this is, for the dump to tell: see [`Manifest::run`].
+    pub run: Option<RunRecord>,
 }
 
 impl Default for DumpOptions {
@@ -51,6 +53,7 @@ impl Default for DumpOptions {
             seed: 0,
             retrieval: 0.3,
             existing: Existing::default(),
+            run: None,
         }
     }
 }
@@ -60,6 +63,8 @@ impl Default for DumpOptions {
 pub struct DumpProgress {
     /// Sequences written.
     pub done: usize,
+    /// Of those, how many a killed run had written.
+    pub resumed: usize,
     /// Sequences in all.
     pub sequences: usize,
     /// Bytes of the whole dump.
@@ -67,6 +72,7 @@ pub struct DumpProgress {
 }
 
 /// Runs `model` over pieces of `texts` and writes the dump to `dir`, which appears when it is whole.
+/// Sequences that a killed run of the same dump has written are not computed again.
 ///
 /// # Errors
 /// Before anything runs, [`Error::Option`] for options that cannot be, [`Error::Context`],
@@ -94,9 +100,21 @@ pub fn dump(
         positions: options.positions,
         seed: options.seed,
         sequences,
+        run: options.run.clone(),
     };
-    let mut writer = DumpWriter::create_with(dir, manifest.clone(), options.existing)?;
-    for (index, plan) in plans.iter().enumerate() {
+    let mut writer = DumpWriter::create_with(dir, manifest, options.existing)?;
+    let shape = writer.manifest().shape;
+    let is_whole = |writer: &DumpWriter, index| {
+        shape.layer_indices().all(|layer| writer.is_written(layer, index))
+    };
+    let whole: Vec<bool> = (0..plans.len()).map(|index| is_whole(&writer, index)).collect();
+    let resumed = whole.iter().filter(|whole| **whole).count();
+    let mut done = resumed;
+    let mut report = |done, bytes| {
+        progress(DumpProgress { done, resumed, sequences: plans.len(), bytes });
+    };
+    report(done, writer.total_bytes());
+    for (index, plan) in plans.iter().enumerate().filter(|(index, _)| !whole[*index]) {
         let probe_options = ProbeOptions {
             prefix: plan.prefix,
             probe: options.probe,
@@ -105,17 +123,21 @@ pub fn dump(
         };
         let probed = probe(model, &plan.tokens, &probe_options)?;
         write(&mut writer, index, &probed)?;
-        let bytes = writer.total_bytes();
-        progress(DumpProgress { done: index + 1, sequences: plans.len(), bytes });
+        done += 1;
+        report(done, writer.total_bytes());
     }
+    let manifest = writer.manifest().clone();
     writer.finish()?;
     Ok(manifest)
 }
 
 fn write(writer: &mut DumpWriter, sequence: usize, probed: &SequenceProbe) -> Result<()> {
     for (index, layer) in probed.layers.iter().enumerate() {
-        let tensors = SequenceTensors { q: &layer.q, k: &layer.k, v: &layer.v, g: &layer.g };
-        writer.write(Layer(index), sequence, tensors)?;
+        // A killed run may have written some layers of a sequence.
+        if !writer.is_written(Layer(index), sequence) {
+            let tensors = SequenceTensors { q: &layer.q, k: &layer.k, v: &layer.v, g: &layer.g };
+            writer.write(Layer(index), sequence, tensors)?;
+        }
     }
     Ok(())
 }
@@ -226,7 +248,7 @@ mod tests {
         let texts = [text(900), text(1500)];
         let mut calls = Vec::new();
         let manifest = dump(&model, &texts, &dir, &options(), &mut |p| calls.push(p.done)).unwrap();
-        assert_eq!(calls, [1, 2, 3, 4]);
+        assert_eq!(calls, [0, 1, 2, 3, 4]);
         let tasks = manifest.sequences.iter().filter(|s| s.source.contains(" in letters")).count();
         assert_eq!(tasks, 2);
 

@@ -41,6 +41,7 @@ mod planner;
 mod progress;
 pub mod quant;
 mod quantile;
+mod run;
 pub mod saved;
 mod shape;
 mod view;
@@ -57,6 +58,7 @@ pub use mask::{ChannelMask, Fingerprint, MaskInfo, MaskSummary, ModelMask};
 pub use planner::{Footprint, Planner};
 pub use progress::Progress;
 pub use quantile::{aligned_counts, kept_at_ratio, quantile_and_round};
+pub use run::{InputRecord, RunRecord};
 pub use shape::{KvHead, Layer, MAX_HEAD_DIM, ModelShape, QueryHead, Windows};
 pub use view::{Borrowed, Elements, ElementsMut, HostView, HostViewMut, View, ViewShape};
 

@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::{
     DEFAULT_BLOCK, Dtype, Error, HeadFormat, HeadPrecision, KvHead, Layer, ModelShape, Result,
-    Tensor, Windows, shape::MAX_HEAD_DIM,
+    RunRecord, Tensor, Windows, shape::MAX_HEAD_DIM,
 };
 
 /// The kept channels of one KV head: a strictly ascending list of indices below `head_dim`.
@@ -188,6 +188,9 @@ pub struct MaskInfo {
     pub exempt_layers: Vec<usize>,
     /// Version of leank that wrote the mask.
     pub created_by: Option<String>,
+    /// The runs that led to the mask, first one first: usually that of the dump, then that of learning.
+    #[cfg_attr(feature = "files", serde(skip_serializing_if = "Vec::is_empty"))]
+    pub runs: Vec<RunRecord>,
 }
 
 /// The kept channels of every KV head of a model.

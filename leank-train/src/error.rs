@@ -123,6 +123,24 @@ pub enum Error {
         /// The file's value.
         found: String,
     },
+    /// Activations that are not those that were written.
+    #[error(
+        "{}: damaged at bytes {}..{} ({what}): their checksum is {found:08x} where {expected:08x} is \
+         expected; copy the file again, or dump again",
+        path.display(), bytes.start, bytes.end
+    )]
+    Damaged {
+        /// The layer file.
+        path: PathBuf,
+        /// The bytes of the file, of which one or more changed.
+        bytes: std::ops::Range<u64>,
+        /// What they are.
+        what: String,
+        /// Checksum that was written.
+        expected: u32,
+        /// Checksum of what is there.
+        found: u32,
+    },
     /// NaN or infinity among the activations, read from a dump or about to be written.
     #[error("{at} is {value}: {mend}")]
     NonFinite {

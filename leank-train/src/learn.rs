@@ -2,7 +2,9 @@
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use leank_core::{ChannelMask, HeadPrecision, KvHead, MaskInfo, ModelMask, Windows};
+use leank_core::{
+    ChannelMask, HeadPrecision, InputRecord, KvHead, MaskInfo, ModelMask, RunRecord, Windows,
+};
 
 use crate::{
     Error, Result,
@@ -77,6 +79,8 @@ pub struct LearnOptions {
     /// Whether [`learn`] measures the losses of 8 and 4 bits too; [`learn_mask`] does where the budget
     /// may be spent on them.
     pub precisions: bool,
+    /// The run that this is, for the mask to tell; the dump is added to its inputs.
+    pub run: Option<RunRecord>,
 }
 
 impl Default for LearnOptions {
@@ -89,6 +93,7 @@ impl Default for LearnOptions {
             threads: 0,
             records: None,
             precisions: false,
+            run: None,
         }
     }
 }
@@ -328,6 +333,7 @@ fn finish(
         seed: Some(options.seed),
         exempt_layers: exempt,
         created_by: Some(concat!("leank ", env!("CARGO_PKG_VERSION")).into()),
+        runs: manifest.run.iter().cloned().chain(own_run(dump, options)).collect(),
     };
     let heads = kept
         .into_iter()
@@ -339,6 +345,14 @@ fn finish(
         .with_info(info)?;
     let with_middle = manifest.positions_with_middle(options.windows);
     Ok(Learned { mask, allocation, without_middle: manifest.valid_positions() - with_middle })
+}
+
+/// The learning run's record, with the dump among its inputs.
+fn own_run(dump: &Dump, options: &LearnOptions) -> Option<RunRecord> {
+    let mut run = options.run.clone()?;
+    let name = dump.dir().file_name().unwrap_or_default().to_string_lossy().into_owned();
+    run.inputs.push(InputRecord { role: "dump".into(), name, sha256: dump.id().to_owned() });
+    Some(run)
 }
 
 /// Refuses windows that leave nothing to learn from.

@@ -52,6 +52,7 @@ impl Synthetic {
             positions: self.positions,
             seed: self.seed,
             sequences: self.prefixes.iter().enumerate().map(sequence).collect(),
+            run: None,
         }
     }
 

@@ -47,6 +47,8 @@ pub mod tsv;
 
 use std::{
     fmt::{self, Write as _},
+    fs::File,
+    io::{ErrorKind, Read as _},
     path::Path,
 };
 
@@ -253,8 +255,30 @@ fn without_interop(format: Format) -> Error {
 /// written.
 #[must_use]
 pub fn sha256_hex(bytes: &[u8]) -> String {
-    let mut hex = String::with_capacity(64);
-    for byte in Sha256::digest(bytes) {
+    hex(&Sha256::digest(bytes))
+}
+
+/// SHA-256 of a file in hexadecimal, read piece by piece.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn sha256_of_file(path: &Path) -> Result<String> {
+    let io = |action| move |source| Error::Io { path: path.into(), action, source };
+    let mut file = File::open(path).map_err(io("opening"))?;
+    let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(hex(&hash.finalize())),
+            Ok(n) => hash.update(&buffer[..n]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(io("reading")(error)),
+        }
+    }
+}
+
+fn hex(digest: &[u8]) -> String {
+    let mut hex = String::with_capacity(2 * digest.len());
+    for byte in digest {
         // Writing to a String cannot fail.
         let _ = write!(hex, "{byte:02x}");
     }
@@ -272,6 +296,16 @@ mod tests {
             sha256_hex(b"abc"),
             "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
         );
+    }
+
+    #[test]
+    fn files_hash_as_their_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let bytes: Vec<u8> = (0..3_000_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(sha256_of_file(&path).unwrap(), sha256_hex(&bytes));
+        assert!(matches!(sha256_of_file(folder.path()), Err(Error::Io { .. })));
     }
 
     #[test]

@@ -27,8 +27,9 @@ use crate::{Error, HeadPrecision, MaskInfo, ModelMask, Precision, Result};
 pub const VERSION: u64 = 2;
 /// The version of masks that ask for 16 bits everywhere.
 const PLAIN_VERSION: u64 = 1;
-/// Largest safetensors header: JSON costs some ten times its size in memory while it is parsed.
-const MAX_HEADER_BYTES: u64 = 256 << 10;
+/// Largest safetensors header: JSON costs some ten times its size in memory while it is parsed. A run
+/// over thousands of texts has its record in it.
+const MAX_HEADER_BYTES: u64 = 1 << 20;
 const METADATA_KEY: &str = "leank";
 
 #[derive(Deserialize)]
@@ -77,7 +78,8 @@ pub fn from_bytes(bytes: &[u8], name: &Path) -> Result<ModelMask> {
 /// The bytes of a native file. Equal masks give equal bytes.
 ///
 /// # Errors
-/// [`Error::Invalid`] when the metadata holds a number that JSON cannot (not finite).
+/// [`Error::Invalid`] when the metadata holds a number that JSON cannot (not finite), or is longer
+/// than a reader takes.
 pub fn to_bytes(mask: &ModelMask) -> Result<Vec<u8>> {
     let shape = vec![mask.layers(), mask.kv_heads(), mask.head_dim()];
     let flags: Vec<u8> = mask.heads().iter().flat_map(|head| head.flags()).map(u8::from).collect();
@@ -100,7 +102,14 @@ pub fn to_bytes(mask: &ModelMask) -> Result<Vec<u8>> {
         tensors.push(("bits", view.map_err(|error| Error::invalid("mask tensor", error))?));
     }
     let version = if bits.is_some() { VERSION } else { PLAIN_VERSION };
-    let metadata = HashMap::from([(METADATA_KEY.to_owned(), metadata_json(version, mask.info())?)]);
+    let json = metadata_json(version, mask.info())?;
+    // In the header it is a string: quotes take two bytes there. The tensors take a few hundred.
+    let in_header = json.len() + json.matches(['"', '\\']).count() + 4096;
+    if in_header as u64 > MAX_HEADER_BYTES {
+        let why = format!("it is {} bytes long; leave out run records (`runs`)", json.len());
+        return Err(Error::invalid("mask metadata", why));
+    }
+    let metadata = HashMap::from([(METADATA_KEY.to_owned(), json)]);
     safetensors::serialize(tensors, Some(metadata)).map_err(|error| Error::invalid("mask", error))
 }
 

@@ -6,7 +6,9 @@ use std::{
     path::Path,
 };
 
-use leank_core::{ChannelMask, Fingerprint, MaskInfo, ModelMask, ModelShape, Windows};
+use leank_core::{
+    ChannelMask, Fingerprint, InputRecord, MaskInfo, ModelMask, ModelShape, RunRecord, Windows,
+};
 use proptest::prelude::*;
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
@@ -56,6 +58,16 @@ pub(crate) fn rich_mask() -> ModelMask {
         seed: Some(u64::MAX),
         exempt_layers: vec![1],
         created_by: Some("leank 0.1.0".into()),
+        runs: vec![RunRecord {
+            command: ["leank", "learn", "a \"dump\""].map(Into::into).into(),
+            created_by: "leank 0.1.0".into(),
+            seed: 3,
+            inputs: vec![InputRecord {
+                role: "dump".into(),
+                name: "dump".into(),
+                sha256: leank_core::files::sha256_hex(b"a dump"),
+            }],
+        }],
     };
     let scores = (0..32).map(|at| at as f32 * 0.1 - 1.0).collect();
     ModelMask::new(2, 2, 8, heads).unwrap().with_info(info).unwrap().with_scores(scores).unwrap()

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use leank_core::{Dtype, Layer};
 use serde_json::{Map, Value, json};
 
-use super::manifest::Manifest;
+use super::{manifest::Manifest, sums};
 use crate::{Error, Result};
 
 /// Name of the manifest within a dump's directory.
@@ -13,10 +13,8 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 /// Keys of the safetensors metadata of a layer file.
 pub(super) const META_LAYER: &str = "leank.layer";
 pub(super) const META_DUMP: &str = "leank.dump";
-/// Optional: a digest of the layer's data, in whatever way the writer takes it.
-pub(super) const META_DATA: &str = "leank.data";
-/// Characters of the digests that [`super::DumpWriter`] takes.
-pub(super) const DIGEST_LEN: usize = 64;
+/// Optional: the checksums of the layer's data; see [`super::sums`].
+pub(super) const META_SUMS: &str = "leank.sums";
 /// Length of the number in front of a safetensors header.
 pub(super) const LENGTH_BYTES: u64 = 8;
 
@@ -100,19 +98,19 @@ impl Layout {
     }
 
     /// The safetensors header of a layer, its length in front, padded to a multiple of 8.
-    /// `manifest_id` and the digest of the layer's data go into its metadata.
+    /// `manifest_id` and the text of the data's checksums go into its metadata.
     pub(super) fn header(
         &self,
         manifest: &Manifest,
         layer: Layer,
         manifest_id: &str,
-        digest: &str,
+        sums: &str,
     ) -> Vec<u8> {
         let mut entries = Map::new();
         let layer = layer.0.to_string();
         entries.insert(
             "__metadata__".into(),
-            json!({ META_LAYER: layer, META_DUMP: manifest_id, META_DATA: digest }),
+            json!({ META_LAYER: layer, META_DUMP: manifest_id, META_SUMS: sums }),
         );
         for sequence in 0..manifest.sequences.len() {
             for tensor in Tensor::ALL {
@@ -145,7 +143,7 @@ pub(super) fn tensor_bytes(tensor: Tensor, manifest: &Manifest, sequence: usize)
 
 /// Longest header that is read: several times what the writer makes.
 pub(super) fn max_header(manifest: &Manifest) -> u64 {
-    (1 << 16) + 4 * 512 * manifest.sequences.len() as u64
+    (1 << 16) + 4 * 512 * manifest.sequences.len() as u64 + 2 * sums::text_len(manifest) as u64
 }
 
 /// The dtype's name in a safetensors header.

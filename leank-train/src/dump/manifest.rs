@@ -2,7 +2,7 @@
 
 use std::{fmt, path::Path, str::FromStr};
 
-use leank_core::{Dtype, Fingerprint, ModelShape, Windows};
+use leank_core::{Dtype, Fingerprint, ModelShape, RunRecord, Windows};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -104,6 +104,9 @@ pub struct Manifest {
     pub seed: u64,
     /// The sequences, in the order of their tensors.
     pub sequences: Vec<SequenceInfo>,
+    /// The run that made the dump, where its writer says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<RunRecord>,
 }
 
 /// Only the version, so that a newer manifest is told from a broken one.
@@ -113,6 +116,18 @@ struct VersionOnly {
 }
 
 impl Manifest {
+    /// Whether a dump with the manifest `other` would hold the same: all but the words of the command
+    /// is equal.
+    #[must_use]
+    pub fn is_same_work(&self, other: &Self) -> bool {
+        let work = |own: &Self| {
+            let mut own = own.clone();
+            own.run.iter_mut().for_each(|run| run.command.clear());
+            own
+        };
+        work(self) == work(other)
+    }
+
     /// Tokens of sequence `i` that have keys and values: its prefix and its positions.
     ///
     /// # Panics

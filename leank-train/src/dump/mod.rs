@@ -16,16 +16,19 @@
 //!
 //! [`DumpWriter`] writes beside the target and renames when all is on the disk, so a directory
 //! that [`Dump::open`] accepts is whole. What a killed process left there, the next writer of the
-//! same name removes. The id of a dump ([`Dump::id`]) covers the activations: the writer puts a
-//! digest of each layer's data into the layer file's header. Reading maps one head of one tensor of one sequence at a
-//! time, so that memory stays bounded whatever the dump's size.
+//! same dump goes on with, and the next one of the same name removes. The metadata of a layer file has
+//! a checksum for each range that is read at once, so that damage is found where it is; the id of a
+//! dump ([`Dump::id`]) covers them. Reading maps one head of one tensor of one sequence at a time, so
+//! that memory stays bounded whatever the dump's size.
 
 mod convert;
+mod journal;
 mod layout;
 mod manifest;
 mod mmap;
 mod place;
 mod reader;
+mod sums;
 mod writer;
 
 pub use layout::{MANIFEST_FILE, layer_file_name};

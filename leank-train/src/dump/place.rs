@@ -2,8 +2,9 @@
 //!
 //! A dump grows beside its target, in `.NAME.partial-XXXXXX`, and is renamed when it is whole. Its
 //! writer holds the lock of the manifest in there until then. A killed process can remove nothing,
-//! but the system takes its lock away: so the next dump of the same name knows what is left over,
-//! and leaves alone what another process is still writing.
+//! but the system takes its lock away: so the next dump of the same name knows what is left over. It
+//! goes on with it where it is the same dump, removes it otherwise, and leaves alone what another
+//! process is still writing.
 
 use std::{
     fs::{self, File},
@@ -12,7 +13,6 @@ use std::{
 };
 
 use leank_core::files::is_abandoned;
-use tempfile::TempDir;
 
 use super::{layout::MANIFEST_FILE, writer::Existing};
 use crate::{Error, Result};
@@ -25,26 +25,52 @@ const REPLACED: &str = "-replaced";
 pub(super) struct Place {
     target: PathBuf,
     existing: Existing,
-    directory: TempDir,
+    directory: Growing,
     /// The manifest, locked. After the directory, which is removed under the lock.
     manifest: Option<File>,
 }
 
+/// A directory that is removed when dropped.
+#[derive(Debug)]
+struct Growing(PathBuf);
+
+impl Drop for Growing {
+    fn drop(&mut self) {
+        // Moved to its place already, or it stays for the next run to sweep.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
 impl Place {
-    /// A directory to fill. What killed processes left beside `target` is removed.
-    pub(super) fn create(target: &Path, existing: Existing) -> Result<Self> {
+    /// A directory to fill: one that a killed process left beside `target` with a manifest that
+    /// `is_same` takes, which comes back with it, or else an empty one. What else killed processes left
+    /// there is removed.
+    pub(super) fn create(
+        target: &Path,
+        existing: Existing,
+        is_same: &dyn Fn(&[u8]) -> bool,
+    ) -> Result<(Self, Option<Vec<u8>>)> {
         let name = target_name(target)?;
         let parent = parent(target);
+        let left = adopt(target, &name, is_same);
         sweep(target, &name);
+        let (directory, manifest, json) = match left {
+            Some(Left { directory, manifest, json }) => (directory, Some(manifest), Some(json)),
+            None => {
+                check_target(target, existing)?;
+                fs::create_dir_all(parent).map_err(Error::io(parent, "creating the directory"))?;
+                let directory = temporary_beside(parent, &prefix(&name))
+                    .map_err(Error::io(parent, "creating a temporary directory"))?;
+                (Growing(directory), None, None)
+            }
+        };
+        let place = Self { target: target.to_owned(), existing, directory, manifest };
         check_target(target, existing)?;
-        fs::create_dir_all(parent).map_err(Error::io(parent, "creating the directory"))?;
-        let directory = temporary_beside(parent, &prefix(&name))
-            .map_err(Error::io(parent, "creating a temporary directory"))?;
-        Ok(Self { target: target.to_owned(), existing, directory, manifest: None })
+        Ok((place, json))
     }
 
     pub(super) fn path(&self) -> &Path {
-        self.directory.path()
+        &self.directory.0
     }
 
     /// Keeps the manifest, which is [marked as in use](leank_core::files::mark_in_use), open.
@@ -52,8 +78,8 @@ impl Place {
         self.manifest = Some(manifest);
     }
 
-    /// Moves the directory to its target.
-    pub(super) fn move_in(self) -> Result<()> {
+    /// Moves the directory to its target, which comes back.
+    pub(super) fn move_in(self) -> Result<PathBuf> {
         let Self { target, existing, directory, manifest } = self;
         check_target(&target, existing)?;
         // Only Unix renames a directory with open files.
@@ -64,17 +90,56 @@ impl Place {
         };
         // Where it is empty, it is gone now.
         if !target.exists() || fs::remove_dir(&target).is_ok() {
-            rename(directory.path())?;
+            rename(&directory.0)?;
         } else {
-            let mut old = directory.path().as_os_str().to_owned();
+            let mut old = directory.0.as_os_str().to_owned();
             old.push(REPLACED);
-            replace(directory.path(), &target, Path::new(&old))?;
+            replace(&directory.0, &target, Path::new(&old))?;
         }
-        // Moved: nothing is left for the guard to remove.
-        let _ = directory.keep();
         drop(manifest);
-        sync_parent(&target)
+        sync_parent(&target)?;
+        Ok(target)
     }
+}
+
+/// What a killed process left, locked by this one.
+struct Left {
+    directory: Growing,
+    manifest: File,
+    json: Vec<u8>,
+}
+
+/// Takes over a directory that a killed process left of a dump for `target`.
+fn adopt(target: &Path, name: &str, is_same: &dyn Fn(&[u8]) -> bool) -> Option<Left> {
+    for (directory, _) in growing(target, name).filter(|(_, replaced)| !replaced) {
+        let path = directory.join(MANIFEST_FILE);
+        let Ok(manifest) = File::options().read(true).write(true).open(&path) else { continue };
+        // Under its lock nobody else sweeps or adopts it.
+        if manifest.try_lock().is_err() {
+            continue;
+        }
+        match fs::read(&path) {
+            Ok(json) if is_same(&json) => {
+                return Some(Left { directory: Growing(directory), manifest, json });
+            }
+            _ => {}
+        }
+    }
+    None
+}
+
+/// Directories beside `target` in which a dump for it grows or grew, and whether it is one that was
+/// moved aside.
+fn growing(target: &Path, name: &str) -> impl Iterator<Item = (PathBuf, bool)> {
+    let prefix = prefix(name);
+    fs::read_dir(parent(target)).into_iter().flatten().flatten().filter_map(move |entry| {
+        let name = entry.file_name();
+        let rest = name.to_str()?.strip_prefix(&prefix)?;
+        let random = rest.strip_suffix(REPLACED).unwrap_or(rest);
+        let is_ours = !random.is_empty() && random.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        (is_ours && is_folder).then(|| (entry.path(), rest != random))
+    })
 }
 
 /// Puts the directory `new` at `target`; the one that is there waits at `aside` until the new one
@@ -101,28 +166,21 @@ fn replace(new: &Path, target: &Path, aside: &Path) -> Result<()> {
 /// Removes what killed processes left of dumps for `target`. An old dump that was moved aside goes
 /// back when nothing came to its place. What cannot be removed stays.
 fn sweep(target: &Path, name: &str) {
-    let (parent, prefix) = (parent(target), prefix(name));
-    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let Some(rest) = name.to_str().and_then(|name| name.strip_prefix(&prefix)) else {
-            continue;
+    for (path, replaced) in growing(target, name) {
+        let growing = match path.to_str().and_then(|path| path.strip_suffix(REPLACED)) {
+            Some(growing) if replaced => PathBuf::from(growing),
+            _ => path.clone(),
         };
-        let random = rest.strip_suffix(REPLACED).unwrap_or(rest);
-        let is_ours = !random.is_empty() && random.bytes().all(|byte| byte.is_ascii_alphanumeric());
-        if !is_ours || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            continue;
-        }
-        let growing = parent.join(format!("{prefix}{random}"));
         let is_left = is_abandoned(&growing.join(MANIFEST_FILE));
         // Failing is no reason not to dump.
-        let _ = if rest == random {
+        let _ = if !replaced {
             if is_left { fs::remove_dir_all(&growing) } else { Ok(()) }
         } else if growing.exists() && !is_left {
             Ok(())
         } else if target.exists() {
-            fs::remove_dir_all(entry.path())
+            fs::remove_dir_all(path)
         } else {
-            fs::rename(entry.path(), target)
+            fs::rename(path, target)
         };
     }
 }
@@ -171,13 +229,13 @@ fn prefix(name: &str) -> String {
     format!(".{name}.partial-")
 }
 
-/// A directory that removes itself unless kept, open to others as a plain `mkdir` makes it.
-fn temporary_beside(parent: &Path, prefix: &str) -> io::Result<TempDir> {
+/// A new directory, open to others as a plain `mkdir` makes it.
+fn temporary_beside(parent: &Path, prefix: &str) -> io::Result<PathBuf> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(prefix);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-    builder.tempdir_in(parent)
+    Ok(builder.tempdir_in(parent)?.keep())
 }
 
 fn occupied(path: &Path, why: &'static str) -> Error {

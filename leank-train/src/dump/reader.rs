@@ -12,11 +12,11 @@ use safetensors::tensor::Metadata;
 use super::{
     convert,
     layout::{
-        LENGTH_BYTES, Layout, MANIFEST_FILE, META_DATA, META_DUMP, META_LAYER, Tensor, layer_path,
+        LENGTH_BYTES, Layout, MANIFEST_FILE, META_DUMP, META_LAYER, META_SUMS, Tensor, layer_path,
         max_header, safetensors_dtype,
     },
     manifest::Manifest,
-    mmap,
+    mmap, sums,
     writer::TensorAt,
 };
 use crate::{Error, Result};
@@ -32,7 +32,7 @@ pub struct Dump {
     /// SHA-256 of the manifest's file: what layer files are marked with.
     manifest_id: String,
     manifest: Manifest,
-    /// Digest of each layer's data at [`Dump::open`], where its file has one.
+    /// Digest of each layer's checksums at [`Dump::open`], where its file has some.
     digests: Vec<Option<String>>,
 }
 
@@ -58,7 +58,7 @@ impl Dump {
         let mut dump =
             Self { dir: dir.to_owned(), id: manifest_id.clone(), manifest_id, manifest, digests };
         for layer in dump.manifest.shape.layer_indices() {
-            let digest = dump.layer(layer)?.digest;
+            let digest = dump.layer(layer)?.digest();
             dump.digests.push(digest);
         }
         if dump.digests.iter().any(Option::is_some) {
@@ -81,9 +81,9 @@ impl Dump {
         &self.dir
     }
 
-    /// Identity of the dump, 64 hexadecimal digits: a SHA-256 of its manifest and of the digests of
-    /// its layers' data, as their writer took them; no activation is read for it. In a dump without
-    /// digests (they are optional) only the manifest counts.
+    /// Identity of the dump, 64 hexadecimal digits: a SHA-256 of its manifest and of its layers'
+    /// checksums; no activation is read for it. In a dump without checksums (they are optional) only
+    /// the manifest counts.
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
@@ -102,8 +102,8 @@ impl Dump {
         let path = layer_path(&self.dir, layer);
         let file = File::open(&path).map_err(Error::io(&path, "opening"))?;
         let header = Header { dump: self, layer, path: &path };
-        let (layout, data_start, digest) = header.read(&file)?;
-        Ok(LayerDump { dump: self, layer, path, file, layout, data_start, digest })
+        let (layout, data_start, sums) = header.read(&file)?;
+        Ok(LayerDump { dump: self, layer, path, file, layout, data_start, sums })
     }
 }
 
@@ -119,8 +119,8 @@ impl Header<'_> {
         Err(Error::LayerFile { path: self.path.to_owned(), why })
     }
 
-    /// Offsets of the tensors, where their data begins, and the digest of it.
-    fn read(&self, mut file: &File) -> Result<(Layout, u64, Option<String>)> {
+    /// Offsets of the tensors, where their data begins, and its checksums.
+    fn read(&self, mut file: &File) -> Result<(Layout, u64, Option<Vec<u32>>)> {
         let manifest = &self.dump.manifest;
         let expected = Layout::new(manifest, self.path)?;
         let size = file.metadata().map_err(Error::io(self.path, "asking for the size"))?.len();
@@ -145,13 +145,13 @@ impl Header<'_> {
             Ok(metadata) => metadata,
             Err(error) => return self.fail(format!("its header is not valid: {error}")),
         };
-        let digest = self.check_identity(&metadata)?;
+        let sums = self.check_identity(&metadata)?;
         let starts = self.check_tensors(&metadata)?;
-        Ok((Layout::with_starts(starts, expected.data_len), data_start, digest))
+        Ok((Layout::with_starts(starts, expected.data_len), data_start, sums))
     }
 
-    /// Checks that the file belongs here; the digest of its data, where it has one.
-    fn check_identity(&self, metadata: &Metadata) -> Result<Option<String>> {
+    /// Checks that the file belongs here; the checksums of its data, where it has some.
+    fn check_identity(&self, metadata: &Metadata) -> Result<Option<Vec<u32>>> {
         let layer = self.layer.to_string();
         let own = metadata.metadata().as_ref();
         let get = |key: &str| own.and_then(|own| own.get(key)).map(String::as_str);
@@ -169,13 +169,22 @@ impl Header<'_> {
                 None => return self.fail(format!("its metadata lacks {key}")),
             }
         }
-        let digest = get(META_DATA);
-        match self.dump.digests.get(self.layer.0).map(Option::as_deref) {
-            Some(opened) if opened != digest => {
-                let name = |digest: Option<&str>| digest.unwrap_or("missing").to_owned();
-                other("the digest of the data", &name(opened), &name(digest))
+        let manifest = &self.dump.manifest;
+        let count = manifest.sequences.len() * sums::parts_of_sequence(manifest);
+        let sums = match get(META_SUMS) {
+            None => None,
+            Some(text) => match sums::from_text(text, count) {
+                None => return self.fail(format!("{META_SUMS} is not {count} checksums")),
+                sums => sums,
+            },
+        };
+        let digest = sums.as_deref().map(digest);
+        match self.dump.digests.get(self.layer.0) {
+            Some(opened) if *opened != digest => {
+                let name = |digest: &Option<String>| digest.clone().unwrap_or("missing".into());
+                other("the digest of the checksums", &name(opened), &name(&digest))
             }
-            _ => Ok(digest.map(str::to_owned)),
+            _ => Ok(sums),
         }
     }
 
@@ -222,7 +231,12 @@ pub struct LayerDump<'a> {
     file: File,
     layout: Layout,
     data_start: u64,
-    digest: Option<String>,
+    /// Of every part, by sequence.
+    sums: Option<Vec<u32>>,
+}
+
+fn digest(sums: &[u32]) -> String {
+    sha256_hex(sums::to_text(sums.iter().copied()).as_bytes())
 }
 
 /// What one KV head and its group of query heads hold in one sequence, as f32.
@@ -247,6 +261,10 @@ impl<'a> LayerDump<'a> {
         &self.dump.manifest
     }
 
+    fn digest(&self) -> Option<String> {
+        self.sums.as_deref().map(digest)
+    }
+
     /// The layer's index.
     #[must_use]
     pub fn layer(&self) -> Layer {
@@ -256,8 +274,8 @@ impl<'a> LayerDump<'a> {
     /// Reads what `head` and its group hold in one sequence.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] for NaN or infinity, named to the channel; [`Error::Io`];
-    /// [`Error::OutOfRange`].
+    /// [`Error::Damaged`] for bytes that are not those that were written; [`Error::NonFinite`] for NaN
+    /// or infinity, named to the channel; [`Error::Io`]; [`Error::OutOfRange`].
     pub fn read(&self, head: KvHead, sequence: usize, data: &mut HeadData) -> Result<()> {
         let manifest = &self.dump.manifest;
         let shape = &manifest.shape;
@@ -276,31 +294,46 @@ impl<'a> LayerDump<'a> {
         data.k.resize(key_row, 0.0);
         data.v.resize(key_row, 0.0);
         data.g.resize(manifest.draws * group * query_row, 0.0);
-        let place = |tensor| TensorAt { layer: self.layer, sequence, tensor };
-        self.range(place(Tensor::Q), head.0 * group * query_row, &mut data.q)?;
-        self.range(place(Tensor::K), head.0 * key_row, &mut data.k)?;
-        self.range(place(Tensor::V), head.0 * key_row, &mut data.v)?;
+        for (tensor, out) in
+            [(Tensor::Q, &mut data.q), (Tensor::K, &mut data.k), (Tensor::V, &mut data.v)]
+        {
+            self.part(TensorAt { layer: self.layer, sequence, tensor }, head.0, out)?;
+        }
         for (draw, g) in data.g.chunks_exact_mut(group * query_row).enumerate() {
-            let first_head = draw * shape.query_heads + head.0 * group;
-            self.range(place(Tensor::G), first_head * query_row, g)?;
+            let place = TensorAt { layer: self.layer, sequence, tensor: Tensor::G };
+            self.part(place, draw * shape.kv_heads + head.0, g)?;
         }
         Ok(())
     }
 
-    /// Reads `out.len()` elements of a tensor from `first` on.
-    fn range(&self, place: TensorAt, first: usize, out: &mut [f32]) -> Result<()> {
-        let dtype = self.dump.manifest.dtype;
-        let size = dtype.bytes();
+    /// Reads part `part` of a tensor, which `out` takes exactly.
+    fn part(&self, place: TensorAt, part: usize, out: &mut [f32]) -> Result<()> {
+        let manifest = &self.dump.manifest;
+        let len = out.len() * manifest.dtype.bytes();
         let offset = self.data_start
             + self.layout.start(place.tensor, place.sequence)
-            + first as u64 * size as u64;
-        let bytes = mmap::map(&self.file, offset, out.len() * size)
-            .map_err(Error::io(&self.path, "mapping"))?;
-        if convert::read(dtype, &bytes, out) {
+            + part as u64 * len as u64;
+        let bytes = mmap::map(&self.file, offset, len).map_err(Error::io(&self.path, "mapping"))?;
+        let first = part * out.len();
+        if let Some(sums) = &self.sums {
+            let of_sequence = place.sequence * sums::parts_of_sequence(manifest);
+            let at = of_sequence + sums::first_part(place.tensor, manifest) + part;
+            let found = crc32fast::hash(&bytes);
+            if found != sums[at] {
+                return Err(Error::Damaged {
+                    path: self.path.clone(),
+                    bytes: offset..offset + len as u64,
+                    what: place.part_name(manifest, part),
+                    expected: sums[at],
+                    found,
+                });
+            }
+        }
+        if convert::read(manifest.dtype, &bytes, out) {
             return Ok(());
         }
         let bad = out.iter().position(|value| !value.is_finite()).unwrap_or_default();
-        let mut at = place.position(&self.dump.manifest, first + bad);
+        let mut at = place.position(manifest, first + bad);
         at.path = Some(self.path.clone());
         Err(Error::NonFinite {
             at: Box::new(at),

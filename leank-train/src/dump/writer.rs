@@ -1,8 +1,8 @@
 //! Writing a dump: streamed into a temporary sibling directory, renamed when whole.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::{self, Seek, SeekFrom, Write},
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Seek, SeekFrom, Write},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -14,9 +14,11 @@ use leank_core::{
 
 use super::{
     convert,
-    layout::{DIGEST_LEN, LENGTH_BYTES, Layout, MANIFEST_FILE, Tensor, layer_path, tensor_bytes},
+    journal::{Entry, JOURNAL_FILE, Journal},
+    layout::{LENGTH_BYTES, Layout, MANIFEST_FILE, Tensor, layer_path, tensor_bytes},
     manifest::Manifest,
     place::{self, Place},
+    sums,
 };
 use crate::{Error, Result, error::ElementPosition};
 
@@ -51,7 +53,8 @@ pub struct SequenceTensors<'a> {
 /// Writes a dump, in any order of layers and sequences.
 ///
 /// Nothing appears at the target before [`DumpWriter::finish`]; dropping the writer earlier
-/// removes what it wrote.
+/// removes what it wrote. What a killed process wrote of the [same](Manifest::is_same_work) dump is
+/// taken over: [`DumpWriter::is_written`] says what need not be computed again.
 ///
 /// ```no_run
 /// # fn run(manifest: leank_train::dump::Manifest, q: &[f32], k: &[f32], v: &[f32], g: &[f32])
@@ -76,6 +79,7 @@ pub struct DumpWriter {
     layers: Vec<LayerFile>,
     /// Bytes of the whole dump.
     needed: u64,
+    journal: Journal,
     buffer: Vec<u8>,
 }
 
@@ -84,8 +88,8 @@ struct LayerFile {
     path: PathBuf,
     /// Byte ranges of the file, by sequence and tensor.
     data: Vec<Range<u64>>,
-    /// Digest of each sequence that was written.
-    digests: Vec<Option<String>>,
+    /// Checksums of each sequence that was written.
+    sums: Vec<Option<Vec<u32>>>,
 }
 
 impl DumpWriter {
@@ -104,39 +108,104 @@ impl DumpWriter {
     /// As [`DumpWriter::create`].
     pub fn create_with(dir: &Path, manifest: Manifest, existing: Existing) -> Result<Self> {
         manifest.validate(&dir.join(MANIFEST_FILE))?;
-        let json = manifest.to_json(dir)?;
         let layout = Layout::new(&manifest, dir)?;
-        let manifest_id = sha256_hex(&json);
-        let place = Place::create(dir, existing)?;
+        let is_same = |json: &[u8]| {
+            Manifest::from_json(json, dir).is_ok_and(|left| left.is_same_work(&manifest))
+        };
+        let (place, left) = Place::create(dir, existing, &is_same)?;
+        let is_new = left.is_none();
+        // The one that is there already has the words of the command that began.
+        let (manifest, json) = match left {
+            Some(json) => (Manifest::from_json(&json, dir)?, json),
+            None => {
+                let json = manifest.to_json(dir)?;
+                (manifest, json)
+            }
+        };
+        let path = place.path().join(JOURNAL_FILE);
+        let mut place = place;
+        if is_new {
+            // Before anything else: it says that the directory is in use.
+            let path = place.path().join(MANIFEST_FILE);
+            let held = create_file(&path, &json).map_err(Error::io(&path, "creating"))?;
+            place.hold(held);
+        }
+        let parts = sums::parts_of_sequence(&manifest);
+        let (journal, entries) =
+            Journal::open(&path, parts).map_err(Error::io(&path, "opening the journal"))?;
         let mut writer = Self {
             place,
-            manifest,
-            manifest_id,
+            manifest_id: sha256_hex(&json),
             layout,
             layers: Vec::new(),
             needed: json.len() as u64,
+            journal,
             buffer: Vec::new(),
+            manifest,
         };
-        let headers: Vec<_> = writer
-            .manifest
-            .shape
-            .layer_indices()
-            .map(|layer| writer.header(layer, &"0".repeat(DIGEST_LEN)))
-            .collect();
-        for header in &headers {
-            let file = (header.len() as u64).saturating_add(writer.layout.data_len);
-            writer.needed = writer.needed.saturating_add(file);
-        }
-        let held = writer.write_file(&writer.place.path().join(MANIFEST_FILE), &json)?;
-        writer.place.hold(held);
-        for (layer, header) in writer.manifest.shape.layer_indices().zip(&headers) {
-            let path = layer_path(writer.place.path(), layer);
-            writer.write_file(&path, header)?;
-            let data = writer.data_ranges(header.len() as u64);
-            let digests = vec![None; writer.manifest.sequences.len()];
-            writer.layers.push(LayerFile { path, data, digests });
+        writer.lay_out()?;
+        for entry in entries {
+            writer.take_over(entry)?;
         }
         Ok(writer)
+    }
+
+    /// Makes the layer files that are not there yet, each with its header.
+    fn lay_out(&mut self) -> Result<()> {
+        let unwritten = "0".repeat(sums::text_len(&self.manifest));
+        let layers: Vec<_> = self.manifest.shape.layer_indices().collect();
+        let headers: Vec<_> = layers.iter().map(|&layer| self.header(layer, &unwritten)).collect();
+        for header in &headers {
+            let file = (header.len() as u64).saturating_add(self.layout.data_len);
+            self.needed = self.needed.saturating_add(file);
+        }
+        for (layer, header) in layers.into_iter().zip(&headers) {
+            let path = layer_path(self.place.path(), layer);
+            let is_there = fs::metadata(&path).is_ok_and(|file| file.len() >= header.len() as u64);
+            if !is_there {
+                let _ = fs::remove_file(&path);
+                create_file(&path, header).map_err(self.io(&path, "creating"))?;
+            }
+            let data = self.data_ranges(header.len() as u64);
+            let sums = vec![None; self.manifest.sequences.len()];
+            self.layers.push(LayerFile { path, data, sums });
+        }
+        Ok(())
+    }
+
+    /// Believes a line of a killed run's journal if the bytes are there.
+    fn take_over(&mut self, entry: Entry) -> Result<()> {
+        let Entry { layer: Layer(layer), sequence, sums } = entry;
+        let tensors = Tensor::ALL.len();
+        let Some(file) = self.layers.get_mut(layer) else { return Ok(()) };
+        let Some(ranges) = file.data.get(sequence * tensors..(sequence + 1) * tensors) else {
+            return Ok(());
+        };
+        let mut opened = File::open(&file.path).map_err(Error::io(&file.path, "opening"))?;
+        let mut found = Vec::with_capacity(sums.len());
+        for (range, tensor) in ranges.iter().zip(Tensor::ALL) {
+            let parts = sums::parts(tensor, &self.manifest);
+            self.buffer.resize(((range.end - range.start) / parts as u64) as usize, 0);
+            opened.seek(SeekFrom::Start(range.start)).map_err(Error::io(&file.path, "seeking"))?;
+            for _ in 0..parts {
+                match opened.read_exact(&mut self.buffer) {
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+                    read => read.map_err(Error::io(&file.path, "reading"))?,
+                }
+                found.push(crc32fast::hash(&self.buffer));
+            }
+        }
+        if found == sums {
+            file.sums[sequence] = Some(sums);
+        }
+        Ok(())
+    }
+
+    /// Whether a sequence of a layer is written: by this writer, or by a killed one before it.
+    #[must_use]
+    pub fn is_written(&self, layer: Layer, sequence: usize) -> bool {
+        let file = self.layers.get(layer.0);
+        file.and_then(|file| file.sums.get(sequence)).is_some_and(Option::is_some)
     }
 
     /// Refuses a `dir` that [`DumpWriter::create_with`] would refuse: to be asked before the work
@@ -177,7 +246,7 @@ impl DumpWriter {
         };
         in_range("layer", layer.0, self.layers.len())?;
         in_range("sequence", sequence, self.manifest.sequences.len())?;
-        if self.layers[layer.0].digests[sequence].is_some() {
+        if self.is_written(layer, sequence) {
             return Err(Error::WriteOrder { layer, sequence, what: "was written twice" });
         }
         let values = |tensor| match tensor {
@@ -197,42 +266,51 @@ impl DumpWriter {
         let path = self.layers[layer.0].path.clone();
         let mut file =
             OpenOptions::new().write(true).open(&path).map_err(Error::io(&path, "opening"))?;
-        let mut digests = String::new();
+        let mut sums = Vec::new();
         for tensor in Tensor::ALL {
             let at = TensorAt { layer, sequence, tensor };
-            self.write_tensor(&mut file, at, values(tensor), &mut digests)?;
+            self.write_tensor(&mut file, at, values(tensor), &mut sums)?;
         }
-        self.layers[layer.0].digests[sequence] = Some(sha256_hex(digests.as_bytes()));
+        let entry = Entry { layer, sequence, sums };
+        let journal = self.place.path().join(JOURNAL_FILE);
+        self.journal.add(&entry).map_err(self.io(&journal, "writing"))?;
+        self.layers[layer.0].sums[sequence] = Some(entry.sums);
         Ok(())
     }
 
-    /// Writes one tensor, and the digest of each of its chunks to `digests`.
+    /// Writes one tensor, and the checksum of each of its parts to `sums`.
     fn write_tensor(
         &mut self,
         file: &mut File,
         at: TensorAt,
         values: &[f32],
-        digests: &mut String,
+        sums: &mut Vec<u32>,
     ) -> Result<()> {
         let LayerFile { path, data, .. } = &self.layers[at.layer.0];
         let start = data[at.sequence * 4 + at.tensor as usize].start;
         let mut buffer = std::mem::take(&mut self.buffer);
         file.seek(SeekFrom::Start(start)).map_err(self.io(path, "seeking"))?;
-        for (i, chunk) in values.chunks(CHUNK).enumerate() {
-            buffer.clear();
-            convert::write(self.manifest.dtype, chunk, &mut buffer).map_err(|bad| {
-                Error::NonFinite {
-                    at: Box::new(at.position(&self.manifest, i * CHUNK + bad)),
-                    value: chunk[bad],
-                    mend: if chunk[bad].is_finite() {
-                        "it overflows the dump's dtype; dump with --dtype bf16 or f32"
-                    } else {
-                        "the model itself produced it: check the weights and the forward pass"
-                    },
-                }
-            })?;
-            file.write_all(&buffer).map_err(self.io(path, "writing"))?;
-            digests.push_str(&sha256_hex(&buffer));
+        let part = values.len() / sums::parts(at.tensor, &self.manifest);
+        for (n, values) in values.chunks(part.max(1)).enumerate() {
+            let mut sum = crc32fast::Hasher::new();
+            for (i, chunk) in values.chunks(CHUNK).enumerate() {
+                buffer.clear();
+                convert::write(self.manifest.dtype, chunk, &mut buffer).map_err(|bad| {
+                    let at = at.position(&self.manifest, n * part + i * CHUNK + bad);
+                    Error::NonFinite {
+                        at: Box::new(at),
+                        value: chunk[bad],
+                        mend: if chunk[bad].is_finite() {
+                            "it overflows the dump's dtype; dump with --dtype bf16 or f32"
+                        } else {
+                            "the model itself produced it: check the weights and the forward pass"
+                        },
+                    }
+                })?;
+                file.write_all(&buffer).map_err(self.io(path, "writing"))?;
+                sum.update(&buffer);
+            }
+            sums.push(sum.finalize());
         }
         self.buffer = buffer;
         Ok(())
@@ -247,13 +325,13 @@ impl DumpWriter {
     /// back.
     pub fn finish(self) -> Result<()> {
         for (layer, file) in self.manifest.shape.layer_indices().zip(&self.layers) {
-            if let Some(sequence) = file.digests.iter().position(Option::is_none) {
+            if let Some(sequence) = file.sums.iter().position(Option::is_none) {
                 let what = "was not written: write every sequence of every layer before finish";
                 return Err(Error::WriteOrder { layer, sequence, what });
             }
-            let digests: String = file.digests.iter().flatten().map(String::as_str).collect();
+            let sums = file.sums.iter().flatten().flatten().copied();
             // As long as the one that holds its place.
-            let header = self.header(layer, &sha256_hex(digests.as_bytes()));
+            let header = self.header(layer, &sums::to_text(sums));
             let mut opened = OpenOptions::new()
                 .write(true)
                 .open(&file.path)
@@ -261,20 +339,14 @@ impl DumpWriter {
             opened.write_all(&header).map_err(self.io(&file.path, "writing"))?;
             opened.sync_all().map_err(self.io(&file.path, "flushing"))?;
         }
-        self.place.move_in()
+        let target = self.place.move_in()?;
+        // Afterwards, so that a run that is killed here loses nothing. Where it stays it does no harm.
+        let _ = fs::remove_file(target.join(JOURNAL_FILE));
+        Ok(())
     }
 
-    /// Creates a file with `bytes` in it, flushed to the disk, marked as in use while it is open.
-    fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<File> {
-        let mut file = File::create_new(path).map_err(self.io(path, "creating"))?;
-        mark_in_use(&file);
-        file.write_all(bytes).map_err(self.io(path, "writing"))?;
-        file.sync_all().map_err(self.io(path, "flushing"))?;
-        Ok(file)
-    }
-
-    fn header(&self, layer: Layer, digest: &str) -> Vec<u8> {
-        self.layout.header(&self.manifest, layer, &self.manifest_id, digest)
+    fn header(&self, layer: Layer, sums: &str) -> Vec<u8> {
+        self.layout.header(&self.manifest, layer, &self.manifest_id, sums)
     }
 
     fn data_ranges(&self, header: u64) -> Vec<Range<u64>> {
@@ -300,6 +372,15 @@ impl DumpWriter {
     }
 }
 
+/// Creates a file with `bytes` in it, flushed to the disk, marked as in use while it is open.
+fn create_file(path: &Path, bytes: &[u8]) -> io::Result<File> {
+    let mut file = File::create_new(path)?;
+    mark_in_use(&file);
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    Ok(file)
+}
+
 /// Which tensor of a dump.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct TensorAt {
@@ -309,6 +390,14 @@ pub(super) struct TensorAt {
 }
 
 impl TensorAt {
+    /// Names part `part` of the tensor: what one KV head and its group have in it.
+    pub(super) fn part_name(&self, manifest: &Manifest, part: usize) -> String {
+        let (kv_heads, tensor) = (manifest.shape.kv_heads, self.tensor.name());
+        let (draw, head) = (part / kv_heads, part % kv_heads);
+        let draw = if self.tensor == Tensor::G { format!(", draw {draw}") } else { String::new() };
+        format!("sequence {}, tensor {tensor}{draw}, KV head {head}", self.sequence)
+    }
+
     /// Names element `element` of the tensor.
     pub(super) fn position(&self, manifest: &Manifest, element: usize) -> ElementPosition {
         let shape = self.tensor.shape(manifest, self.sequence);
