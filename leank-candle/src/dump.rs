@@ -9,6 +9,7 @@ use leank_train::dump::{
     SequenceInfo, SequenceTensors,
 };
 use leank_train::rng::Rng;
+use serde::Serialize;
 
 use crate::cuts::{Cut, cut, spread_prefixes};
 use crate::model::Model;
@@ -174,19 +175,33 @@ fn check(model: &Model, options: &DumpOptions) -> Result<()> {
 }
 
 /// A sequence to be dumped.
-struct Plan {
-    tokens: Vec<u32>,
-    prefix: usize,
-    source: String,
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Sequence {
+    /// Tokens before the first decode position.
+    pub prefix: usize,
+    /// Where it comes from, for people.
+    pub source: String,
+    /// Prefix and decode positions.
+    pub tokens: Vec<u32>,
 }
 
-impl Plan {
+impl Sequence {
     fn info(&self, positions: usize) -> SequenceInfo {
         SequenceInfo::new(self.prefix, positions, self.source.clone())
     }
 }
 
-fn plan(model: &Model, texts: &[Text], options: &DumpOptions) -> Result<Vec<Plan>> {
+/// The sequences that [`dump()`] would run the model over, e.g. to run another program's model over
+/// them. Of the options it looks at those that say which tokens, and at the seed.
+///
+/// # Errors
+/// Those of [`dump()`] that come before anything runs, but for the target's.
+pub fn sequences(model: &Model, texts: &[Text], options: &DumpOptions) -> Result<Vec<Sequence>> {
+    check(model, options)?;
+    plan(model, texts, options)
+}
+
+fn plan(model: &Model, texts: &[Text], options: &DumpOptions) -> Result<Vec<Sequence>> {
     let (shortest, longest) = (*options.prefix.start(), *options.prefix.end());
     let positions = options.positions;
     let why = format!("prefix {longest} + positions {positions}");
@@ -206,11 +221,11 @@ fn plan(model: &Model, texts: &[Text], options: &DumpOptions) -> Result<Vec<Plan
         let place = format!("{} tokens {}..{}", texts[text].name, range.start, range.end);
         let prefix = prefixes[i];
         if !is_task[i] {
-            return Ok(Plan { tokens: piece, prefix, source: place });
+            return Ok(Sequence { tokens: piece, prefix, source: place });
         }
         let mut rng = Rng::fork(options.seed, 2 * i as u64 + 2);
         let task = retrieval::embed(model.tokenizer(), &piece, prefix, &mut rng)?;
-        Ok(Plan { tokens: task.tokens, prefix, source: format!("{} in {place}", task.name) })
+        Ok(Sequence { tokens: task.tokens, prefix, source: format!("{} in {place}", task.name) })
     };
     cuts.into_iter().enumerate().map(sequence).collect()
 }

@@ -56,7 +56,7 @@ mod weights;
 
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use dense::DenseAttention;
-pub use dump::{DumpOptions, DumpProgress, dump};
+pub use dump::{DumpOptions, DumpProgress, Sequence, dump, sequences};
 pub use error::{Error, Result};
 pub use lean::{LeanAttention, store_prefix};
 pub use model::{Attention, LoadOptions, Model};

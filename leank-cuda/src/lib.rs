@@ -72,8 +72,10 @@ use cubins::CubinCache;
 use kernels::{Loader, MOST_TILES, Target, Variant};
 
 /// What kernels ask of block layouts: whole tiles, and copies of whole sectors. K and V of tiles take a
-/// multiple of 64 bytes in every format, so that they lie without gaps.
-pub(crate) fn layout_rules() -> LayoutRules {
+/// multiple of 64 bytes in every format, so that they lie without gaps. For planning where there is no
+/// device; a [`Cuda`] says the same.
+#[must_use]
+pub fn layout_rules() -> LayoutRules {
     LayoutRules {
         k_channel_multiple: tiles::TILE,
         k_token_multiple: tiles::TILE,

@@ -1,9 +1,9 @@
 //! From a dump to a mask.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use std::{fmt, ops::Range, path::PathBuf, str::FromStr};
 
 use leank_core::{
-    ChannelMask, HeadPrecision, InputRecord, KvHead, MaskInfo, ModelMask, RunRecord, Windows,
+    ChannelMask, HeadPrecision, InputRecord, KvHead, Layer, MaskInfo, ModelMask, RunRecord, Windows,
 };
 
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
         self, HeadCurve, PrecisionCurve, eliminate, eliminate_once, measure_precisions,
         measured_counts,
     },
-    records::{HeadResult, OnProgress, Phase},
+    records::{HeadResult, OnProgress, Phase, record_name},
     stats::HeadEvaluator,
 };
 
@@ -137,7 +137,36 @@ pub struct Learned {
 /// see; [`Error::NonFinite`], [`Error::Overflow`] and [`Error::Io`] from the dump;
 /// [`Error::Record`]; [`Error::Threads`].
 pub fn learn(dump: &Dump, options: &LearnOptions, progress: OnProgress<'_>) -> Result<Curves> {
-    let run = Run::new(dump, options, progress)?;
+    curves(dump, options, 0..dump.manifest().shape.layers, progress)
+}
+
+/// Measures some layers and keeps their records, from which [`learn`] goes on: one share of the work
+/// of several machines.
+///
+/// # Errors
+/// As [`learn`]; [`Error::Options`] for layers that the dump does not have, or none.
+pub fn measure_layers(
+    dump: &Dump,
+    options: &LearnOptions,
+    layers: Range<usize>,
+    progress: OnProgress<'_>,
+) -> Result<()> {
+    let count = dump.manifest().shape.layers;
+    if layers.is_empty() || layers.end > count {
+        let why = format!("{}..{} are not layers of the {count}", layers.start, layers.end);
+        return Err(Error::options("layers", why));
+    }
+    curves(dump, options, layers, progress).map(drop)
+}
+
+/// The curves of the heads of some layers.
+fn curves(
+    dump: &Dump,
+    options: &LearnOptions,
+    layers: Range<usize>,
+    progress: OnProgress<'_>,
+) -> Result<Curves> {
+    let run = Run { layers, ..Run::new(dump, options, progress)? };
     let (windows, step) = (options.windows, options.step);
     let heads = match options.method {
         Method::E2 => run.phase("elimination", "", |layer, head| {
@@ -152,9 +181,10 @@ pub fn learn(dump: &Dump, options: &LearnOptions, progress: OnProgress<'_>) -> R
             let curve = order::measure(&mut HeadEvaluator::new(layer, head, windows), order, step)?;
             Ok(HeadCurve { scores, ..curve })
         }),
-        Method::LeanK => {
-            Err(Error::options("method", "leank trains for one budget and has no curves"))
-        }
+        Method::LeanK => Err(Error::options(
+            "method",
+            "leank trains for one budget, over all layers, and has no curves",
+        )),
     }?;
     let precisions = if options.precisions { run.precisions(&heads, windows)? } else { Vec::new() };
     Ok(Curves { heads: heads.into_iter().flatten().collect(), precisions })
@@ -365,10 +395,11 @@ fn check_windows(manifest: &Manifest, windows: Windows) -> Result<()> {
     Err(Error::NoMiddle { windows, tokens })
 }
 
-/// A learning run: its threads and where its records go.
+/// A learning run: its layers, its threads and where its records go.
 struct Run<'a> {
     dump: &'a Dump,
     directory: PathBuf,
+    layers: Range<usize>,
     pool: rayon::ThreadPool,
     progress: OnProgress<'a>,
 }
@@ -391,7 +422,8 @@ impl<'a> Run<'a> {
         };
         let id = &dump.id()[..12];
         let directory = records.join(format!("{method}-sink{sink}-recent{recent}-{own}-{id}"));
-        Ok(Self { dump, directory, pool, progress })
+        let layers = 0..dump.manifest().shape.layers;
+        Ok(Self { dump, directory, layers, pool, progress })
     }
 
     /// Losses of all heads in all precisions, along their curves.
@@ -401,13 +433,13 @@ impl<'a> Run<'a> {
         windows: Windows,
     ) -> Result<Vec<PrecisionCurve>> {
         let found = self.phase("formats", "precisions", |layer, head| {
-            let curve = &heads[layer.layer().0][head.0];
+            let curve = &heads[layer.layer().0 - self.layers.start][head.0];
             measure_precisions(&mut HeadEvaluator::new(layer, head, windows), curve)
         })?;
         let all = || found.iter().flatten().zip(heads.iter().flatten());
         if let Some(at) = all().position(|(own, curve)| !own.is_of(curve)) {
-            let layer = at / self.dump.manifest().shape.kv_heads;
-            let path = self.directory.join("precisions").join(format!("layer-{layer:03}.json"));
+            let layer = Layer(self.layers.start + at / self.dump.manifest().shape.kv_heads);
+            let path = self.directory.join("precisions").join(record_name(layer));
             let why = "it was measured along another order of channels".into();
             return Err(Error::Record { path, why });
         }
@@ -421,7 +453,7 @@ impl<'a> Run<'a> {
         task: impl Fn(&LayerDump<'_>, KvHead) -> Result<T> + Sync,
     ) -> Result<Vec<Vec<T>>> {
         let directory = self.directory.join(directory);
-        let (dump, pool, progress) = (self.dump, &self.pool, self.progress);
-        Phase { dump, name, directory, pool, progress }.run(task)
+        let (dump, layers, pool) = (self.dump, self.layers.clone(), &self.pool);
+        Phase { dump, name, directory, layers, pool, progress: self.progress }.run(task)
     }
 }

@@ -27,7 +27,8 @@
 //! [`leank`].
 //!
 //! Learning is parallel over KV heads, deterministic whatever the number of threads, bounded in
-//! memory whatever the dump's size, and resumes after a kill from its last finished layer.
+//! memory whatever the dump's size, and resumes after a kill from its last finished layer. Machines
+//! share the work by layers: [`learn::measure_layers`], then [`merge`].
 #![deny(unsafe_code)]
 
 pub mod allocate;
@@ -36,6 +37,7 @@ pub mod dump;
 mod error;
 pub mod leank;
 pub mod learn;
+pub mod merge;
 pub mod order;
 mod records;
 pub mod rng;

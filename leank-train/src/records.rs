@@ -3,11 +3,12 @@
 //!
 //! A record is one JSON file per layer, `layer-000.json`, written beside its place and renamed, in
 //! a directory named after everything its content depends on. Layers are independent: shards
-//! that learn different layers fill one directory together. What a killed run was just writing is
-//! removed by the next one.
+//! that learn different layers fill one directory together, or directories of their own that
+//! [`merge`](crate::merge::merge) joins. What a killed run was just writing is removed by the next one.
 
 use std::{
     fs, io,
+    ops::Range,
     path::PathBuf,
     sync::{
         Mutex, PoisonError,
@@ -66,6 +67,11 @@ impl HeadResult for crate::order::PrecisionCurve {
     }
 }
 
+/// Name of a layer's record in its directory.
+pub(crate) fn record_name(layer: Layer) -> String {
+    format!("layer-{:03}.json", layer.0)
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Record<T> {
@@ -83,6 +89,8 @@ pub(crate) struct Phase<'a> {
     pub(crate) name: &'static str,
     /// Directory of the phase's records.
     pub(crate) directory: PathBuf,
+    /// Layers that the phase is run for.
+    pub(crate) layers: Range<usize>,
     pub(crate) pool: &'a rayon::ThreadPool,
     pub(crate) progress: OnProgress<'a>,
 }
@@ -99,7 +107,7 @@ struct Shared<'a, T> {
 }
 
 struct State<T> {
-    /// Per layer and head.
+    /// Per layer of the run and head.
     found: Vec<Vec<Option<T>>>,
     done: usize,
     /// The error of the first head, in order, that failed.
@@ -107,7 +115,8 @@ struct State<T> {
 }
 
 impl Phase<'_> {
-    /// Runs `task` on every head that no record covers; all results, by layer and head.
+    /// Runs `task` on every head of the phase's layers that no record covers; all results, by layer of
+    /// the phase and head.
     ///
     /// Heads are taken in order by whichever thread is free, so that a killed run leaves whole
     /// layers. Results do not depend on the number of threads, since a task does not.
@@ -123,9 +132,9 @@ impl Phase<'_> {
         fs::create_dir_all(&self.directory)
             .map_err(Error::io(&self.directory, "creating the directory"))?;
         remove_leftovers(&self.directory);
-        let mut found = Vec::with_capacity(shape.layers);
+        let mut found = Vec::with_capacity(self.layers.len());
         let mut tasks = Vec::new();
-        for layer in shape.layer_indices() {
+        for layer in self.layers.clone().map(Layer) {
             match self.read(layer)? {
                 Some(heads) => found.push(heads.into_iter().map(Some).collect()),
                 None => {
@@ -134,7 +143,7 @@ impl Phase<'_> {
                 }
             }
         }
-        let reused = shape.layers * shape.kv_heads - tasks.len();
+        let reused = self.layers.len() * shape.kv_heads - tasks.len();
         let shared = Shared {
             tasks,
             next: AtomicUsize::new(0),
@@ -155,7 +164,7 @@ impl Phase<'_> {
     }
 
     fn path(&self, layer: Layer) -> PathBuf {
-        self.directory.join(format!("layer-{:03}.json", layer.0))
+        self.directory.join(record_name(layer))
     }
 
     /// The record of a layer, where there is one.
@@ -229,14 +238,14 @@ impl<T: HeadResult> Shared<'_, T> {
     /// Keeps a result, and writes the layer's record when it was the last one missing.
     fn finished(&self, layer: Layer, head: KvHead, found: T) -> Result<()> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.found[layer.0][head.0] = Some(found);
+        let of_layer = &mut state.found[layer.0 - self.phase.layers.start];
+        of_layer[head.0] = Some(found);
+        if of_layer.iter().all(Option::is_some) {
+            let heads = self.phase.write(layer, of_layer.drain(..).flatten().collect())?;
+            *of_layer = heads.into_iter().map(Some).collect();
+        }
         state.done += 1;
         let done = state.done;
-        if state.found[layer.0].iter().all(Option::is_some) {
-            let heads = state.found[layer.0].drain(..).flatten().collect();
-            let heads = self.phase.write(layer, heads)?;
-            state.found[layer.0] = heads.into_iter().map(Some).collect();
-        }
         drop(state);
         self.report(done);
         Ok(())

@@ -227,12 +227,20 @@ fn dumps_that_are_damaged() {
         world.fails(&learn, &["layer-001.safetensors", "dump again"]);
     }
     // The last value of the last tensor, in f16.
-    for (bits, name) in [(0x7e00u16, "NaN"), (0x7c00, "inf"), (0xfc00, "-inf")] {
+    for (bits, name) in [(0x7e00u16, "NaN"), (0x7c00, "inf"), (0xfc00, "-inf"), (0x3555, "")] {
         let mut bytes = whole.clone();
         let end = bytes.len();
         bytes[end - 2..].copy_from_slice(&bits.to_le_bytes());
-        world.write(layer, bytes);
-        world.fails(&learn, &["layer-001.safetensors", "layer 1", name, "dump again"]);
+        world.write(layer, &bytes);
+        let damaged = format!("..{end} (sequence 3, tensor v, KV head 1)");
+        world.fails(&learn, &["layer-001.safetensors", "damaged", &damaged, "dump again"]);
+        if !name.is_empty() {
+            // By a writer that takes no checksums.
+            let at = bytes.windows(10).position(|bytes| bytes == b"leank.sums").unwrap();
+            bytes[at..at + 10].copy_from_slice(b"other.sums");
+            world.write(layer, bytes);
+            world.fails(&learn, &["layer-001.safetensors", "layer 1", name, "dump again"]);
+        }
     }
     fs::copy(world.path("dump/layer-000.safetensors"), world.path(layer)).unwrap();
     world.fails(&learn, &["layer-001.safetensors", "elsewhere"]);

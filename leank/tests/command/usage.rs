@@ -4,10 +4,12 @@ use std::{io::Read as _, process::Stdio};
 
 use crate::world::{Outcome, World};
 
-const COMMANDS: [(&str, &str); 7] = [
+const COMMANDS: [(&str, &str); 9] = [
     ("dump", "Record what a model's attention sees"),
     ("learn", "Learn from a dump which channels of K matter"),
+    ("merge", "Join the records of machines"),
     ("eval", "Measure what a mask costs and saves"),
+    ("check", "Say whether a mask suits a model"),
     ("inspect", "Show what a mask keeps"),
     ("convert", "Convert a mask between"),
     ("plan", "What a cache with this mask will take"),

@@ -4,17 +4,20 @@ use std::{ops::RangeInclusive, path::PathBuf};
 
 use leank::{
     Dtype,
-    candle::{DumpOptions, dump},
+    candle::{DumpOptions, Sequence, dump, sequences},
+    files::write_atomic,
     train::dump::{DumpWriter, Existing, Probe},
 };
+use serde::Serialize;
 
-use crate::{model, output, parse, texts};
+use crate::{model, output, parse, progress::Progress, record, texts};
 
 /// Record what a model's attention sees on your text, for `leank learn`.
 ///
 /// Per layer: queries, keys and values after RoPE at the last positions of each sequence, and how
 /// the model's own predictions react to each head's output there (the Fisher probe). Use text like
-/// what the model will see; 40 sequences and more. One dump serves every method and budget.
+/// what the model will see; 40 sequences and more. One dump serves every method and budget. A dump
+/// that was killed goes on where it was when the same command is given again.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -49,9 +52,18 @@ pub(crate) struct Args {
     /// Seed of everything random.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Write the sequences as tokens too, for `tools/dump_hf.py --tokens`: JSON.
+    #[arg(long, value_name = "FILE")]
+    save_tokens: Option<PathBuf>,
     /// Replace a dump that is there.
     #[arg(long)]
     overwrite: bool,
+}
+
+/// What `--save-tokens` writes.
+#[derive(Serialize)]
+struct Sequences {
+    sequences: Vec<Sequence>,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -59,6 +71,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     DumpWriter::check_target(&args.out, existing)?;
     let texts = texts::read(&args.text)?;
     let model = args.model.load()?;
+    let mut inputs = record::inputs("model", &[args.model.path().to_owned()])?;
+    inputs.extend(record::inputs("text", &args.text)?);
     let options = DumpOptions {
         sequences: args.sequences,
         positions: args.positions,
@@ -69,14 +83,20 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         seed: args.seed,
         retrieval: args.retrieval,
         existing,
+        run: Some(record::this_run(args.seed, inputs)),
     };
-    let bar = output::bar(args.sequences as u64, "dumping sequences");
+    if let Some(path) = &args.save_tokens {
+        let sequences = sequences(&model, &texts, &options)?;
+        write_atomic(path, &serde_json::to_vec(&Sequences { sequences })?)?;
+    }
+    let shown = Progress::new("dumping sequences");
     let mut bytes = 0;
     let manifest = dump(&model, &texts, &args.out, &options, &mut |progress| {
         bytes = progress.bytes;
-        bar.set_position(progress.done as u64);
+        let done = (progress.done, progress.resumed);
+        shown.in_phase("dumping sequences", done, progress.sequences);
     })?;
-    bar.finish_and_clear();
+    shown.finish();
     output::line(format!(
         "{}: {} of {}, {} sequences × {} positions, {}",
         args.out.display(),

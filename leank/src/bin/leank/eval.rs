@@ -14,7 +14,7 @@ use leank::{
 };
 use serde::Serialize;
 
-use crate::{masks, model, output, plan::CacheArgs, texts};
+use crate::{masks, model, output, plan::CacheArgs, progress::Progress, texts};
 
 /// Measure what a mask costs and saves, by decoding through the lean cache.
 ///
@@ -94,7 +94,7 @@ impl Entry {
             dead_heads,
             heads,
             heads_by_format: masks::heads_by_format(mask),
-            middle_bytes: masks::middle_bytes(config)?,
+            middle_bytes: masks::middle_bytes(config, masks::Padding::Cpu)?,
             predicted_kl: mask.info().predicted_kl.filter(|_| !args.cache.overrides_formats()),
             perplexity_change: report.text.as_ref().map(|text| text.perplexity_change()),
             whole_kv_ratio: report.cache.whole_kv_ratio(),
@@ -119,12 +119,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         batch: args.batch,
         seed: args.seed,
     };
-    let bar = output::bar(0, "evaluating sequences");
+    let progress = Progress::new("evaluating sequences");
     let reports = evaluate(&model, &configs, &texts, &options, &mut |done, total| {
-        bar.set_length(total as u64);
-        bar.set_position(done as u64);
+        progress.at(done, total);
     })?;
-    bar.finish_and_clear();
+    progress.finish();
     let entries = args
         .mask
         .iter()

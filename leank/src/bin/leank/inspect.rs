@@ -180,7 +180,15 @@ fn facts(info: &MaskInfo) -> Vec<(&'static str, String)> {
         ("windows", info.windows.map(|w| format!("sink {}, recent {}", w.sink, w.recent))),
         ("predicted", info.predicted_kl.map(|kl| format!("KL {kl:.4}"))),
     ];
-    facts.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+    let runs = info.runs.iter().flat_map(|run| {
+        let made = format!("{} (seed {}, {})", run.shell_line(), run.seed, run.created_by);
+        let inputs = run.inputs.iter().map(|input| {
+            let digest: String = input.sha256.chars().take(12).collect();
+            ("", format!("{} {} {digest}", input.role, input.name))
+        });
+        [("made by", made)].into_iter().chain(inputs)
+    });
+    facts.into_iter().filter_map(|(name, value)| Some((name, value?))).chain(runs).collect()
 }
 
 /// A bar of up to 40 characters.

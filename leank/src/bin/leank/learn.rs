@@ -3,25 +3,28 @@
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
 use leank::{
-    Backend as _, Layer, ModelShape, Precision, Windows,
-    cpu::Cpu,
+    Layer, ModelShape, Precision, Windows,
     files::{write_atomic, write_mask},
     train::{
-        Progress,
+        self,
         allocate::{AllocateOptions, Budget, FrontPoint, Offer, front},
         dump::{Dump, Probe},
-        learn::{LearnOptions, Learned, Method, learn, learn_mask},
+        learn::{LearnOptions, Learned, Method, learn, learn_mask, measure_layers},
     },
 };
 use serde::Serialize;
 
 use crate::{
     figure::{self, Line},
-    masks, output, parse,
+    masks, output,
+    parse::{self, Align},
+    progress::Progress,
+    record,
 };
 
 /// Points of a front: one per thousandth of the dense middle's bytes.
@@ -32,9 +35,12 @@ const FRONT_STEPS: usize = 1000;
 /// Measuring is what takes time: its results are kept in the dump, so that a killed run goes on
 /// where it was. Another budget takes a moment then, but for the method leank; so do other --formats
 /// than k16,v16 once some were measured, and another --align that 8 divides, with e2 and static.
+///
+/// Machines can share the measuring: each does some --layers, all into the same --records or each into
+/// its own, which `leank merge` joins; then one of them learns the mask as always.
 #[derive(clap::Args)]
 #[command(
-    group(clap::ArgGroup::new("result").required(true).multiple(true).args(["k_ratio", "bytes", "pareto"])),
+    group(clap::ArgGroup::new("result").required(true).multiple(true).args(["k_ratio", "bytes", "pareto", "layers"])),
     group(clap::ArgGroup::new("budget").args(["k_ratio", "bytes"]).requires("out")),
 )]
 pub(crate) struct Args {
@@ -58,9 +64,19 @@ pub(crate) struct Args {
     /// and a figure, NAME.svg.
     #[arg(long, value_name = "NAME")]
     pareto: Option<PathBuf>,
-    /// Kept counts are multiples of this.
-    #[arg(long, default_value_t = 16)]
-    align: usize,
+    /// Only measure these layers, FROM..TO without TO, and keep the records.
+    #[arg(long, value_name = "LAYERS", value_parser = parse::layers, conflicts_with_all = ["budget", "pareto", "out"])]
+    layers: Option<Range<usize>>,
+    /// Where the records of measuring are kept; in the dump by default.
+    #[arg(long, value_name = "DIR")]
+    records: Option<PathBuf>,
+    /// Kept counts are multiples of this. auto: of --step (8), where a budget of bytes chooses, with the
+    /// padding that the backend adds to a count counted.
+    #[arg(long, default_value = "16", value_parser = parse::alignment)]
+    align: Align,
+    /// The backend whose padding a budget of bytes counts.
+    #[arg(long, value_enum, default_value_t)]
+    backend: masks::Padding,
     /// First tokens that stay whole.
     #[arg(long, default_value_t = Windows::default().sink)]
     sink: usize,
@@ -125,15 +141,23 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         step: step(args),
         seed: args.seed,
         threads: rayon::current_num_threads(),
-        ..LearnOptions::default()
+        records: args.records.clone(),
+        precisions: args.formats.is_coded(),
+        run: Some(record::this_run(args.seed, Vec::new())),
     };
+    if let Some(layers) = &args.layers {
+        return measure(args, &dump, &options, layers.clone());
+    }
     // A front is of all budgets of bytes.
     let spending = AllocateOptions {
         budget: budget.unwrap_or(Budget::Bytes(1.0)),
-        alignment: args.align,
+        alignment: match args.align {
+            Align::Auto => options.step,
+            Align::Of(alignment) => alignment,
+        },
         exempt: args.exempt.iter().copied().map(Layer).collect(),
         offer: args.formats.clone(),
-        rules: Cpu::new().layout_rules(),
+        rules: args.backend.rules(),
     };
     if let (Some(out), Some(_)) = (&args.out, budget) {
         write(args, out, &dump, &options, &spending)?;
@@ -160,6 +184,26 @@ fn check_front(args: &Args, name: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Measures some layers: one machine's share.
+fn measure(
+    args: &Args,
+    dump: &Dump,
+    options: &LearnOptions,
+    layers: Range<usize>,
+) -> anyhow::Result<()> {
+    let progress = Progress::new("learning");
+    measure_layers(dump, options, layers.clone(), &|now| show(&progress, now))?;
+    progress.finish();
+    let records = args.records.clone().unwrap_or_else(|| args.dump.join("learn"));
+    output::line(format!(
+        "layers {}..{} of {} are measured: {}",
+        layers.start,
+        layers.end,
+        dump.manifest().shape.layers,
+        records.display()
+    ))
+}
+
 /// Learns a mask and writes it.
 fn write(
     args: &Args,
@@ -168,10 +212,10 @@ fn write(
     options: &LearnOptions,
     spending: &AllocateOptions,
 ) -> anyhow::Result<()> {
-    let bar = output::bar(0, "learning");
+    let progress = Progress::new("learning");
     let Learned { mask, without_middle, .. } =
-        learn_mask(dump, options, spending, &|progress| show(&bar, progress))?;
-    bar.finish_and_clear();
+        learn_mask(dump, options, spending, &|now| show(&progress, now))?;
+    progress.finish();
     if without_middle > 0 {
         let positions = dump.manifest().valid_positions();
         eprintln!(
@@ -194,10 +238,8 @@ fn write(
     if args.json { output::json(&report) } else { print(&report) }
 }
 
-fn show(bar: &indicatif::ProgressBar, progress: Progress<'_>) {
-    bar.set_message(progress.phase.to_owned());
-    bar.set_length(progress.total as u64);
-    bar.set_position(progress.done as u64);
+fn show(progress: &Progress, now: train::Progress<'_>) {
+    progress.in_phase(now.phase, (now.done, now.reused), now.total);
 }
 
 /// Writes the front as a table and, beside that of 16 bits, as a figure.
@@ -208,11 +250,10 @@ fn write_front(
     spending: AllocateOptions,
 ) -> anyhow::Result<()> {
     let shape = dump.manifest().shape;
-    let options = LearnOptions { precisions: spending.offer.is_coded(), ..options };
     let spending = AllocateOptions { budget: Budget::Bytes(1.0), ..spending };
-    let bar = output::bar(0, "learning");
-    let curves = learn(dump, &options, &|progress| show(&bar, progress))?;
-    bar.finish_and_clear();
+    let progress = Progress::new("learning");
+    let curves = learn(dump, &options, &|now| show(&progress, now))?;
+    progress.finish();
     let own = front(&curves, &shape, &spending, FRONT_STEPS)?;
     // Only the Fisher probe measures in nats.
     let (column, axis) = match dump.manifest().probe {
@@ -270,8 +311,11 @@ fn front_table(front: &[FrontPoint], loss: &str, shape: &ModelShape) -> String {
 
 fn step(args: &Args) -> usize {
     let usual = LearnOptions::default().step;
-    let serves = args.method != Method::E1 && args.align.is_multiple_of(usual);
-    args.step.unwrap_or(if serves { usual } else { args.align })
+    let own = match args.align {
+        Align::Of(align) if args.method == Method::E1 || !align.is_multiple_of(usual) => align,
+        _ => usual,
+    };
+    args.step.unwrap_or(own)
 }
 
 fn print(report: &Report) -> anyhow::Result<()> {

@@ -1,6 +1,7 @@
 //! The `leank` command: dump → learn → eval, and what helps around it.
 #![forbid(unsafe_code)]
 
+mod check;
 mod convert;
 mod dump;
 mod eval;
@@ -10,10 +11,13 @@ mod generate;
 mod inspect;
 mod learn;
 mod masks;
+mod merge;
 mod model;
 mod output;
 mod parse;
 mod plan;
+mod progress;
+mod record;
 mod texts;
 
 use std::process::ExitCode;
@@ -29,7 +33,8 @@ use clap::{Parser, Subcommand};
 ///   leank learn dump --k-ratio 0.7 --out mask.safetensors
 ///   leank eval  --model m.gguf --mask mask.safetensors --text c.txt
 ///
-/// Exit codes: 0 done, 1 it failed (the reason is on standard error), 2 wrong arguments.
+/// Exit codes: 0 done, 1 it failed (the reason is on standard error), 2 wrong arguments, 3 (`check`
+/// alone) the mask does not suit.
 #[derive(Parser)]
 #[command(version, verbatim_doc_comment, propagate_version = true, max_term_width = 100)]
 struct Cli {
@@ -38,7 +43,11 @@ struct Cli {
     /// Threads to use; as many as the machine has by default.
     #[arg(long, global = true, value_name = "N")]
     threads: Option<std::num::NonZeroUsize>,
-    /// No progress bars.
+    /// How progress is told on standard error. json: one object a line, with what is done and the
+    /// seconds left; an error is an event too.
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "HOW")]
+    progress: progress::Mode,
+    /// No progress: the same as --progress none.
     #[arg(long, short, global = true)]
     quiet: bool,
 }
@@ -47,7 +56,9 @@ struct Cli {
 enum Command {
     Dump(dump::Args),
     Learn(learn::Args),
+    Merge(merge::Args),
     Eval(eval::Args),
+    Check(check::Args),
     Inspect(inspect::Args),
     Convert(convert::Args),
     Plan(plan::Args),
@@ -56,18 +67,18 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    output::set_quiet(cli.quiet);
+    progress::set_mode(if cli.quiet { progress::Mode::None } else { cli.progress });
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("leank: {}", output::message(&error));
+            progress::failed(&output::message(&error));
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     if let Some(threads) = cli.threads {
         rayon::ThreadPoolBuilder::new()
             .num_threads(threads.get())
@@ -77,10 +88,13 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Dump(args) => dump::run(&args),
         Command::Learn(args) => learn::run(&args),
+        Command::Merge(args) => merge::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Check(args) => return check::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -3,10 +3,29 @@
 use std::{collections::BTreeMap, path::Path};
 
 use leank::{
-    Backend as _, CacheConfig, CacheLayout, Layer, ModelMask,
+    Backend as _, CacheConfig, CacheLayout, Layer, LayoutRules, ModelMask,
     cpu::Cpu,
     files::{Format, read_mask},
 };
+
+/// The backend whose padding is counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Padding {
+    /// Blocks of the CPU backend.
+    #[default]
+    Cpu,
+    /// Blocks of the CUDA backend. No device is needed.
+    Cuda,
+}
+
+impl Padding {
+    pub(crate) fn rules(self) -> LayoutRules {
+        match self {
+            Self::Cpu => Cpu::new().layout_rules(),
+            Self::Cuda => leank::cuda::layout_rules(),
+        }
+    }
+}
 
 /// Reads a mask. Scaling factors are none yet.
 pub(crate) fn read(path: &Path) -> anyhow::Result<ModelMask> {
@@ -74,10 +93,10 @@ pub(crate) fn format_words(heads: &BTreeMap<String, usize>) -> String {
     if words.is_empty() { "–".into() } else { words.join(", ") }
 }
 
-/// Bytes of a lean block of the CPU backend against those of a dense one of the same element type:
-/// codes, scales and padding.
-pub(crate) fn middle_bytes(config: &CacheConfig) -> leank::Result<f64> {
-    let layout = CacheLayout::new(config, Cpu::new().layout_rules())?;
+/// Bytes of a lean block of a backend against those of a dense one of the same element type: codes,
+/// scales and padding.
+pub(crate) fn middle_bytes(config: &CacheConfig, padding: Padding) -> leank::Result<f64> {
+    let layout = CacheLayout::new(config, padding.rules())?;
     let dense = layout.dense_token_bytes as f64 * layout.block as f64;
     Ok(layout.lean_bytes_all_layers() as f64 / dense)
 }

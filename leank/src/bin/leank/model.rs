@@ -20,6 +20,11 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.model
+    }
+
     /// Loads it with f32 weights.
     pub(crate) fn load(&self) -> anyhow::Result<Model> {
         self.load_as(Precision::F32)

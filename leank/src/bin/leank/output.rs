@@ -1,41 +1,18 @@
-//! What the command prints: tables and JSON on standard output, progress on standard error.
+//! What the command prints on standard output: tables and JSON.
 
 use std::{
     io::{self, Write as _},
     path::Path,
-    sync::atomic::{AtomicBool, Ordering},
 };
 
 use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use crate::flags;
 
 /// What failed when standard output cannot be written.
 pub(crate) const STDOUT: &str = "writing to standard output";
-
-static QUIET: AtomicBool = AtomicBool::new(false);
-
-/// Draw no progress bars from now on.
-pub(crate) fn set_quiet(quiet: bool) {
-    QUIET.store(quiet, Ordering::Relaxed);
-}
-
-/// A bar over `len` items of work.
-pub(crate) fn bar(len: u64, what: &str) -> ProgressBar {
-    let bar = ProgressBar::new(len);
-    if QUIET.load(Ordering::Relaxed) {
-        bar.set_draw_target(ProgressDrawTarget::hidden());
-    }
-    let template = "{msg:<24} {wide_bar} {pos}/{len} {elapsed} (left: {eta})";
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-    bar.set_message(what.to_owned());
-    bar
-}
 
 /// Prints a line; a reader that went away is not an error worth a message.
 pub(crate) fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {

@@ -1,6 +1,6 @@
 //! Arguments of our own kinds.
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use leank::{ModelShape, blocks::MAX_TOKENS};
 
@@ -26,6 +26,41 @@ pub(crate) fn lengths(text: &str) -> Result<RangeInclusive<usize>, String> {
         return Err(format!("{from}..{to} ends before it starts"));
     }
     Ok(from..=to)
+}
+
+/// Layers: `4`, or `4..8`, of which the last one is 7.
+pub(crate) fn layers(text: &str) -> Result<Range<usize>, String> {
+    let number = |text: &str| text.parse::<usize>().map_err(|_| format!("`{text}` is not a layer"));
+    let (from, to) = match text.split_once("..") {
+        Some((from, to)) => (number(from)?, number(to)?),
+        None => (number(text)?, number(text)?.saturating_add(1)),
+    };
+    if from >= to {
+        return Err(format!(
+            "there is no layer in {from}..{to}; the second number is not included"
+        ));
+    }
+    Ok(from..to)
+}
+
+/// A number of channels, or `auto`.
+pub(crate) fn alignment(text: &str) -> Result<Align, String> {
+    match text {
+        "auto" => Ok(Align::Auto),
+        number => number
+            .parse()
+            .map(Align::Of)
+            .map_err(|_| format!("`{number}` is neither a number of channels nor auto")),
+    }
+}
+
+/// What kept counts are multiples of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Align {
+    /// Of the channels between two measurements.
+    Auto,
+    /// Of this.
+    Of(usize),
 }
 
 /// A context length that a cache may have.

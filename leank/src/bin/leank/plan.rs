@@ -4,16 +4,19 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::Context as _;
 use leank::{
-    Backend as _, CacheConfig, DEFAULT_BLOCK, Dtype, HeadFormat, HeadPrecision, LeanFormat,
-    ModelShape, Planner, Tensor, Windows, cpu::Cpu,
+    CacheConfig, DEFAULT_BLOCK, Dtype, HeadFormat, HeadPrecision, LeanFormat, ModelShape, Planner,
+    Tensor, Windows,
 };
 use serde::Serialize;
 
-use crate::{masks, output, parse};
+use crate::{
+    masks::{self, Padding},
+    output, parse,
+};
 
 /// What a cache with this mask will take, before anything runs.
 ///
-/// Bytes are those of the CPU backend's blocks, to the byte: windows, scales, padding and the last,
+/// Bytes are those of the backend's blocks, to the byte: windows, scales, padding and the last,
 /// partly filled block included. The ratio is against a dense cache without padding.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -29,6 +32,9 @@ pub(crate) struct Args {
     memory: Option<u64>,
     #[command(flatten)]
     cache: CacheArgs,
+    /// The backend whose blocks are planned.
+    #[arg(long, value_enum, default_value_t)]
+    backend: Padding,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -116,7 +122,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let shape = ModelShape::new(mask.layers(), mask.kv_heads(), mask.kv_heads(), mask.head_dim())?;
     let mut config = CacheConfig::new(shape, mask)?;
     args.cache.apply(&mut config);
-    let planner = Planner::new(&config, Cpu::new().layout_rules()).context("this cache")?;
+    let planner = Planner::new(&config, args.backend.rules()).context("this cache")?;
     let token_bytes = planner.layout().dense_token_bytes as u64;
     let contexts = args.context.iter().map(|&context| {
         let footprint = planner.footprint(context)?;
@@ -136,7 +142,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         heads_by_format: masks::heads_by_format(&config.mask),
         lean_block_bytes: planner.layout().lean_bytes_all_layers(),
         scale_bytes: scale_bytes(&config),
-        middle_bytes: masks::middle_bytes(&config)?,
+        middle_bytes: masks::middle_bytes(&config, args.backend)?,
         contexts: contexts.collect::<leank::Result<_>>()?,
         memory: args.memory.map(|bytes| Fit {
             bytes,
