@@ -9,12 +9,11 @@ use leank_train::dump::{
     SequenceInfo, SequenceTensors,
 };
 use leank_train::rng::Rng;
-use serde::Serialize;
 
 use crate::cuts::{Cut, cut, spread_prefixes};
 use crate::model::Model;
 use crate::probe::{ProbeOptions, SequenceProbe, probe};
-use crate::texts::{Text, piece, tokenize};
+use crate::texts::{Sequence, Text, piece, tokenize};
 use crate::{Error, Result, retrieval};
 
 /// What to dump.
@@ -89,7 +88,9 @@ pub fn dump(
     check(model, options)?;
     DumpWriter::check_target(dir, options.existing)?;
     let plans = plan(model, texts, options)?;
-    let sequences = plans.iter().map(|plan| plan.info(options.positions)).collect();
+    let info =
+        |own: &Sequence| SequenceInfo::new(own.prefix, options.positions, own.source.clone());
+    let sequences = plans.iter().map(info).collect();
     let manifest = Manifest {
         version: FORMAT_VERSION,
         model_id: model.config().name.clone(),
@@ -172,23 +173,6 @@ fn check(model: &Model, options: &DumpOptions) -> Result<()> {
         return Err(Error::Context { what: "the longest prefix + positions", needed, limit });
     }
     Ok(())
-}
-
-/// A sequence to be dumped.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Sequence {
-    /// Tokens before the first decode position.
-    pub prefix: usize,
-    /// Where it comes from, for people.
-    pub source: String,
-    /// Prefix and decode positions.
-    pub tokens: Vec<u32>,
-}
-
-impl Sequence {
-    fn info(&self, positions: usize) -> SequenceInfo {
-        SequenceInfo::new(self.prefix, positions, self.source.clone())
-    }
 }
 
 /// The sequences that [`dump()`] would run the model over, e.g. to run another program's model over

@@ -56,14 +56,14 @@ mod weights;
 
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use dense::DenseAttention;
-pub use dump::{DumpOptions, DumpProgress, Sequence, dump, sequences};
+pub use dump::{DumpOptions, DumpProgress, dump, sequences};
 pub use error::{Error, Result};
 pub use lean::{LeanAttention, store_prefix};
 pub use model::{Attention, LoadOptions, Model};
 pub use probe::{LayerProbe, ProbeOptions, SequenceProbe, probe};
 pub use rope::RopeTable;
 pub use tasks::{Task, TaskItem};
-pub use texts::Text;
+pub use texts::{Sequence, Text};
 pub use tokenizer::{TextStream, Tokenizer};
 pub use weights::{Part, Precision};
 

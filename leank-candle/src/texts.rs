@@ -1,5 +1,7 @@
 //! Texts that sequences are cut from.
 
+use serde::Serialize;
+
 use crate::{Error, Model, Result};
 
 /// A text with a name, to dump or to evaluate on.
@@ -9,6 +11,17 @@ pub struct Text {
     pub name: String,
     /// The text.
     pub text: String,
+}
+
+/// A sequence that a dump or an evaluation runs a model over, as tokens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Sequence {
+    /// Tokens that the model reads before the first decode position.
+    pub prefix: usize,
+    /// Where it comes from, for people.
+    pub source: String,
+    /// All tokens.
+    pub tokens: Vec<u32>,
 }
 
 /// The tokens of each text, at least `needed` of every one. `why` says in an error what needs them.

@@ -11,7 +11,7 @@ mod score;
 use leank_core::CacheConfig;
 use serde::Serialize;
 
-use crate::{Error, Model, Result, Text, tasks::Task};
+use crate::{Error, Model, Result, Sequence, Text, tasks::Task};
 pub use score::{Divergence, TaskScore, TextScore};
 
 /// Most sequences of text, and most items of a task: they are laid out before anything runs.
@@ -124,6 +124,23 @@ pub fn evaluate(
         }
     }
     Ok(reports)
+}
+
+/// The sequences of plain text that [`evaluate`] would decode, with the token after the last position,
+/// e.g. to measure another program's model on them.
+///
+/// # Errors
+/// Those of [`evaluate`] that come before anything runs.
+pub fn sequences(model: &Model, texts: &[Text], options: &EvalOptions) -> Result<Vec<Sequence>> {
+    check(model, options)?;
+    let text = EvalOptions { tasks: Vec::new(), ..options.clone() };
+    let groups = items::groups(model, texts, &text)?;
+    let items = groups.into_iter().flat_map(|group| group.items);
+    let sequence = |item: items::Item| {
+        let (prefix, tokens) = (item.prefix, item.tokens);
+        Sequence { prefix, source: "text".into(), tokens }
+    };
+    Ok(items.map(sequence).collect())
 }
 
 fn check(model: &Model, options: &EvalOptions) -> Result<()> {

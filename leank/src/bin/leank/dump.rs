@@ -4,11 +4,9 @@ use std::{ops::RangeInclusive, path::PathBuf};
 
 use leank::{
     Dtype,
-    candle::{DumpOptions, Sequence, dump, sequences},
-    files::write_atomic,
+    candle::{DumpOptions, dump, sequences},
     train::dump::{DumpWriter, Existing, Probe},
 };
-use serde::Serialize;
 
 use crate::{model, output, parse, progress::Progress, record, texts};
 
@@ -60,12 +58,6 @@ pub(crate) struct Args {
     overwrite: bool,
 }
 
-/// What `--save-tokens` writes.
-#[derive(Serialize)]
-struct Sequences {
-    sequences: Vec<Sequence>,
-}
-
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let existing = if args.overwrite { Existing::Replace } else { Existing::default() };
     DumpWriter::check_target(&args.out, existing)?;
@@ -86,8 +78,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         run: Some(record::this_run(args.seed, inputs)),
     };
     if let Some(path) = &args.save_tokens {
-        let sequences = sequences(&model, &texts, &options)?;
-        write_atomic(path, &serde_json::to_vec(&Sequences { sequences })?)?;
+        texts::write_tokens(path, sequences(&model, &texts, &options)?)?;
     }
     let shown = Progress::new("dumping sequences");
     let mut bytes = 0;

@@ -9,7 +9,7 @@ use leank::{
     CacheConfig, MaskSummary, ModelMask,
     candle::{
         Model, Task,
-        eval::{Divergence, EvalOptions, MaskReport, evaluate},
+        eval::{Divergence, EvalOptions, MaskReport, evaluate, sequences},
     },
 };
 use serde::Serialize;
@@ -54,6 +54,9 @@ pub(crate) struct Args {
     /// Seed of where sequences are cut and what is hidden.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Write the sequences of text as tokens too, for `tools/eval_hf.py --tokens`: JSON.
+    #[arg(long, value_name = "FILE")]
+    save_tokens: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -119,6 +122,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         batch: args.batch,
         seed: args.seed,
     };
+    if let Some(path) = &args.save_tokens {
+        texts::write_tokens(path, sequences(&model, &texts, &options)?)?;
+    }
     let progress = Progress::new("evaluating sequences");
     let reports = evaluate(&model, &configs, &texts, &options, &mut |done, total| {
         progress.at(done, total);

@@ -3,7 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
-use leank::candle::Text;
+use leank::{
+    candle::{Sequence, Text},
+    files::write_atomic,
+};
+use serde::Serialize;
 
 /// Reads the files, each under its own name.
 pub(crate) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Text>> {
@@ -27,4 +31,15 @@ pub(crate) fn read_one(path: &Path) -> anyhow::Result<String> {
         path.display()
     );
     Ok(text)
+}
+
+/// What `--save-tokens` writes: what `tools/dump_hf.py` and `tools/eval_hf.py` read.
+#[derive(Serialize)]
+struct Sequences {
+    sequences: Vec<Sequence>,
+}
+
+/// Writes sequences as tokens.
+pub(crate) fn write_tokens(path: &Path, sequences: Vec<Sequence>) -> anyhow::Result<()> {
+    Ok(write_atomic(path, &serde_json::to_vec(&Sequences { sequences })?)?)
 }
