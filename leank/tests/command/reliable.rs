@@ -153,3 +153,38 @@ fn a_guard_tells_what_suits() {
         &["--context", "nothing is pruned", "76 tokens"],
     );
 }
+
+/// Memory does not grow with the dump: one of 170 MB, learned from with 64 MiB for everything that is no
+/// file.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_dump_may_be_larger_than_memory() {
+    use leank::{Dtype, ModelShape, train::synthetic::Synthetic};
+
+    let world = World::new();
+    let synthetic = Synthetic {
+        shape: ModelShape::new(1, 1, 1, 64).unwrap(),
+        prefixes: vec![16_384; 40],
+        positions: 2,
+        draws: 1,
+        dtype: Dtype::F16,
+        seed: 5,
+    };
+    synthetic.write(&world.path("large")).unwrap();
+    let size = fs::metadata(world.path("large/layer-000.safetensors")).unwrap().len();
+    assert!(size > 160 << 20, "{size}");
+    let limited = |kib: usize| {
+        let command = format!(
+            "ulimit -d {kib} && exec {} learn large --threads 1 --method e1 --align 16 --k-ratio 0.5 \
+             --out large-{kib}.safetensors",
+            env!("CARGO_BIN_EXE_leank")
+        );
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", &command]).current_dir(world.path("."));
+        shell.output().unwrap()
+    };
+    let output = limited(64 << 10);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    // The limit is one: nothing works in 4 MiB.
+    assert!(!limited(4 << 10).status.success());
+}
