@@ -147,12 +147,35 @@ pub fn learn(dump: &Dump, options: &LearnOptions, progress: OnProgress<'_>) -> R
             let curve = order::measure(&mut HeadEvaluator::new(layer, head, windows), order, step)?;
             Ok(HeadCurve { scores, ..curve })
         }),
-        Method::LeanK => {
-            Err(Error::options("method", "leank trains for one budget and has no curves"))
-        }
+        Method::LeanK => Err(no_curves()),
     }?;
     let precisions = if options.precisions { run.precisions(&heads, windows)? } else { Vec::new() };
     Ok(Curves { heads: heads.into_iter().flatten().collect(), precisions })
+}
+
+/// The curves of every head as [`learn`] recorded them: nothing is computed, nothing written. `None`
+/// where a layer's record is missing.
+///
+/// # Errors
+/// [`Error::Options`]; [`Error::NoMiddle`] as [`learn`]; [`Error::Record`] for a damaged record;
+/// [`Error::Io`]; [`Error::Threads`].
+pub fn recorded(dump: &Dump, options: &LearnOptions) -> Result<Option<Curves>> {
+    if options.method == Method::LeanK {
+        return Err(no_curves());
+    }
+    let run = Run::new(dump, &LearnOptions { threads: 1, ..options.clone() }, &|_| {})?;
+    let Some(heads) = run.recorded("")? else { return Ok(None) };
+    let mut precisions = Vec::new();
+    if options.precisions {
+        let Some(found) = run.recorded(PRECISIONS)? else { return Ok(None) };
+        run.check_order(&found, &heads)?;
+        precisions = found.into_iter().flatten().collect();
+    }
+    Ok(Some(Curves { heads: heads.into_iter().flatten().collect(), precisions }))
+}
+
+fn no_curves() -> Error {
+    Error::options("method", "leank trains for one budget and has no curves")
 }
 
 /// Learns a mask for a budget. Whatever an earlier run has recorded is not computed again.
@@ -351,6 +374,9 @@ fn check_windows(manifest: &Manifest, windows: Windows) -> Result<()> {
     Err(Error::NoMiddle { windows, tokens })
 }
 
+/// Where the records of losses in precisions lie, below those of the curves.
+const PRECISIONS: &str = "precisions";
+
 /// A learning run: its threads and where its records go.
 struct Run<'a> {
     dump: &'a Dump,
@@ -386,18 +412,29 @@ impl<'a> Run<'a> {
         heads: &[Vec<HeadCurve>],
         windows: Windows,
     ) -> Result<Vec<PrecisionCurve>> {
-        let found = self.phase("formats", "precisions", |layer, head| {
+        let found = self.phase("formats", PRECISIONS, |layer, head| {
             let curve = &heads[layer.layer().0][head.0];
             measure_precisions(&mut HeadEvaluator::new(layer, head, windows), curve)
         })?;
-        let all = || found.iter().flatten().zip(heads.iter().flatten());
-        if let Some(at) = all().position(|(own, curve)| !own.is_of(curve)) {
-            let layer = at / self.dump.manifest().shape.kv_heads;
-            let path = self.directory.join("precisions").join(format!("layer-{layer:03}.json"));
-            let why = "it was measured along another order of channels".into();
-            return Err(Error::Record { path, why });
-        }
+        self.check_order(&found, heads)?;
         Ok(found.into_iter().flatten().collect())
+    }
+
+    /// Refuses losses in precisions that were measured along other curves than these.
+    fn check_order(&self, found: &[Vec<PrecisionCurve>], heads: &[Vec<HeadCurve>]) -> Result<()> {
+        let mut all = found.iter().flatten().zip(heads.iter().flatten());
+        let Some(at) = all.position(|(own, curve)| !own.is_of(curve)) else { return Ok(()) };
+        let layer = at / self.dump.manifest().shape.kv_heads;
+        let path = self.directory.join(PRECISIONS).join(format!("layer-{layer:03}.json"));
+        let why = "it was measured along another order of channels".into();
+        Err(Error::Record { path, why })
+    }
+
+    /// What a phase left in `directory`, by layer and head; `None` where a layer is missing.
+    fn recorded<T: HeadResult>(&self, directory: &str) -> Result<Option<Vec<Vec<T>>>> {
+        let directory = self.directory.join(directory);
+        let (dump, pool, progress) = (self.dump, &self.pool, self.progress);
+        Phase { dump, name: "records", directory, pool, progress }.recorded()
     }
 
     fn phase<T: HeadResult>(

@@ -154,6 +154,14 @@ impl Phase<'_> {
         }
     }
 
+    /// What is recorded, by layer and head; `None` where a layer's record is missing.
+    ///
+    /// # Errors
+    /// [`Error::Record`]; [`Error::Io`].
+    pub(crate) fn recorded<T: HeadResult>(&self) -> Result<Option<Vec<Vec<T>>>> {
+        self.dump.manifest().shape.layer_indices().map(|layer| self.read(layer)).collect()
+    }
+
     fn path(&self, layer: Layer) -> PathBuf {
         self.directory.join(format!("layer-{:03}.json", layer.0))
     }
