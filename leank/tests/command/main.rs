@@ -6,6 +6,7 @@ mod disk;
 mod formats;
 mod killed;
 mod model;
+mod report;
 mod usage;
 mod whole_way;
 mod world;

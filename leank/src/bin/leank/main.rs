@@ -14,6 +14,7 @@ mod model;
 mod output;
 mod parse;
 mod plan;
+mod report;
 mod texts;
 
 use std::process::ExitCode;
@@ -51,6 +52,7 @@ enum Command {
     Inspect(inspect::Args),
     Convert(convert::Args),
     Plan(plan::Args),
+    Report(report::Args),
     Generate(generate::Args),
 }
 
@@ -81,6 +83,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Generate(args) => generate::run(&args),
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use anyhow::Context as _;
 use leank::{
     Backend as _, CacheConfig, DEFAULT_BLOCK, Dtype, HeadFormat, HeadPrecision, LeanFormat,
-    ModelShape, Planner, Tensor, Windows, cpu::Cpu,
+    ModelMask, ModelShape, Planner, Tensor, Windows, cpu::Cpu,
 };
 use serde::Serialize;
 
@@ -112,11 +112,9 @@ struct Fit {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mask = masks::read(&args.mask)?;
-    // Query heads do not matter to bytes.
-    let shape = ModelShape::new(mask.layers(), mask.kv_heads(), mask.kv_heads(), mask.head_dim())?;
-    let mut config = CacheConfig::new(shape, mask)?;
+    let mut config = CacheConfig::new(shape(&mask)?, mask)?;
     args.cache.apply(&mut config);
-    let planner = Planner::new(&config, Cpu::new().layout_rules()).context("this cache")?;
+    let planner = planner(&config)?;
     let token_bytes = planner.layout().dense_token_bytes as u64;
     let contexts = args.context.iter().map(|&context| {
         let footprint = planner.footprint(context)?;
@@ -145,6 +143,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }),
     };
     if args.json { output::json(&report) } else { print(&report) }
+}
+
+/// A shape for bytes alone: query heads do not matter to them.
+pub(crate) fn shape(mask: &ModelMask) -> leank::Result<ModelShape> {
+    ModelShape::new(mask.layers(), mask.kv_heads(), mask.kv_heads(), mask.head_dim())
+}
+
+/// A planner for caches of the CPU backend.
+pub(crate) fn planner(config: &CacheConfig) -> anyhow::Result<Planner> {
+    Planner::new(config, Cpu::new().layout_rules()).context("this cache")
 }
 
 /// Bytes of the scales in a lean block, all layers.
