@@ -203,14 +203,20 @@ fn table(mask: &ModelMask) -> Markup {
     }
 }
 
-/// Ascending numbers with runs as ranges: `0–3, 7`.
+/// Ascending numbers with runs as ranges: `0–3, 7`. Of very many runs, the first.
 fn ranges(kept: &[u16]) -> String {
+    const MOST: usize = 128;
     let run = |run: &[u16]| match run {
         [one] => one.to_string(),
         [first, .., last] => format!("{first}–{last}"),
         [] => String::new(),
     };
-    kept.chunk_by(|a, b| a + 1 == *b).map(run).collect::<Vec<_>>().join(", ")
+    let runs = || kept.chunk_by(|a, b| a + 1 == *b);
+    let mut text = runs().take(MOST).map(run).collect::<Vec<_>>().join(", ");
+    if runs().nth(MOST).is_some() {
+        text.push_str(", …");
+    }
+    text
 }
 
 #[cfg(test)]
@@ -223,6 +229,8 @@ mod tests {
     fn runs_are_ranges() {
         assert_eq!(ranges(&[0, 1, 2, 5, 7, 8]), "0–2, 5, 7–8");
         assert_eq!(ranges(&[]), "");
+        let every_other: Vec<u16> = (0..4096).step_by(2).collect();
+        assert!(ranges(&every_other).ends_with("254, …"));
     }
 
     #[test]
