@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # Crates of the command and of the models: never in the trees of the caches or of learning.
-only_cli='anyhow|clap|clap_builder|clap_derive|comfy-table|indicatif|console'
+only_cli='anyhow|clap|clap_builder|clap_derive|comfy-table|indicatif|console|maud|resvg|dejavu'
 only_models='candle-core|candle-nn|tokenizers|onig|leank-candle'
 failed=0
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole way once, on a real model: fetch SmolLM2-135M and texts, build `leank`, dump, learn
-# masks under several budgets, look at one, plan with it, evaluate all on other texts, print a table.
+# masks under several budgets, look at one, plan with it, make a report of it, evaluate all on other
+# texts, print a table.
 #
 #     tools/walkthrough.sh [--full] [--leank PATH] [DIR]
 #
@@ -100,6 +101,10 @@ say "inspect: what the mask for --bytes 0.55 keeps"
 
 say "plan: what a cache with it will take"
 "$leank" plan --mask "$run/e2-bytes55.safetensors" --context $context,8192,32768 --memory 1GiB
+
+say "report: the same on one page, with the loss curves of the dump and what another mask keeps"
+"$leank" report --mask "$run/e2-bytes55.safetensors" --dump "$run/dump" \
+    --compare "$run/static-k70.safetensors" --out "$run/report.html"
 
 say "eval: every mask through the lean cache, on texts it was not learned on"
 "$leank" eval --model "$dir/smollm2.gguf" --mask "${masks[@]}" \

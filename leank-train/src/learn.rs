@@ -181,13 +181,36 @@ fn curves(
             let curve = order::measure(&mut HeadEvaluator::new(layer, head, windows), order, step)?;
             Ok(HeadCurve { scores, ..curve })
         }),
-        Method::LeanK => Err(Error::options(
-            "method",
-            "leank trains for one budget, over all layers, and has no curves",
-        )),
+        Method::LeanK => Err(no_curves()),
     }?;
     let precisions = if options.precisions { run.precisions(&heads, windows)? } else { Vec::new() };
     Ok(Curves { heads: heads.into_iter().flatten().collect(), precisions })
+}
+
+/// The curves of every head as [`learn`] recorded them: nothing is computed, nothing written. `None`
+/// where a layer's record is missing.
+///
+/// # Errors
+/// [`Error::Options`]; [`Error::NoMiddle`] as [`learn`]; [`Error::Record`] for a damaged record;
+/// [`Error::Io`]; [`Error::Threads`].
+pub fn recorded(dump: &Dump, options: &LearnOptions) -> Result<Option<Curves>> {
+    if options.method == Method::LeanK {
+        return Err(no_curves());
+    }
+    let run = Run::new(dump, &LearnOptions { threads: 1, ..options.clone() }, &|_| {})?;
+    let Some(heads) = run.recorded("")? else { return Ok(None) };
+    let mut precisions = Vec::new();
+    if options.precisions {
+        let Some(found) = run.recorded(PRECISIONS)? else { return Ok(None) };
+        run.check_order(&found, &heads)?;
+        precisions = found.into_iter().flatten().collect();
+    }
+    Ok(Some(Curves { heads: heads.into_iter().flatten().collect(), precisions }))
+}
+
+fn no_curves() -> Error {
+    let why = "leank trains for one budget, over all layers, and has no curves";
+    Error::options("method", why)
 }
 
 /// Learns a mask for a budget. Whatever an earlier run has recorded is not computed again.
@@ -395,6 +418,9 @@ fn check_windows(manifest: &Manifest, windows: Windows) -> Result<()> {
     Err(Error::NoMiddle { windows, tokens })
 }
 
+/// Where the records of losses in precisions lie, below those of the curves.
+const PRECISIONS: &str = "precisions";
+
 /// A learning run: its layers, its threads and where its records go.
 struct Run<'a> {
     dump: &'a Dump,
@@ -432,18 +458,27 @@ impl<'a> Run<'a> {
         heads: &[Vec<HeadCurve>],
         windows: Windows,
     ) -> Result<Vec<PrecisionCurve>> {
-        let found = self.phase("formats", "precisions", |layer, head| {
+        let found = self.phase("formats", PRECISIONS, |layer, head| {
             let curve = &heads[layer.layer().0 - self.layers.start][head.0];
             measure_precisions(&mut HeadEvaluator::new(layer, head, windows), curve)
         })?;
-        let all = || found.iter().flatten().zip(heads.iter().flatten());
-        if let Some(at) = all().position(|(own, curve)| !own.is_of(curve)) {
-            let layer = Layer(self.layers.start + at / self.dump.manifest().shape.kv_heads);
-            let path = self.directory.join("precisions").join(record_name(layer));
-            let why = "it was measured along another order of channels".into();
-            return Err(Error::Record { path, why });
-        }
+        self.check_order(&found, heads)?;
         Ok(found.into_iter().flatten().collect())
+    }
+
+    /// Refuses losses in precisions that were measured along other curves than these.
+    fn check_order(&self, found: &[Vec<PrecisionCurve>], heads: &[Vec<HeadCurve>]) -> Result<()> {
+        let mut all = found.iter().flatten().zip(heads.iter().flatten());
+        let Some(at) = all.position(|(own, curve)| !own.is_of(curve)) else { return Ok(()) };
+        let layer = Layer(self.layers.start + at / self.dump.manifest().shape.kv_heads);
+        let path = self.directory.join(PRECISIONS).join(record_name(layer));
+        let why = "it was measured along another order of channels".into();
+        Err(Error::Record { path, why })
+    }
+
+    /// What a phase left in `directory`, by layer and head; `None` where a layer is missing.
+    fn recorded<T: HeadResult>(&self, directory: &str) -> Result<Option<Vec<Vec<T>>>> {
+        self.phase_in("records", directory).recorded()
     }
 
     fn phase<T: HeadResult>(
@@ -452,8 +487,17 @@ impl<'a> Run<'a> {
         directory: &str,
         task: impl Fn(&LayerDump<'_>, KvHead) -> Result<T> + Sync,
     ) -> Result<Vec<Vec<T>>> {
-        let directory = self.directory.join(directory);
-        let (dump, layers, pool) = (self.dump, self.layers.clone(), &self.pool);
-        Phase { dump, name, directory, layers, pool, progress: self.progress }.run(task)
+        self.phase_in(name, directory).run(task)
+    }
+
+    fn phase_in(&self, name: &'static str, directory: &str) -> Phase<'_> {
+        Phase {
+            dump: self.dump,
+            name,
+            directory: self.directory.join(directory),
+            layers: self.layers.clone(),
+            pool: &self.pool,
+            progress: self.progress,
+        }
     }
 }

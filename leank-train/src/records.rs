@@ -163,6 +163,14 @@ impl Phase<'_> {
         }
     }
 
+    /// What is recorded, by layer and head; `None` where a layer's record is missing.
+    ///
+    /// # Errors
+    /// [`Error::Record`]; [`Error::Io`].
+    pub(crate) fn recorded<T: HeadResult>(&self) -> Result<Option<Vec<Vec<T>>>> {
+        self.layers.clone().map(|layer| self.read(Layer(layer))).collect()
+    }
+
     fn path(&self, layer: Layer) -> PathBuf {
         self.directory.join(record_name(layer))
     }

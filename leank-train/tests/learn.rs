@@ -12,7 +12,7 @@ use leank_train::{
     Error,
     allocate::{AllocateOptions, Budget},
     dump::{Dump, layer_file_name},
-    learn::{LearnOptions, Learned, Method, learn, learn_mask},
+    learn::{LearnOptions, Learned, Method, learn, learn_mask, recorded},
     order::HeadCurve,
     stats::{HeadEvaluator, HeadMask},
     synthetic::Synthetic,
@@ -251,6 +251,29 @@ fn threads_change_nothing() {
             .into();
         assert!(masks.windows(2).all(|pair| pair[0] == pair[1]), "{method}");
     }
+}
+
+#[test]
+fn what_is_recorded_is_read_and_nothing_is_computed() {
+    let fixture = fixture();
+    let options = options(Method::E2);
+    let in_bits = LearnOptions { precisions: true, ..options.clone() };
+    assert_eq!(recorded(&fixture.dump, &options).unwrap(), None);
+    assert!(!fixture.path.join("learn").exists(), "reading records writes none");
+    let curves = learn(&fixture.dump, &options, &|_| {}).unwrap();
+    assert_eq!(recorded(&fixture.dump, &options).unwrap(), Some(curves));
+    assert_eq!(recorded(&fixture.dump, &in_bits).unwrap(), None);
+    let curves = learn(&fixture.dump, &in_bits, &|_| {}).unwrap();
+    assert_eq!(recorded(&fixture.dump, &in_bits).unwrap(), Some(curves));
+    // A layer that is damaged, and one that is missing.
+    let record = records(&fixture.path).remove(0);
+    fs::write(&record, "{}").unwrap();
+    assert!(matches!(recorded(&fixture.dump, &options), Err(Error::Record { .. })));
+    fs::remove_file(&record).unwrap();
+    assert_eq!(recorded(&fixture.dump, &options).unwrap(), None);
+    let leank = LearnOptions { method: Method::LeanK, ..options };
+    let error = recorded(&fixture.dump, &leank).unwrap_err();
+    assert!(error.to_string().contains("no curves"), "{error}");
 }
 
 #[test]

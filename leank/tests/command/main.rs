@@ -7,6 +7,7 @@ mod formats;
 mod killed;
 mod model;
 mod reliable;
+mod report;
 mod usage;
 mod whole_way;
 mod world;

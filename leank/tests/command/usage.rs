@@ -4,7 +4,7 @@ use std::{io::Read as _, process::Stdio};
 
 use crate::world::{Outcome, World};
 
-const COMMANDS: [(&str, &str); 9] = [
+const COMMANDS: [(&str, &str); 10] = [
     ("dump", "Record what a model's attention sees"),
     ("learn", "Learn from a dump which channels of K matter"),
     ("merge", "Join the records of machines"),
@@ -13,6 +13,7 @@ const COMMANDS: [(&str, &str); 9] = [
     ("inspect", "Show what a mask keeps"),
     ("convert", "Convert a mask between"),
     ("plan", "What a cache with this mask will take"),
+    ("report", "Show on one page whether to trust a mask"),
     ("generate", "Continue a prompt"),
 ];
 
@@ -66,6 +67,9 @@ fn wrong_arguments_exit_with_2() {
         ("convert a.tsv b.pth --align 4", "--shape"),
         ("plan --mask m.npy --context 5000000000", "'--context"),
         ("plan --mask m.npy --context 100,18446744073709551615", "at most 4294967296 tokens"),
+        ("report", "--mask"),
+        ("report --mask m.npy --format png", "--figures"),
+        ("report --mask m.npy --figures f --format gif", "svg, png"),
         ("generate --model model", "--prompt"),
         ("generate --model model --prompt a --sink 4", "--mask"),
         ("generate --model model --prompt a --recent 4", "--mask"),

@@ -74,7 +74,8 @@ impl<'a> Report<'a> {
     }
 }
 
-fn spectrum(mask: &ModelMask) -> Vec<f64> {
+/// Share of the heads that keep the channels of each slice of RoPE pairs, fastest first.
+pub(crate) fn spectrum(mask: &ModelMask) -> Vec<f64> {
     let pairs = (mask.head_dim() / 2).max(1);
     let slices = SLICES.min(pairs);
     let mut kept = vec![0.0; slices];

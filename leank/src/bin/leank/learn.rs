@@ -20,7 +20,7 @@ use leank::{
 use serde::Serialize;
 
 use crate::{
-    figure::{self, Line},
+    figure::front::{self as drawn, Line},
     masks, output,
     parse::{self, Align},
     progress::Progress,
@@ -270,7 +270,7 @@ fn write_front(
         let plain = AllocateOptions { offer: Offer::default(), ..spending };
         lines.push(line(&plain.offer, &front(&curves, &shape, &plain, FRONT_STEPS)?));
     }
-    let svg = figure::draw(&lines, axis)?;
+    let svg = drawn::front(&lines, axis).standalone();
     let (table, picture) = (with_extension(".tsv"), with_extension(".svg"));
     write_atomic(&table, front_table(&own, column, &shape).as_bytes())?;
     write_atomic(&picture, svg.as_bytes())?;

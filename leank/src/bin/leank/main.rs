@@ -18,6 +18,7 @@ mod parse;
 mod plan;
 mod progress;
 mod record;
+mod report;
 mod texts;
 
 use std::process::ExitCode;
@@ -62,6 +63,7 @@ enum Command {
     Inspect(inspect::Args),
     Convert(convert::Args),
     Plan(plan::Args),
+    Report(report::Args),
     Generate(generate::Args),
 }
 
@@ -94,6 +96,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Generate(args) => generate::run(&args),
     }?;
     Ok(ExitCode::SUCCESS)

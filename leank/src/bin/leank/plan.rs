@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::Context as _;
 use leank::{
-    CacheConfig, DEFAULT_BLOCK, Dtype, HeadFormat, HeadPrecision, LeanFormat, ModelShape, Planner,
-    Tensor, Windows,
+    CacheConfig, DEFAULT_BLOCK, Dtype, HeadFormat, HeadPrecision, LeanFormat, ModelMask,
+    ModelShape, Planner, Tensor, Windows,
 };
 use serde::Serialize;
 
@@ -118,11 +118,9 @@ struct Fit {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mask = masks::read(&args.mask)?;
-    // Query heads do not matter to bytes.
-    let shape = ModelShape::new(mask.layers(), mask.kv_heads(), mask.kv_heads(), mask.head_dim())?;
-    let mut config = CacheConfig::new(shape, mask)?;
+    let mut config = CacheConfig::new(shape(&mask)?, mask)?;
     args.cache.apply(&mut config);
-    let planner = Planner::new(&config, args.backend.rules()).context("this cache")?;
+    let planner = planner(&config, args.backend)?;
     let token_bytes = planner.layout().dense_token_bytes as u64;
     let contexts = args.context.iter().map(|&context| {
         let footprint = planner.footprint(context)?;
@@ -151,6 +149,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         }),
     };
     if args.json { output::json(&report) } else { print(&report) }
+}
+
+/// A shape for bytes alone: query heads do not matter to them.
+pub(crate) fn shape(mask: &ModelMask) -> leank::Result<ModelShape> {
+    ModelShape::new(mask.layers(), mask.kv_heads(), mask.kv_heads(), mask.head_dim())
+}
+
+/// A planner for caches of a backend.
+pub(crate) fn planner(config: &CacheConfig, backend: Padding) -> anyhow::Result<Planner> {
+    Planner::new(config, backend.rules()).context("this cache")
 }
 
 /// Bytes of the scales in a lean block, all layers.
