@@ -66,7 +66,8 @@ pub struct DumpProgress {
     pub bytes: u64,
 }
 
-/// Runs `model` over pieces of `texts` and writes the dump to `dir`, which appears when it is whole.
+/// Runs `model` over pieces of `texts` and writes the dump to `dir`, which appears when it is whole. It
+/// holds the global layers ([`ModelConfig::global_layers`](crate::ModelConfig::global_layers)).
 ///
 /// # Errors
 /// Before anything runs, [`Error::Option`] for options that cannot be, [`Error::Context`],
@@ -87,7 +88,7 @@ pub fn dump(
         version: FORMAT_VERSION,
         model_id: model.config().name.clone(),
         fingerprint: model.fingerprint().clone(),
-        shape: model.config().shape(),
+        shape: model.config().global_shape()?,
         dtype: options.dtype,
         probe: options.probe,
         draws: options.draws,
@@ -143,6 +144,7 @@ fn check(model: &Model, options: &DumpOptions) -> Result<()> {
         let why = format!("{} is not a share between 0 and 1", options.retrieval);
         return Err(Error::option("retrieval", why));
     }
+    model.config().global_shape()?;
     let needed = longest.saturating_add(options.positions);
     let limit = model.config().context_length;
     if needed > limit {

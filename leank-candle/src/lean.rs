@@ -5,6 +5,7 @@ use leank_core::{Cache, HostView, HostViewMut, Layer, ViewShape};
 
 use crate::model::Attention;
 use crate::ops::with_slice;
+use crate::sliding::SlidingKv;
 use crate::{Error, Result};
 
 /// Attention through a lean cache on the host, for the step that the cache has planned.
@@ -23,18 +24,60 @@ use crate::{Error, Result};
 /// cache.commit()?;
 /// # Ok(()) }
 /// ```
+///
+/// The cache holds the global layers of the model, in their order. Where other layers slide, take
+/// [`LeanAttention::with_sliding`].
 #[derive(Debug)]
 pub struct LeanAttention<'a, C> {
     cache: &'a mut C,
+    sliding: Vec<SlidingRows<'a>>,
+}
+
+/// The sliding layers of one sequence of a step.
+#[derive(Debug)]
+pub struct SlidingRows<'a> {
+    /// Its last tokens.
+    pub kv: &'a mut SlidingKv,
+    /// Its new tokens in the step.
+    pub rows: usize,
 }
 
 impl<'a, C> LeanAttention<'a, C>
 where
     C: for<'v> Cache<View<'v> = HostView<'v>, ViewMut<'v> = HostViewMut<'v>>,
 {
-    /// Attention through `cache`.
+    /// Attention through `cache`, of a model whose layers are all global.
     pub fn new(cache: &'a mut C) -> Self {
-        Self { cache }
+        Self::with_sliding(cache, Vec::new())
+    }
+
+    /// Attention through `cache` in global layers, and through `sliding` in those that slide: one for
+    /// each sequence of the step, in its order. After an error the sequences in `sliding` may have
+    /// taken in tokens that the cache has not; go on from a copy.
+    pub fn with_sliding(cache: &'a mut C, sliding: Vec<SlidingRows<'a>>) -> Self {
+        Self { cache, sliding }
+    }
+
+    /// The layers that slide, sequence by sequence.
+    fn attend_sliding(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Tensor> {
+        let rows: usize = self.sliding.iter().map(|sequence| sequence.rows).sum();
+        if rows != q.dim(0)? {
+            return Err(Error::mismatch("new tokens of the sliding layers", q.dim(0)?, rows));
+        }
+        let mut outs = Vec::with_capacity(self.sliding.len());
+        let mut first = 0;
+        for SlidingRows { kv, rows } in &mut self.sliding {
+            let own = |t: &Tensor| t.narrow(0, first, *rows)?.contiguous();
+            outs.push(kv.attend(layer, &own(q)?, &own(k)?, &own(v)?)?);
+            first += *rows;
+        }
+        Ok(Tensor::cat(&outs, 0)?)
     }
 }
 
@@ -43,6 +86,12 @@ where
     C: for<'v> Cache<View<'v> = HostView<'v>, ViewMut<'v> = HostViewMut<'v>>,
 {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        // The number of the layer among the global ones.
+        let layer = match self.sliding.first().map(|sequence| &*sequence.kv) {
+            None => layer,
+            Some(kv) if kv.slides(layer) => return self.attend_sliding(layer, q, k, v),
+            Some(kv) => (0..layer).filter(|&before| !kv.slides(before)).count(),
+        };
         let shape_of = |tensor: &Tensor| -> Result<ViewShape> {
             let (tokens, heads, head_dim) = tensor.dims3()?;
             Ok(ViewShape::contiguous(tokens, heads, head_dim))
@@ -71,7 +120,8 @@ where
 }
 
 /// Puts the first tokens of a densely computed sequence into a lean cache, where they go straight
-/// to lean blocks as far as the windows allow: how a prompt enters.
+/// to lean blocks as far as the windows allow: how a prompt enters. The cache takes the global layers;
+/// [`SlidingKv::of`] those that slide.
 ///
 /// # Errors
 /// [`Error::Core`] with what the cache says, e.g. that it has too little memory; then the sequence
@@ -84,7 +134,8 @@ pub fn store_prefix<C>(
 where
     C: for<'v> Cache<View<'v> = HostView<'v>, ViewMut<'v> = HostViewMut<'v>>,
 {
-    let shape = dense.shape();
+    let global: Vec<usize> = dense.global_layers().collect();
+    let shape = leank_core::ModelShape { layers: global.len(), ..dense.shape() };
     if shape != cache.config().shape {
         return Err(Error::mismatch("shape of the cache", shape, cache.config().shape));
     }
@@ -92,7 +143,7 @@ where
     let view = ViewShape::head_major(tokens, shape.kv_heads, shape.head_dim);
     cache.plan(&[leank_core::StepEntry::store(sequence, tokens)])?;
     let stored = (0..shape.layers).try_for_each(|layer| -> Result<()> {
-        let (k, v) = dense.packed_kv(layer)?;
+        let (k, v) = dense.packed_kv(global[layer])?;
         let (k, v) = (HostView::new(&k[..], view)?, HostView::new(&v[..], view)?);
         Ok(cache.append(Layer(layer), k, v)?)
     });
@@ -179,7 +230,7 @@ mod tests {
             let tokens: Vec<u32> = (0..70).map(|_| rng.below(200) as u32).collect();
             let (prefix, rest) = tokens.split_at(41);
 
-            let mut dense = DenseAttention::new(shape, prefix.len());
+            let mut dense = DenseAttention::new(model.config(), prefix.len());
             dense.prefill(&model, prefix).unwrap();
             let mut cache = Cpu::new().create(config.clone()).unwrap();
             let id = cache.add_sequence();

@@ -50,7 +50,8 @@ impl Default for EvalOptions {
     }
 }
 
-/// Bytes of the lean caches at the end of the text sequences, as they report them.
+/// Bytes of the lean caches at the end of the text sequences, as they report them. Sliding layers
+/// count on both sides with the tokens in sight, in the cache's element type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct CacheBytes {
     /// Tokens.
