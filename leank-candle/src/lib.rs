@@ -36,6 +36,8 @@ mod dense;
 mod dump;
 mod error;
 pub mod eval;
+#[cfg(test)]
+mod family_tests;
 mod fingerprint;
 #[allow(unsafe_code)] // one call of `gemm`, behind checked matrix views
 mod gemm;

@@ -12,7 +12,7 @@ use crate::testing::{CONTEXT, HIDDEN, LAYERS, TinyModel, load, vocab};
 use crate::weights::Part;
 use crate::{Attention, DenseAttention, Error, Model, Precision, Result};
 
-fn tokens(n: usize, seed: u64) -> Vec<u32> {
+pub(crate) fn tokens(n: usize, seed: u64) -> Vec<u32> {
     let mut rng = Rng::new(seed);
     (0..n).map(|_| rng.below(vocab()) as u32).collect()
 }
@@ -23,7 +23,7 @@ fn hidden(model: &Model, tokens: &[u32]) -> Tensor {
     model.hidden(tokens, &positions, &mut attention).unwrap()
 }
 
-fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
+pub(crate) fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let logits = model.logits(&hidden(model, tokens)).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
