@@ -4,7 +4,8 @@
     cargo build --release -p leank-candle --example logits
     python tools/compare_hf.py MODEL.gguf TEXT [--tokens 512] [--last 64] [--json]
 
-Needs torch, transformers, gguf and safetensors. transformers dequantizes the file to f32 and runs
+Needs torch, transformers, gguf and safetensors; sentencepiece and protobuf for
+files with such a vocabulary. transformers dequantizes the file to f32 and runs
 its own forward pass; its own conversion builds the reference tokenizer. Exit code 1 when tokens
 differ, a top-1 prediction differs, or a logit differs by more than --tolerance.
 """
@@ -15,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 
 import torch
 from safetensors.torch import load_file
@@ -37,6 +39,35 @@ def run_ours(args, out):
     return load_file(out)
 
 
+class SentencePiece:
+    """Google's sentencepiece itself on the file's pieces, scores and types."""
+
+    def __init__(self, tokens, kinds, read):
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto()
+        for token, score, kind in zip(tokens, read("tokenizer.ggml.scores"), kinds):
+            # llama.cpp's converter writes spaces into tokens that the user defined.
+            model.pieces.add(piece=token.replace(" ", "\u2581"), score=score, type=kind)
+        trainer, normalizer = model.trainer_spec, model.normalizer_spec
+        trainer.model_type = trainer.BPE
+        trainer.byte_fallback = True
+        trainer.vocab_size = len(tokens)
+        for name, key in (("unk", "unknown"), ("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+            setattr(trainer, f"{name}_id", read(f"tokenizer.ggml.{key}_token_id"))
+            setattr(trainer, f"{name}_piece", tokens[getattr(trainer, f"{name}_id")])
+        model.pieces[trainer.unk_id].type = 2
+        normalizer.name = "identity"
+        normalizer.add_dummy_prefix = read("tokenizer.ggml.add_space_prefix")
+        normalizer.remove_extra_whitespaces = False
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        self.add_bos = read("tokenizer.ggml.add_bos_token")
+
+    def encode(self, text):
+        return types.SimpleNamespace(ids=self.processor.encode(text, add_bos=self.add_bos))
+
+
 def reference_tokenizer(path):
     """Byte-level BPE built with Python's tokenizers from the file's own vocabulary and merges.
 
@@ -47,7 +78,9 @@ def reference_tokenizer(path):
 
     fields = gguf.GGUFReader(path).fields
     read = lambda key: fields[key].contents()
-    tokens, types = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.token_type")
+    tokens, kinds = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.token_type")
+    if read("tokenizer.ggml.model") == "llama":
+        return SentencePiece(tokens, kinds, read)
     merges = [tuple(merge.split(" ", 1)) for merge in read("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     pre = read("tokenizer.ggml.pre")
@@ -71,7 +104,7 @@ def reference_tokenizer(path):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     for kind, special in ((3, True), (4, False)):
-        added = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types) if k == kind]
+        added = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, kinds) if k == kind]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     return tokenizer
 

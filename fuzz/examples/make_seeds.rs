@@ -34,6 +34,7 @@ fn fingerprint() -> Result<Fingerprint, Failure> {
         rope_base: 1e5,
         rope_scaling: None,
         config_hash: "0123".into(),
+        sliding: None,
     })
 }
 

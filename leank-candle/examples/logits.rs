@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let last = last.min(tokens.len());
 
     let start = Instant::now();
-    let mut attention = DenseAttention::new(model.config().shape(), tokens.len());
+    let mut attention = DenseAttention::new(model.config(), tokens.len());
     let (prefix, rest) = tokens.split_at(tokens.len() - last);
     if !prefix.is_empty() {
         attention.prefill(&model, prefix)?;

@@ -4,6 +4,8 @@
 //! the logits and one the output, on contiguous rows and inside the cache of a core; tiles and KV
 //! heads run in parallel. A tile reads no keys beyond its own last token.
 
+use std::ops::Range;
+
 use leank_core::ModelShape;
 use rayon::prelude::*;
 
@@ -24,8 +26,10 @@ pub(crate) struct Causal<'a> {
     pub(crate) values: &'a [f32],
     /// Rows per KV head in `keys` and `values`.
     pub(crate) capacity: usize,
-    /// Tokens before the first query; query `t` sees tokens `0..=past + t`.
+    /// Tokens before the first query; query `t` sees tokens up to `past + t`.
     pub(crate) past: usize,
+    /// How many tokens a query sees, itself included; `None`: all up to its own.
+    pub(crate) window: Option<usize>,
 }
 
 /// Queries of one KV head that are computed together.
@@ -33,6 +37,8 @@ struct Tile {
     kv_head: usize,
     start: usize,
     len: usize,
+    /// Tokens that some query of the tile sees.
+    seen: Range<usize>,
 }
 
 /// Buffers of one tile, reused by a thread.
@@ -64,18 +70,26 @@ impl Causal<'_> {
         let starts = (0..tokens).step_by(step);
         (0..self.shape.kv_heads)
             .flat_map(|kv_head| {
-                starts.clone().map(move |start| Tile {
-                    kv_head,
-                    start,
-                    len: step.min(tokens - start),
+                starts.clone().map(move |start| {
+                    let len = step.min(tokens - start);
+                    let seen = self.seen(start).start..self.seen(start + len - 1).end;
+                    Tile { kv_head, start, len, seen }
                 })
             })
             .collect()
     }
 
-    fn head<'b>(&self, rows: &'b [f32], kv_head: usize, tokens: usize) -> MatRef<'b> {
+    /// Tokens that query `t` sees.
+    fn seen(&self, t: usize) -> Range<usize> {
+        let end = self.past + t + 1;
+        self.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// Rows of a tile's KV head that the tile sees.
+    fn head<'b>(&self, rows: &'b [f32], tile: &Tile) -> MatRef<'b> {
         let dim = self.shape.head_dim;
-        MatRef::new(&rows[kv_head * self.capacity * dim..][..tokens * dim], tokens, dim)
+        let first = (tile.kv_head * self.capacity + tile.seen.start) * dim;
+        MatRef::new(&rows[first..][..tile.seen.len() * dim], tile.seen.len(), dim)
     }
 
     /// Copies a tile of `[tokens, query_heads, head_dim]` to `[group, len, head_dim]`, scaled.
@@ -100,24 +114,27 @@ impl Causal<'_> {
         }
     }
 
-    /// Softmax numerators of a tile in `scratch.logits` (rows of `keys` elements, zero where the
-    /// query does not see), and the factor each row still needs.
+    /// Softmax numerators of a tile in `scratch.logits` (rows as long as the tile sees tokens, zero
+    /// where the query does not see), and the factor each row still needs.
     fn weights(&self, queries: &[f32], tile: &Tile, scratch: &mut Scratch) -> Vec<f32> {
-        let keys = self.past + tile.start + tile.len;
+        let keys = tile.seen.len();
         let count = tile.len * self.shape.group();
         self.gather(queries, tile, self.scale(), &mut scratch.queries);
         // Only the length matters: the product overwrites every element.
         scratch.logits.resize(count * keys, 0.0);
         matmul(
             MatRef::new(&scratch.queries, count, self.shape.head_dim),
-            self.head(self.keys, tile.kv_head, keys).t(),
+            self.head(self.keys, tile).t(),
             &mut scratch.logits,
             Threads::One,
         );
         let softmax = |(row, logits): (usize, &mut [f32])| {
-            let seen = self.past + tile.start + row % tile.len + 1;
-            let (seen, unseen) = logits.split_at_mut(seen);
+            let seen = self.seen(tile.start + row % tile.len);
+            let (seen, unseen) = logits.split_at_mut(seen.end - tile.seen.start);
             unseen.fill(0.0);
+            let first = self.seen(tile.start + row % tile.len).start - tile.seen.start;
+            let (slid_out, seen) = seen.split_at_mut(first);
+            slid_out.fill(0.0);
             1.0 / rows::exp_row(seen)
         };
         scratch.logits.chunks_exact_mut(keys).enumerate().map(softmax).collect()
@@ -131,11 +148,10 @@ impl Causal<'_> {
             .par_iter()
             .map_init(Scratch::default, |scratch, tile| {
                 let factors = self.weights(queries, tile, scratch);
-                let keys = self.past + tile.start + tile.len;
                 let mut out = vec![0.0; factors.len() * dim];
                 matmul(
-                    MatRef::new(&scratch.logits, factors.len(), keys),
-                    self.head(self.values, tile.kv_head, keys),
+                    MatRef::new(&scratch.logits, factors.len(), tile.seen.len()),
+                    self.head(self.values, tile),
                     &mut out,
                     Threads::One,
                 );
@@ -182,7 +198,7 @@ impl Causal<'_> {
     }
 
     /// One tile of [`Causal::backward`]: `queries` as `[group, len, head_dim]`, `keys` and `values`
-    /// as `[start + len, head_dim]` of the tile's KV head.
+    /// as `[start + len, head_dim]` of the tile's KV head; zero where no query of it sees.
     fn tile_backward(
         &self,
         queries: &[f32],
@@ -191,31 +207,37 @@ impl Causal<'_> {
         scratch: &mut Scratch,
     ) -> AttentionGrads {
         let dim = self.shape.head_dim;
-        let (keys, own) = (self.past + tile.start + tile.len, tile.start + tile.len);
+        let (keys, own) = (tile.seen.len(), tile.start + tile.len);
+        // The tile's own tokens that it sees: their first one, and its column among the seen.
+        let first_own = tile.seen.start.saturating_sub(self.past);
+        let column = (self.past + first_own) - tile.seen.start;
+        let own_rows = first_own * dim..own * dim;
         let factors = self.weights(queries, tile, scratch);
         let count = factors.len();
         let Scratch { queries, logits: p, grads, d_logits } = scratch;
         self.gather(grad, tile, 1.0, grads);
         d_logits.resize(count * keys, 0.0);
         let grads = MatRef::new(grads, count, dim);
-        let values = self.head(self.values, tile.kv_head, keys);
+        let values = self.head(self.values, tile);
         matmul(grads, values.t(), d_logits, Threads::One);
         for (p, factor) in p.chunks_exact_mut(keys).zip(factors) {
             rows::scale_row(p, factor);
         }
         let mut d_values = vec![0.0; own * dim];
-        let own_columns = MatRef::strided(&p[self.past..], count, own, keys);
-        matmul(own_columns.t(), grads, &mut d_values, Threads::One);
+        let own_columns = MatRef::strided(&p[column..], count, own - first_own, keys);
+        let d_own = &mut d_values[own_rows.clone()];
+        matmul(own_columns.t(), grads, d_own, Threads::One);
         for (p, dp) in p.chunks_exact_mut(keys).zip(d_logits.chunks_exact(keys)) {
             let mean = rows::dot(p, dp);
             rows::softmax_grad(p, dp, mean, 1.0);
         }
-        let own_columns = MatRef::strided(&p[self.past..], count, own, keys);
+        let own_columns = MatRef::strided(&p[column..], count, own - first_own, keys);
         let mut d_keys = vec![0.0; own * dim];
         // The gathered queries carry the scale already.
-        matmul(own_columns.t(), MatRef::new(queries, count, dim), &mut d_keys, Threads::One);
+        let d_own = &mut d_keys[own_rows];
+        matmul(own_columns.t(), MatRef::new(queries, count, dim), d_own, Threads::One);
         let mut d_queries = vec![0.0; count * dim];
-        let tile_keys = self.head(self.keys, tile.kv_head, keys);
+        let tile_keys = self.head(self.keys, tile);
         matmul(MatRef::new(p, count, keys), tile_keys, &mut d_queries, Threads::One);
         rows::scale_row(&mut d_queries, self.scale());
         AttentionGrads { queries: d_queries, keys: d_keys, values: d_values }
@@ -233,13 +255,18 @@ mod tests {
         capacity: usize,
         past: usize,
         tokens: usize,
+        window: Option<usize>,
         keys: Vec<f32>,
         values: Vec<f32>,
         queries: Vec<f32>,
     }
 
     impl Case {
-        fn new(heads: (usize, usize, usize), past: usize, tokens: usize) -> Self {
+        fn new(
+            heads: (usize, usize, usize),
+            (past, tokens): (usize, usize),
+            window: Option<usize>,
+        ) -> Self {
             let shape = ModelShape::new(1, heads.0, heads.1, heads.2).unwrap();
             let mut rng = Rng::new(past as u64 * 31 + tokens as u64);
             let capacity = past + tokens + 3;
@@ -247,7 +274,7 @@ mod tests {
             let rows = heads.1 * capacity * heads.2;
             let (keys, values) = (random(rows), random(rows));
             let queries = random(tokens * heads.0 * heads.2);
-            Self { shape, capacity, past, tokens, keys, values, queries }
+            Self { shape, capacity, past, tokens, window, keys, values, queries }
         }
 
         fn causal(&self) -> Causal<'_> {
@@ -257,6 +284,7 @@ mod tests {
                 values: &self.values,
                 capacity: self.capacity,
                 past: self.past,
+                window: self.window,
             }
         }
 
@@ -268,9 +296,12 @@ mod tests {
                 let (t, h) = (row / query_heads, row % query_heads);
                 let base = h / self.shape.group() * self.capacity * dim;
                 let at = |rows: &[f32], j: usize, c: usize| f64::from(rows[base + j * dim + c]);
-                let seen = self.past + t + 1;
-                let logits: Vec<f64> = (0..seen)
-                    .map(|j| {
+                let own = self.past + t;
+                let seen = (0..=own).filter(|j| self.window.is_none_or(|window| own - j < window));
+                let seen: Vec<usize> = seen.collect();
+                let logits: Vec<f64> = seen
+                    .iter()
+                    .map(|&j| {
                         let q = &self.queries[row * dim..];
                         let dot: f64 =
                             (0..dim).map(|c| f64::from(q[c]) * at(&self.keys, j, c)).sum();
@@ -279,7 +310,8 @@ mod tests {
                     .collect();
                 let sum: f64 = logits.iter().sum();
                 for (c, out) in out.iter_mut().enumerate() {
-                    *out = (0..seen).map(|j| logits[j] / sum * at(&self.values, j, c)).sum();
+                    let rows = seen.iter().zip(&logits);
+                    *out = rows.map(|(&j, p)| p / sum * at(&self.values, j, c)).sum();
                 }
             }
             out
@@ -295,17 +327,26 @@ mod tests {
             ((4, 4, 32), 5, 1),
             ((7, 1, 4), 300, 200),
         ] {
-            let case = Case::new(heads, past, tokens);
-            let got = case.causal().forward(&case.queries, tokens);
-            for (got, want) in got.iter().zip(case.naive()) {
-                assert!((f64::from(*got) - want).abs() < 2e-5, "{heads:?}: {got} and {want}");
+            for window in [None, Some(1), Some(10), Some(150), Some(1000)] {
+                let case = Case::new(heads, (past, tokens), window);
+                let got = case.causal().forward(&case.queries, tokens);
+                for (got, want) in got.iter().zip(case.naive()) {
+                    let near = (f64::from(*got) - want).abs() < 2e-5;
+                    assert!(near, "{heads:?}, {window:?}: {got} and {want}");
+                }
             }
         }
     }
 
     #[test]
     fn gradients_agree_with_differences() {
-        let mut case = Case::new((6, 2, 4), 5, 50);
+        // 45: one tile sees tokens that another does not; 3: and tiles that see only their own.
+        for window in [None, Some(45), Some(3)] {
+            check_gradients(Case::new((6, 2, 4), (5, 50), window));
+        }
+    }
+
+    fn check_gradients(mut case: Case) {
         let mut rng = Rng::new(3);
         let grad: Vec<f32> = (0..case.queries.len()).map(|_| rng.normal() as f32).collect();
         let grads = case.causal().backward(&case.queries, &grad, case.tokens);

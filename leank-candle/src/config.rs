@@ -12,10 +12,17 @@ pub enum Family {
     Llama,
     /// Qwen2 and Qwen2.5: biases on q, k and v.
     Qwen2,
+    /// Qwen3 (dense): RMS norms on every head of q and k, no biases.
+    Qwen3,
+    /// Mistral: as Llama, but all layers may slide. GGUF files call it `llama`.
+    Mistral,
+    /// Gemma 3: norms around attention and MLP and on q and k, GeGLU, and sliding layers with a RoPE
+    /// base of their own.
+    Gemma3,
 }
 
 /// The families by name, for messages.
-pub(crate) const FAMILIES: &str = "llama, qwen2";
+pub(crate) const FAMILIES: &str = "llama, mistral, qwen2, qwen3, gemma3";
 
 impl Family {
     /// The family of a GGUF `general.architecture` or of a `model_type` in `config.json`.
@@ -24,18 +31,55 @@ impl Family {
         match name {
             "llama" => Some(Self::Llama),
             "qwen2" => Some(Self::Qwen2),
+            "qwen3" => Some(Self::Qwen3),
+            "mistral" => Some(Self::Mistral),
+            "gemma3" | "gemma3_text" => Some(Self::Gemma3),
             _ => None,
         }
     }
 
-    /// The name, as GGUF and `config.json` spell it.
+    /// The name, as GGUF files and `config.json` spell it (Gemma 3's text model in `config.json`:
+    /// `gemma3_text`).
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::Mistral => "mistral",
+            Self::Gemma3 => "gemma3",
         }
     }
+
+    /// The architecture in GGUF files: one name for models with the same forward pass.
+    pub(crate) fn architecture(self) -> &'static str {
+        match self {
+            Self::Mistral => "llama",
+            other => other.name(),
+        }
+    }
+
+    /// Whether every head of q and k passes an RMS norm before RoPE.
+    pub(crate) fn has_head_norms(self) -> bool {
+        matches!(self, Self::Qwen3 | Self::Gemma3)
+    }
+
+    /// Whether the outputs of attention and MLP pass a norm before they are added.
+    pub(crate) fn has_post_norms(self) -> bool {
+        self == Self::Gemma3
+    }
+}
+
+/// Layers that attend to the last tokens only.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct SlidingLayers {
+    /// Tokens that a query of such a layer sees, itself included.
+    pub window: usize,
+    /// For every layer of the model, whether it slides; the others are *global*.
+    pub layers: Vec<bool>,
+    /// RoPE base of these layers where they have their own, without scaling (Gemma 3).
+    pub rope_base: Option<f64>,
 }
 
 /// How RoPE frequencies are changed to reach longer contexts than the model was trained on.
@@ -85,7 +129,7 @@ impl RopeScaling {
     }
 }
 
-/// Configuration of a model of the Llama or Qwen2 family.
+/// Configuration of a model.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ModelConfig {
@@ -113,6 +157,11 @@ pub struct ModelConfig {
     pub tied_embeddings: bool,
     /// Whether q, k and v have biases.
     pub qkv_bias: bool,
+    /// The layers that slide, where some do.
+    pub sliding: Option<SlidingLayers>,
+    /// The model's attention scale times √head_dim; 1 in most models. It is folded into the norm of
+    /// q, so that whatever attends scales by 1/√head_dim.
+    pub query_scale: f64,
 }
 
 impl ModelConfig {
@@ -120,6 +169,41 @@ impl ModelConfig {
     #[must_use]
     pub fn shape(&self) -> ModelShape {
         self.shape
+    }
+
+    /// How many tokens a layer sees, itself included; `None` for a global layer.
+    #[must_use]
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        let sliding = self.sliding.as_ref()?;
+        sliding.layers.get(layer).is_some_and(|&slides| slides).then_some(sliding.window)
+    }
+
+    /// Windows of all layers, as [`ModelConfig::window`].
+    #[must_use]
+    pub fn windows(&self) -> Vec<Option<usize>> {
+        (0..self.shape.layers).map(|layer| self.window(layer)).collect()
+    }
+
+    /// The global layers, ascending: those that a lean cache, a dump and a mask hold. Layer `i` of a
+    /// mask is the `i`-th of them.
+    #[must_use]
+    pub fn global_layers(&self) -> Vec<usize> {
+        (0..self.shape.layers).filter(|&layer| self.window(layer).is_none()).collect()
+    }
+
+    /// The attention shape of the global layers: the shape of a lean cache, a dump and a mask.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] when all layers slide, which leaves nothing to a lean cache.
+    pub fn global_shape(&self) -> Result<ModelShape> {
+        match self.global_layers().len() {
+            0 => Err(Error::mismatch(
+                "model",
+                "global layers, whose cache grows with the context",
+                "sliding layers only: a lean cache would have nothing to prune",
+            )),
+            layers => Ok(ModelShape { layers, ..self.shape }),
+        }
     }
 
     /// Channels of all query heads of a layer.
@@ -165,6 +249,19 @@ impl ModelConfig {
         }
         if !positive(self.rope_base) {
             return wrong("RoPE base", "a positive number", self.rope_base.to_string());
+        }
+        if let Some(sliding) = &self.sliding {
+            if sliding.window == 0 || sliding.layers.len() != self.shape.layers {
+                let found = format!("{}, {} layers", sliding.window, sliding.layers.len());
+                return wrong("sliding window", "at least 1, and a kind per layer", found);
+            }
+            if let Some(base) = sliding.rope_base.filter(|&base| !positive(base)) {
+                return wrong("RoPE base of sliding layers", "a positive number", base.to_string());
+            }
+        }
+        if !positive(self.query_scale) {
+            let found = self.query_scale.to_string();
+            return wrong("attention scale", "a positive number", found);
         }
         if !self.rms_eps.is_finite() || self.rms_eps < 0.0 {
             return wrong("RMS norm epsilon", "a small positive number", self.rms_eps.to_string());

@@ -1,12 +1,14 @@
 //! Dense attention with its own keys and values: the reference, the prefill, and the ground of the
 //! probe.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use leank_core::ModelShape;
 
 use crate::attention::Causal;
+use crate::config::ModelConfig;
 use crate::model::{Attention, Model};
 use crate::ops::with_slice;
 use crate::{Error, Result};
@@ -24,25 +26,31 @@ pub(crate) struct LayerKv {
 }
 
 impl LayerKv {
-    fn new(shape: &ModelShape, capacity: usize) -> Self {
+    pub(crate) fn new(shape: &ModelShape, capacity: usize) -> Self {
         let n = shape.kv_heads * capacity * shape.head_dim;
         Self { keys: vec![0.0; n], values: vec![0.0; n], capacity }
     }
 
-    /// The same tokens with room for more.
-    fn grown(&self, shape: &ModelShape, tokens: usize, capacity: usize) -> Self {
-        let mut grown = Self::new(shape, capacity);
+    /// Tokens that there is room for.
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Some of the tokens, with room for `capacity`.
+    pub(crate) fn moved(&self, shape: &ModelShape, tokens: Range<usize>, capacity: usize) -> Self {
+        let mut moved = Self::new(shape, capacity);
         let (from, to) = (self.capacity * shape.head_dim, capacity * shape.head_dim);
-        let used = tokens * shape.head_dim;
+        let (first, used) = (tokens.start * shape.head_dim, tokens.len() * shape.head_dim);
         for head in 0..shape.kv_heads {
-            grown.keys[head * to..][..used].copy_from_slice(&self.keys[head * from..][..used]);
-            grown.values[head * to..][..used].copy_from_slice(&self.values[head * from..][..used]);
+            let (from, to) = (head * from + first, head * to);
+            moved.keys[to..][..used].copy_from_slice(&self.keys[from..][..used]);
+            moved.values[to..][..used].copy_from_slice(&self.values[from..][..used]);
         }
-        grown
+        moved
     }
 
     /// Stores `[tokens, kv_heads, head_dim]` behind the first `at` tokens.
-    fn store(&mut self, shape: &ModelShape, at: usize, keys: &[f32], values: &[f32]) {
+    pub(crate) fn store(&mut self, shape: &ModelShape, at: usize, keys: &[f32], values: &[f32]) {
         let dim = shape.head_dim;
         for (to, from) in [(&mut self.keys, keys), (&mut self.values, values)] {
             for (row, from) in from.chunks_exact(dim).enumerate() {
@@ -52,33 +60,78 @@ impl LayerKv {
         }
     }
 
-    /// The view for queries behind `past` tokens.
-    pub(crate) fn causal(&self, shape: ModelShape, past: usize) -> Causal<'_> {
-        Causal { shape, keys: &self.keys, values: &self.values, capacity: self.capacity, past }
+    /// The view for queries behind `past` tokens that see `window` tokens, or all.
+    pub(crate) fn causal(
+        &self,
+        shape: ModelShape,
+        past: usize,
+        window: Option<usize>,
+    ) -> Causal<'_> {
+        let (keys, values) = (&self.keys, &self.values);
+        Causal { shape, keys, values, capacity: self.capacity, past, window }
     }
 }
 
-/// Causal attention of one sequence over everything it has seen, whole, in f32.
+/// Causal attention of one sequence over everything it has seen, whole, in f32. Sliding layers keep
+/// all their tokens too, so that any of them can be forgotten again, and see the last ones.
 ///
 /// [`DenseAttention::fork`] is cheap (storage is shared until one side appends), so a prefix is
 /// computed once and continued many times.
 #[derive(Clone, Debug)]
 pub struct DenseAttention {
     shape: ModelShape,
+    windows: Arc<[Option<usize>]>,
     layers: Vec<Arc<LayerKv>>,
     /// Tokens stored, per layer: within a forward pass, earlier layers are ahead.
     tokens: Vec<usize>,
 }
 
 impl DenseAttention {
-    /// An empty sequence with room for `capacity` tokens; it grows when more come.
+    /// An empty sequence of a model with room for `capacity` tokens; it grows when more come.
     #[must_use]
-    pub fn new(shape: ModelShape, capacity: usize) -> Self {
-        let layers = (0..shape.layers).map(|_| Arc::new(LayerKv::new(&shape, capacity))).collect();
-        Self { shape, layers, tokens: vec![0; shape.layers] }
+    pub fn new(config: &ModelConfig, capacity: usize) -> Self {
+        Self::with_windows(config.shape, config.windows(), capacity)
     }
 
-    /// The attention shape.
+    /// An empty sequence whose layers see this many tokens each, or all of them.
+    pub(crate) fn with_windows(
+        shape: ModelShape,
+        windows: Vec<Option<usize>>,
+        capacity: usize,
+    ) -> Self {
+        let layers = (0..shape.layers).map(|_| Arc::new(LayerKv::new(&shape, capacity))).collect();
+        Self { shape, windows: windows.into(), layers, tokens: vec![0; shape.layers] }
+    }
+
+    /// How many tokens each layer sees; `None`: all.
+    pub(crate) fn windows(&self) -> &[Option<usize>] {
+        &self.windows
+    }
+
+    /// The global layers, as [`ModelConfig::global_layers`].
+    pub(crate) fn global_layers(&self) -> impl Iterator<Item = usize> {
+        self.windows.iter().enumerate().filter(|(_, window)| window.is_none()).map(|(l, _)| l)
+    }
+
+    /// Tokens that a layer holds.
+    pub(crate) fn layer_len(&self, layer: usize) -> usize {
+        self.tokens[layer]
+    }
+
+    /// Keys and values of some tokens of a layer as `[tokens, kv_heads, head_dim]`.
+    pub(crate) fn token_rows(
+        &self,
+        layer: usize,
+        tokens: Range<usize>,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let rows = |tensor: Tensor| -> Result<Vec<f32>> {
+            let some = tensor.narrow(1, tokens.start, tokens.len())?;
+            Ok(some.transpose(0, 1)?.contiguous()?.flatten_all()?.to_vec1()?)
+        };
+        Ok((rows(self.keys(layer)?)?, rows(self.values(layer)?)?))
+    }
+
+    /// The attention shape of all layers.
     #[must_use]
     pub fn shape(&self) -> ModelShape {
         self.shape
@@ -178,7 +231,7 @@ impl DenseAttention {
         let needed = past + new;
         if needed > self.layers[layer].capacity {
             let capacity = needed.max(self.layers[layer].capacity * 2).next_multiple_of(64);
-            self.layers[layer] = Arc::new(self.layers[layer].grown(&shape, past, capacity));
+            self.layers[layer] = Arc::new(self.layers[layer].moved(&shape, 0..past, capacity));
         }
         let kv = Arc::make_mut(&mut self.layers[layer]);
         with_slice(keys, |keys| {
@@ -221,7 +274,8 @@ impl Attention for DenseAttention {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (kv, past) = self.append(layer, k, v)?;
         let tokens = check_queries(&self.shape, q, k)?;
-        let out = with_slice(q, |q| Ok(kv.causal(self.shape, past).forward(q, tokens)))?;
+        let causal = kv.causal(self.shape, past, self.windows[layer]);
+        let out = with_slice(q, |q| Ok(causal.forward(q, tokens)))?;
         Ok(Tensor::from_vec(out, q.shape(), &Device::Cpu)?)
     }
 }
@@ -254,7 +308,7 @@ mod tests {
         let shape = ModelShape::new(1, 4, 2, 8).unwrap();
         let mut rng = Rng::new(5);
         // A capacity of 1 makes it grow on the way.
-        let mut first = DenseAttention::new(shape, 1);
+        let mut first = DenseAttention::with_windows(shape, vec![None], 1);
         let mut step = |attention: &mut DenseAttention, tokens| {
             let q = random(&mut rng, (tokens, 4, 8));
             let (k, v) = (random(&mut rng, (tokens, 2, 8)), random(&mut rng, (tokens, 2, 8)));
@@ -278,7 +332,7 @@ mod tests {
     #[test]
     fn wrong_shapes_are_errors() {
         let shape = ModelShape::new(1, 4, 2, 8).unwrap();
-        let mut attention = DenseAttention::new(shape, 4);
+        let mut attention = DenseAttention::with_windows(shape, vec![None], 4);
         let mut rng = Rng::new(6);
         let mut t = |heads| random(&mut rng, (2, heads, 8));
         assert!(attention.attend(0, &t(4), &t(3), &t(3)).is_err());

@@ -71,7 +71,8 @@ pub struct DumpProgress {
     pub bytes: u64,
 }
 
-/// Runs `model` over pieces of `texts` and writes the dump to `dir`, which appears when it is whole.
+/// Runs `model` over pieces of `texts` and writes the dump to `dir`, which appears when it is whole. It
+/// holds the global layers ([`ModelConfig::global_layers`](crate::ModelConfig::global_layers)).
 /// Sequences that a killed run of the same dump has written are not computed again.
 ///
 /// # Errors
@@ -95,7 +96,7 @@ pub fn dump(
         version: FORMAT_VERSION,
         model_id: model.config().name.clone(),
         fingerprint: model.fingerprint().clone(),
-        shape: model.config().shape(),
+        shape: model.config().global_shape()?,
         dtype: options.dtype,
         probe: options.probe,
         draws: options.draws,
@@ -167,6 +168,7 @@ fn check(model: &Model, options: &DumpOptions) -> Result<()> {
         let why = format!("{} is not a share between 0 and 1", options.retrieval);
         return Err(Error::option("retrieval", why));
     }
+    model.config().global_shape()?;
     let needed = longest.saturating_add(options.positions);
     let limit = model.config().context_length;
     if needed > limit {
@@ -268,6 +270,29 @@ mod tests {
         assert_eq!(data.v, layer.v[layer.v.len() / 2..]);
         assert_eq!(data.q, layer.q[layer.q.len() / 2..]);
         assert_eq!(data.g[..data.q.len()], layer.g[layer.q.len() / 2..layer.q.len()]);
+    }
+
+    #[test]
+    fn a_dump_of_a_sliding_model_holds_its_global_layers() {
+        let model = TinyModel::gemma3().load();
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("dump");
+        let manifest = dump(&model, &[text(2000)], &dir, &options(), &mut |_| {}).unwrap();
+        assert_eq!(manifest.shape, model.config().global_shape().unwrap());
+        assert_eq!(manifest.shape.layers, 1);
+        let read = Dump::open(&dir).unwrap();
+        assert_eq!(read.manifest().fingerprint, *model.fingerprint());
+        assert!(read.manifest().fingerprint.sliding.is_some());
+        // Layer 0 of the dump is layer 1 of the model.
+        let plans = plan(&model, &[text(2000)], &options()).unwrap();
+        let mut dense = crate::DenseAttention::new(model.config(), 0);
+        dense.prefill(&model, &plans[0].tokens).unwrap();
+        let keys: Vec<f32> = dense.keys(1).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let mut data = HeadData::default();
+        read.layer(Layer(0)).unwrap().read(KvHead(0), 0, &mut data).unwrap();
+        for (got, want) in data.k.iter().zip(&keys) {
+            assert!((got - want).abs() < 1e-4, "{got} and {want}");
+        }
     }
 
     #[test]

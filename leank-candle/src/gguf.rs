@@ -8,7 +8,7 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
 use leank_core::ModelShape;
 
-use crate::config::{FAMILIES, Family, ModelConfig, RopeScaling};
+use crate::config::{FAMILIES, Family, ModelConfig, RopeScaling, SlidingLayers};
 use crate::gguf_file::{AlignedBytes, GgufFile, TensorEntry, Value};
 use crate::linear::Matrix;
 use crate::model::Loaded;
@@ -31,13 +31,19 @@ pub(crate) fn load(path: &Path, precision: Precision) -> Result<Loaded> {
 
 /// Factors in the forward pass, with the values that say it has none (or, of the scale, that it is
 /// 1/√head_dim).
-const FACTORS: [(&str, &[f64]); 5] = [
+const FACTORS: [(&str, &[f64]); 7] = [
     ("attention.scale", &[0.0]),
     ("embedding_scale", &[0.0, 1.0]),
     ("residual_scale", &[0.0, 1.0]),
     ("logit_scale", &[0.0, 1.0]),
     ("rope.scaling.attn_factor", &[1.0]),
+    ("attn_logit_softcapping", &[0.0]),
+    ("final_logit_softcapping", &[0.0]),
 ];
+
+/// Of Gemma 3, where its files do not say: every sixth layer is global, the others have this base.
+const GEMMA3_PATTERN: usize = 6;
+const GEMMA3_LOCAL_BASE: f64 = 10_000.0;
 
 /// Details of YaRN, with the values that make it the published one.
 const YARN_DETAILS: [(&str, &[f64]); 5] = [
@@ -80,7 +86,17 @@ impl GgufSource {
             Some(head_dim) => head_dim,
             None => hidden / query_heads.max(1),
         };
-        self.refuse_variants(&architecture, head_dim)?;
+        let shape = ModelShape::new(layers, query_heads, kv_heads, head_dim)?;
+        self.refuse_variants(family, &architecture, head_dim)?;
+        let sliding = match family {
+            Family::Gemma3 => Some(self.sliding_layers(&architecture, layers)?),
+            _ => None,
+        };
+        // The largest Gemma 3 scales by the width per head; llama.cpp tells it by its layers too.
+        let query_scale = match (family, layers) {
+            (Family::Gemma3, 62) => (head_dim as f64 / (hidden as f64 / query_heads as f64)).sqrt(),
+            _ => 1.0,
+        };
         let file = &self.file;
         let vocab = self.entry(Part::Embedding)?.1.dims[0];
         Ok(ModelConfig {
@@ -88,13 +104,13 @@ impl GgufSource {
                 .optional("general.name", "a text", text)?
                 .unwrap_or_else(|| architecture.clone()),
             family,
-            shape: ModelShape::new(layers, query_heads, kv_heads, head_dim)?,
+            shape,
             hidden,
             intermediate: count("feed_forward_length")?,
             vocab,
             rope_base: file
                 .optional(&key("rope.freq_base"), "a number", Value::as_f64)?
-                .unwrap_or(10_000.0),
+                .unwrap_or(if family == Family::Gemma3 { 1e6 } else { 10_000.0 }),
             rope_scaling: self.rope_scaling(&architecture, head_dim)?,
             rms_eps: self.file.required(
                 &key("attention.layer_norm_rms_epsilon"),
@@ -105,11 +121,38 @@ impl GgufSource {
             tied_embeddings: !self.file.tensors.contains_key(&Part::Output.gguf_name()),
             qkv_bias: family == Family::Qwen2
                 || self.file.tensors.contains_key(&Part::QueryBias(0).gguf_name()),
+            sliding,
+            query_scale,
+        })
+    }
+
+    /// Which layers of a Gemma 3 slide.
+    fn sliding_layers(&self, architecture: &str, layers: usize) -> Result<SlidingLayers> {
+        let key = |name: &str| format!("{architecture}.{name}");
+        let size = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok());
+        let window =
+            self.file.required(&key("attention.sliding_window"), "a count of tokens", size)?;
+        let pattern_key = key("attention.sliding_window_pattern");
+        let pattern = self.file.optional(&pattern_key, "a count of layers", size)?;
+        let pattern = pattern.unwrap_or(GEMMA3_PATTERN);
+        if pattern == 0 {
+            return Err(Error::Config {
+                path: self.file.path.clone(),
+                key: pattern_key,
+                expected: "at least 1".into(),
+                found: "0".into(),
+            });
+        }
+        let base = self.file.optional(&key("rope.freq_base_swa"), "a number", Value::as_f64)?;
+        Ok(SlidingLayers {
+            window,
+            layers: (1..=layers).map(|layer| !layer.is_multiple_of(pattern)).collect(),
+            rope_base: Some(base.unwrap_or(GEMMA3_LOCAL_BASE)),
         })
     }
 
     /// Models that carry a known architecture's name and another forward pass.
-    fn refuse_variants(&self, architecture: &str, head_dim: usize) -> Result<()> {
+    fn refuse_variants(&self, family: Family, architecture: &str, head_dim: usize) -> Result<()> {
         let number = |name: &str| {
             self.file.optional(&format!("{architecture}.{name}"), "a count", Value::as_u64)
         };
@@ -130,7 +173,7 @@ impl GgufSource {
             return unsupported("a value head", found, "keys and values of the same width");
         }
         let window = number("attention.sliding_window")?;
-        if let Some(window) = window.filter(|&n| n > 0) {
+        if let Some(window) = window.filter(|&n| n > 0 && family != Family::Gemma3) {
             let found = format!("with a sliding window of {window}");
             return unsupported("attention", found, "full attention");
         }
@@ -222,8 +265,12 @@ impl GgufSource {
     fn interleaved_heads(&self, part: Part) -> Option<usize> {
         let config = self.config.as_ref()?;
         match (config.family, part) {
-            (Family::Llama, Part::Query(_) | Part::QueryBias(_)) => Some(config.shape.query_heads),
-            (Family::Llama, Part::Key(_) | Part::KeyBias(_)) => Some(config.shape.kv_heads),
+            (Family::Llama | Family::Mistral, Part::Query(_) | Part::QueryBias(_)) => {
+                Some(config.shape.query_heads)
+            }
+            (Family::Llama | Family::Mistral, Part::Key(_) | Part::KeyBias(_)) => {
+                Some(config.shape.kv_heads)
+            }
             _ => None,
         }
     }

@@ -5,6 +5,7 @@ use leank_core::{Cache, HostView, HostViewMut, Layer, ViewShape};
 
 use crate::model::Attention;
 use crate::ops::with_slice;
+use crate::sliding::SlidingKv;
 use crate::{Error, Result};
 
 /// Attention through a lean cache on the host, for the step that the cache has planned.
@@ -23,18 +24,60 @@ use crate::{Error, Result};
 /// cache.commit()?;
 /// # Ok(()) }
 /// ```
+///
+/// The cache holds the global layers of the model, in their order. Where other layers slide, take
+/// [`LeanAttention::with_sliding`].
 #[derive(Debug)]
 pub struct LeanAttention<'a, C> {
     cache: &'a mut C,
+    sliding: Vec<SlidingRows<'a>>,
+}
+
+/// The sliding layers of one sequence of a step.
+#[derive(Debug)]
+pub struct SlidingRows<'a> {
+    /// Its last tokens.
+    pub kv: &'a mut SlidingKv,
+    /// Its new tokens in the step.
+    pub rows: usize,
 }
 
 impl<'a, C> LeanAttention<'a, C>
 where
     C: for<'v> Cache<View<'v> = HostView<'v>, ViewMut<'v> = HostViewMut<'v>>,
 {
-    /// Attention through `cache`.
+    /// Attention through `cache`, of a model whose layers are all global.
     pub fn new(cache: &'a mut C) -> Self {
-        Self { cache }
+        Self::with_sliding(cache, Vec::new())
+    }
+
+    /// Attention through `cache` in global layers, and through `sliding` in those that slide: one for
+    /// each sequence of the step, in its order. After an error the sequences in `sliding` may have
+    /// taken in tokens that the cache has not; go on from a copy.
+    pub fn with_sliding(cache: &'a mut C, sliding: Vec<SlidingRows<'a>>) -> Self {
+        Self { cache, sliding }
+    }
+
+    /// The layers that slide, sequence by sequence.
+    fn attend_sliding(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Result<Tensor> {
+        let rows: usize = self.sliding.iter().map(|sequence| sequence.rows).sum();
+        if rows != q.dim(0)? {
+            return Err(Error::mismatch("new tokens of the sliding layers", q.dim(0)?, rows));
+        }
+        let mut outs = Vec::with_capacity(self.sliding.len());
+        let mut first = 0;
+        for SlidingRows { kv, rows } in &mut self.sliding {
+            let own = |t: &Tensor| t.narrow(0, first, *rows)?.contiguous();
+            outs.push(kv.attend(layer, &own(q)?, &own(k)?, &own(v)?)?);
+            first += *rows;
+        }
+        Ok(Tensor::cat(&outs, 0)?)
     }
 }
 
@@ -43,6 +86,12 @@ where
     C: for<'v> Cache<View<'v> = HostView<'v>, ViewMut<'v> = HostViewMut<'v>>,
 {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        // The number of the layer among the global ones.
+        let layer = match self.sliding.first().map(|sequence| &*sequence.kv) {
+            None => layer,
+            Some(kv) if kv.slides(layer) => return self.attend_sliding(layer, q, k, v),
+            Some(kv) => (0..layer).filter(|&before| !kv.slides(before)).count(),
+        };
         let shape_of = |tensor: &Tensor| -> Result<ViewShape> {
             let (tokens, heads, head_dim) = tensor.dims3()?;
             Ok(ViewShape::contiguous(tokens, heads, head_dim))
@@ -71,7 +120,8 @@ where
 }
 
 /// Puts the first tokens of a densely computed sequence into a lean cache, where they go straight
-/// to lean blocks as far as the windows allow: how a prompt enters.
+/// to lean blocks as far as the windows allow: how a prompt enters. The cache takes the global layers;
+/// [`SlidingKv::of`] those that slide.
 ///
 /// # Errors
 /// [`Error::Core`] with what the cache says, e.g. that it has too little memory; then the sequence
@@ -84,7 +134,8 @@ pub fn store_prefix<C>(
 where
     C: for<'v> Cache<View<'v> = HostView<'v>, ViewMut<'v> = HostViewMut<'v>>,
 {
-    let shape = dense.shape();
+    let global: Vec<usize> = dense.global_layers().collect();
+    let shape = leank_core::ModelShape { layers: global.len(), ..dense.shape() };
     if shape != cache.config().shape {
         return Err(Error::mismatch("shape of the cache", shape, cache.config().shape));
     }
@@ -92,7 +143,7 @@ where
     let view = ViewShape::head_major(tokens, shape.kv_heads, shape.head_dim);
     cache.plan(&[leank_core::StepEntry::store(sequence, tokens)])?;
     let stored = (0..shape.layers).try_for_each(|layer| -> Result<()> {
-        let (k, v) = dense.packed_kv(layer)?;
+        let (k, v) = dense.packed_kv(global[layer])?;
         let (k, v) = (HostView::new(&k[..], view)?, HostView::new(&v[..], view)?);
         Ok(cache.append(Layer(layer), k, v)?)
     });
@@ -122,6 +173,8 @@ mod tests {
         keys: Vec<Vec<f64>>,
         values: Vec<Vec<f64>>,
         start: usize,
+        /// Sliding layers, over all tokens that there ever were.
+        sliding: DenseAttention,
     }
 
     impl Masked {
@@ -133,6 +186,10 @@ mod tests {
 
     impl Attention for Masked {
         fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+            let Some(layer) = self.sliding.global_layers().position(|global| global == layer)
+            else {
+                return self.sliding.attend(layer, q, k, v);
+            };
             let flat = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
             self.push(layer, &flat(k)?, &flat(v)?);
             let queries: Vec<f64> = flat(q)?.into_iter().map(f64::from).collect();
@@ -172,28 +229,30 @@ mod tests {
 
     #[test]
     fn decoding_through_the_lean_cache_is_masked_attention() {
-        for model in [TinyModel::llama().load(), TinyModel::qwen2().load()] {
-            let shape = model.config().shape;
+        for model in TinyModel::all().iter().map(TinyModel::load) {
+            let shape = model.config().global_shape().unwrap();
             let mut rng = Rng::new(11);
             let config = config(shape, &mut rng);
             let tokens: Vec<u32> = (0..70).map(|_| rng.below(200) as u32).collect();
             let (prefix, rest) = tokens.split_at(41);
 
-            let mut dense = DenseAttention::new(shape, prefix.len());
+            let mut dense = DenseAttention::new(model.config(), prefix.len());
             dense.prefill(&model, prefix).unwrap();
             let mut cache = Cpu::new().create(config.clone()).unwrap();
             let id = cache.add_sequence();
             store_prefix(&mut cache, id, &dense).unwrap();
+            let mut sliding = SlidingKv::of(&dense).unwrap();
             let none = vec![Vec::new(); shape.layers];
+            let (start, copy) = (prefix.len(), dense.fork());
             let mut masked =
-                Masked { config, keys: none.clone(), values: none, start: prefix.len() };
-            for layer in 0..shape.layers {
+                Masked { config, keys: none.clone(), values: none, start, sliding: copy };
+            for (own, &layer) in model.config().global_layers().iter().enumerate() {
                 let rows = |tensor: Tensor| -> Vec<f32> {
                     let token_major = tensor.transpose(0, 1).unwrap().contiguous().unwrap();
                     token_major.flatten_all().unwrap().to_vec1().unwrap()
                 };
                 let (k, v) = (dense.keys(layer).unwrap(), dense.values(layer).unwrap());
-                masked.push(layer, &rows(k), &rows(v));
+                masked.push(own, &rows(k), &rows(v));
             }
 
             let mut furthest_from_dense = 0.0f32;
@@ -201,7 +260,8 @@ mod tests {
                 let position = cache.sequence_len(id).unwrap();
                 masked.start = position;
                 cache.plan(&[StepEntry::decode(id, 1)]).unwrap();
-                let mut lean = LeanAttention::new(&mut cache);
+                let rows = vec![SlidingRows { kv: &mut sliding, rows: 1 }];
+                let mut lean = LeanAttention::with_sliding(&mut cache, rows);
                 let lean = model.hidden(&[token], &[position], &mut lean).unwrap();
                 cache.commit().unwrap();
                 let want = model.hidden(&[token], &[position], &mut masked).unwrap();
@@ -218,5 +278,66 @@ mod tests {
             // Otherwise the mask did nothing and the test showed nothing.
             assert!(furthest_from_dense > 1e-2, "{furthest_from_dense}");
         }
+    }
+
+    /// Several sequences and several tokens in a step, everything kept: the dense model, whatever
+    /// its layers.
+    #[test]
+    fn a_cache_that_keeps_everything_is_the_dense_model() {
+        for model in TinyModel::all().iter().map(TinyModel::load) {
+            let shape = model.config().global_shape().unwrap();
+            let config = CacheConfig { dtype: Dtype::F32, ..CacheConfig::dense(shape).unwrap() };
+            let mut cache = Cpu::new().create(config).unwrap();
+            let mut rng = Rng::new(12);
+            let (mut ids, mut dense, mut sliding) = (Vec::new(), Vec::new(), Vec::new());
+            for length in [5, 40] {
+                let tokens: Vec<u32> = (0..length).map(|_| rng.below(200) as u32).collect();
+                let mut own = DenseAttention::new(model.config(), 0);
+                own.prefill(&model, &tokens).unwrap();
+                let id = cache.add_sequence();
+                store_prefix(&mut cache, id, &own).unwrap();
+                sliding.push(SlidingKv::of(&own).unwrap());
+                ids.push(id);
+                dense.push(own);
+            }
+            for new in [[1, 1], [3, 1], [1, 20], [1, 1]] {
+                let entries = ids.iter().zip(new).map(|(&id, new)| StepEntry::decode(id, new));
+                let entries: Vec<_> = entries.collect();
+                let (mut tokens, mut positions, mut want) = (Vec::new(), Vec::new(), Vec::new());
+                for (own, new) in dense.iter_mut().zip(new) {
+                    let own_tokens: Vec<u32> = (0..new).map(|_| rng.below(200) as u32).collect();
+                    let own_positions: Vec<usize> = (own.len()..own.len() + new).collect();
+                    want.push(model.hidden(&own_tokens, &own_positions, own).unwrap());
+                    tokens.extend(own_tokens);
+                    positions.extend(own_positions);
+                }
+                cache.plan(&entries).unwrap();
+                let rows = sliding.iter_mut().zip(new);
+                let rows = rows.map(|(kv, rows)| SlidingRows { kv, rows }).collect();
+                let mut lean = LeanAttention::with_sliding(&mut cache, rows);
+                let got = model.hidden(&tokens, &positions, &mut lean).unwrap();
+                cache.commit().unwrap();
+                let difference = (got - Tensor::cat(&want, 0).unwrap()).unwrap().abs().unwrap();
+                let difference: f32 = difference.max_all().unwrap().to_scalar().unwrap();
+                assert!(difference < 1e-4, "{}: {difference}", model.config().name);
+            }
+        }
+    }
+
+    #[test]
+    fn sliding_layers_without_their_rows_are_an_error() {
+        let model = TinyModel::gemma3().load();
+        let shape = model.config().global_shape().unwrap();
+        let mut cache = Cpu::new().create(CacheConfig::dense(shape).unwrap()).unwrap();
+        let id = cache.add_sequence();
+        cache.plan(&[StepEntry::decode(id, 1)]).unwrap();
+        let mut forgotten = LeanAttention::new(&mut cache);
+        // The cache has one layer for a model of two: the step cannot go through unnoticed.
+        assert!(model.hidden(&[1], &[0], &mut forgotten).is_err());
+        let mut sliding = SlidingKv::new(model.config());
+        let rows = vec![SlidingRows { kv: &mut sliding, rows: 2 }];
+        let mut wrong = LeanAttention::with_sliding(&mut cache, rows);
+        let error = model.hidden(&[1], &[0], &mut wrong).unwrap_err().to_string();
+        assert!(error.contains("new tokens of the sliding layers"), "{error}");
     }
 }

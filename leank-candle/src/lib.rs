@@ -1,4 +1,5 @@
-//! Models of the Llama and Qwen2 families on candle, with the attention left to the caller.
+//! Models of the Llama, Mistral, Qwen2, Qwen3 and Gemma 3 families on candle, with the attention left
+//! to the caller.
 //!
 //! [`Model`] holds everything but the attention: each layer hands its queries, keys and values to an
 //! [`Attention`], which may be [`DenseAttention`] (whole and exact, for prompts and as the
@@ -12,12 +13,16 @@
 //! # fn main() -> leank_candle::Result<()> {
 //! let model = Model::load("model.gguf".as_ref(), LoadOptions::default())?;
 //! let tokens = model.tokenizer().encode("The capital of Norway is")?;
-//! let mut attention = DenseAttention::new(model.config().shape(), tokens.len());
+//! let mut attention = DenseAttention::new(model.config(), tokens.len());
 //! let hidden = attention.prefill(&model, &tokens)?;
 //! let next = model.logits(&hidden)?.argmax(1)?.to_vec1::<u32>()?;
 //! println!("{}", model.tokenizer().decode(&next)?);
 //! # Ok(()) }
 //! ```
+//!
+//! Layers that see only the last tokens (*sliding* ones, as in Gemma 3) have no part in this: a lean
+//! cache, a dump and a mask hold the *global* layers, numbered among themselves
+//! ([`ModelConfig::global_layers`]), and [`SlidingKv`] holds the others.
 //!
 //! Products run on candle's `gemm`; norms, RoPE, gates and attention are operations of this crate
 //! with their own gradients, since candle's backward pass would also differentiate every frozen
@@ -31,6 +36,8 @@ mod dense;
 mod dump;
 mod error;
 pub mod eval;
+#[cfg(test)]
+mod family_tests;
 mod fingerprint;
 #[allow(unsafe_code)] // one call of `gemm`, behind checked matrix views
 mod gemm;
@@ -47,6 +54,7 @@ mod retrieval;
 mod rope;
 mod rows;
 mod safetensors;
+mod sliding;
 mod tasks;
 #[cfg(test)]
 mod testing;
@@ -54,14 +62,15 @@ mod texts;
 mod tokenizer;
 mod weights;
 
-pub use config::{Family, ModelConfig, RopeScaling};
+pub use config::{Family, ModelConfig, RopeScaling, SlidingLayers};
 pub use dense::DenseAttention;
 pub use dump::{DumpOptions, DumpProgress, dump, sequences};
 pub use error::{Error, Result};
-pub use lean::{LeanAttention, store_prefix};
+pub use lean::{LeanAttention, SlidingRows, store_prefix};
 pub use model::{Attention, LoadOptions, Model};
 pub use probe::{LayerProbe, ProbeOptions, SequenceProbe, probe};
 pub use rope::RopeTable;
+pub use sliding::SlidingKv;
 pub use tasks::{Task, TaskItem};
 pub use texts::{Sequence, Text};
 pub use tokenizer::{TextStream, Tokenizer};

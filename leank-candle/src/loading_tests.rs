@@ -12,18 +12,18 @@ use crate::testing::{CONTEXT, HIDDEN, LAYERS, TinyModel, load, vocab};
 use crate::weights::Part;
 use crate::{Attention, DenseAttention, Error, Model, Precision, Result};
 
-fn tokens(n: usize, seed: u64) -> Vec<u32> {
+pub(crate) fn tokens(n: usize, seed: u64) -> Vec<u32> {
     let mut rng = Rng::new(seed);
     (0..n).map(|_| rng.below(vocab()) as u32).collect()
 }
 
 fn hidden(model: &Model, tokens: &[u32]) -> Tensor {
     let positions: Vec<usize> = (0..tokens.len()).collect();
-    let mut attention = DenseAttention::new(model.config().shape(), tokens.len());
+    let mut attention = DenseAttention::new(model.config(), tokens.len());
     model.hidden(tokens, &positions, &mut attention).unwrap()
 }
 
-fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
+pub(crate) fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let logits = model.logits(&hidden(model, tokens)).unwrap();
     logits.flatten_all().unwrap().to_vec1().unwrap()
 }
@@ -35,7 +35,7 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn gguf_and_folder_are_one_model() {
-    for tiny in [TinyModel::llama(), TinyModel::qwen2()] {
+    for tiny in TinyModel::all() {
         let folder = tiny.load();
         let gguf = load(&tiny.write_gguf(GgmlDType::F32), Precision::F32).unwrap();
         let tokens = tokens(40, 1);
@@ -59,7 +59,7 @@ fn other_models_have_other_fingerprints() {
 #[test]
 fn quantized_weights_give_the_same_model_in_both_precisions() {
     for kind in [GgmlDType::Q8_0, GgmlDType::Q4_1, GgmlDType::Q5_0, GgmlDType::Q4_0] {
-        for tiny in [TinyModel::llama(), TinyModel::qwen2()] {
+        for tiny in TinyModel::all() {
             let path = tiny.write_gguf(kind);
             let tokens = tokens(30, 2);
             let widened = load(&path, Precision::F32).unwrap();
@@ -77,7 +77,7 @@ fn quantized_weights_give_the_same_model_in_both_precisions() {
 
 #[test]
 fn parts_come_out_as_they_went_in() {
-    for tiny in [TinyModel::llama(), TinyModel::qwen2()] {
+    for tiny in TinyModel::all() {
         let model = tiny.load();
         for (part, tensor) in &tiny.weights {
             let values: Vec<f32> = tensor.flatten_all().unwrap().to_vec1().unwrap();
@@ -108,7 +108,7 @@ fn chunks_and_single_tokens_equal_one_pass() {
     let tokens = tokens(100, 3);
     let whole = hidden(&model, &tokens);
     for chunk in [1, 7, 64] {
-        let mut attention = DenseAttention::new(model.config().shape(), 0);
+        let mut attention = DenseAttention::new(model.config(), 0);
         let mut parts = Vec::new();
         for piece in tokens.chunks(chunk) {
             let start = attention.len();
@@ -118,7 +118,7 @@ fn chunks_and_single_tokens_equal_one_pass() {
         let parts = Tensor::cat(&parts, 0).unwrap();
         let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert!(largest_difference(&flat(&whole), &flat(&parts)) < 1e-4, "chunks of {chunk}");
-        let mut prefilled = DenseAttention::new(model.config().shape(), 0);
+        let mut prefilled = DenseAttention::new(model.config(), 0);
         let last = prefilled.prefill(&model, &tokens).unwrap();
         assert!(largest_difference(&flat(&whole.narrow(0, 99, 1).unwrap()), &flat(&last)) < 1e-4);
         assert_eq!(prefilled.len(), attention.len());
@@ -147,10 +147,9 @@ impl Attention for Pair {
 fn a_batch_equals_its_sequences() {
     let model = TinyModel::qwen2().load();
     let (a, b) = (tokens(23, 4), tokens(9, 5));
-    let shape = model.config().shape();
     let mut pair = Pair {
-        first: (DenseAttention::new(shape, 0), a.len()),
-        second: DenseAttention::new(shape, 0),
+        first: (DenseAttention::new(model.config(), 0), a.len()),
+        second: DenseAttention::new(model.config(), 0),
     };
     let both: Vec<u32> = a.iter().chain(&b).copied().collect();
     let positions: Vec<usize> = (0..a.len()).chain(0..b.len()).collect();
@@ -164,7 +163,7 @@ fn a_batch_equals_its_sequences() {
 #[test]
 fn impossible_batches_are_errors() {
     let model = TinyModel::llama().load();
-    let mut attention = DenseAttention::new(model.config().shape(), 0);
+    let mut attention = DenseAttention::new(model.config(), 0);
     let mut run =
         |tokens: &[u32], positions: &[usize]| model.hidden(tokens, positions, &mut attention);
     assert!(matches!(run(&[], &[]), Err(Error::Mismatch { .. })));
@@ -218,7 +217,11 @@ fn damaged_headers_never_panic() {
 fn hostile_metadata_are_named() {
     let cases: [(&str, Value, &str); 11] = [
         ("general.alignment", Value::U32(0), "general.alignment"),
-        ("general.architecture", Value::String("mamba".into()), "supported: llama, qwen2"),
+        (
+            "general.architecture",
+            Value::String("mamba".into()),
+            "supported: llama, mistral, qwen2, qwen3, gemma3",
+        ),
         ("llama.attention.head_count", Value::U32(0), "query heads is 0"),
         ("llama.attention.head_count_kv", Value::U32(3), "not a multiple of 3 KV heads"),
         ("llama.embedding_length", Value::U32(64), "token_embd.weight has the shape"),

@@ -1,4 +1,4 @@
-//! The forward pass of the Llama and Qwen2 families, with the attention left to the caller.
+//! The forward pass of all families, with the attention left to the caller.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::Tensor;
 use leank_core::Fingerprint;
 
-use crate::config::ModelConfig;
+use crate::config::{Family, ModelConfig, RopeScaling};
 use crate::linear::Linear;
-use crate::ops::{Rope, SwiGlu};
+use crate::ops::{GatedLinearUnit, RmsNorm, Rope};
 use crate::rope::RopeTable;
 use crate::tokenizer::Tokenizer;
 use crate::weights::{LayerWeights, Part, Precision, Weights};
@@ -21,8 +21,11 @@ pub trait Attention {
     /// Takes in the new tokens' keys and values and attends with their queries.
     ///
     /// `q` is `[tokens, query_heads, head_dim]`, `k` and `v` are `[tokens, kv_heads, head_dim]`, all
-    /// f32, contiguous, on the CPU; q and k after RoPE, channels in Hugging Face's order. The result
-    /// is the attention output before the output projection, shaped as `q`.
+    /// f32, contiguous, on the CPU; q and k after RoPE, channels in Hugging Face's order. The scale is
+    /// 1/√head_dim in every model: where the model has another, q carries the rest. The result is
+    /// the attention output before the output projection, shaped as `q`.
+    ///
+    /// A layer with a window ([`ModelConfig::window`]) attends to that many tokens only.
     ///
     /// # Errors
     /// Whatever keeps the implementation from attending; the forward pass ends with it.
@@ -45,15 +48,40 @@ impl LoadOptions {
     }
 }
 
-/// A model of the Llama or Qwen2 family on the CPU.
+/// A model on the CPU.
 pub struct Model {
     config: ModelConfig,
     tokenizer: Tokenizer,
     weights: Weights,
     fingerprint: Fingerprint,
     precision: Precision,
-    /// Grows to the farthest position asked for.
-    rope: Mutex<Arc<RopeTable>>,
+    /// Grow to the farthest position asked for.
+    rope: Mutex<RopeTables>,
+}
+
+/// Tables of the global layers, and of the sliding ones where they have a base of their own.
+#[derive(Clone)]
+struct RopeTables {
+    global: Arc<RopeTable>,
+    local: Arc<RopeTable>,
+}
+
+impl RopeTables {
+    fn new(config: &ModelConfig, positions: usize) -> Self {
+        let (dim, scaling) = (config.shape.head_dim, &config.rope_scaling);
+        let global = Arc::new(RopeTable::new(dim, config.rope_base, scaling, positions));
+        let local = match config.sliding.as_ref().and_then(|sliding| sliding.rope_base) {
+            Some(base) => Arc::new(RopeTable::new(dim, base, &RopeScaling::None, positions)),
+            None => global.clone(),
+        };
+        Self { global, local }
+    }
+}
+
+/// The rotations of a batch in global and in sliding layers.
+struct Rotations {
+    global: Rope,
+    local: Rope,
 }
 
 impl std::fmt::Debug for Model {
@@ -88,8 +116,7 @@ impl Model {
         };
         let Loaded { config, tokenizer, weights } = loaded;
         let fingerprint = crate::fingerprint::of(&config, &weights);
-        let rope = RopeTable::new(config.shape.head_dim, config.rope_base, &config.rope_scaling, 0);
-        let rope = Mutex::new(Arc::new(rope));
+        let rope = Mutex::new(RopeTables::new(&config, 0));
         Ok(Self { config, tokenizer, weights, fingerprint, precision: options.precision, rope })
     }
 
@@ -134,9 +161,12 @@ impl Model {
     ) -> Result<Tensor> {
         let rope = self.rope_for(tokens, positions)?;
         let mut x = self.weights.embedding.rows(tokens)?;
+        if self.config.family == Family::Gemma3 {
+            x = (x * (self.config.hidden as f64).sqrt())?;
+        }
         for (index, layer) in self.weights.layers.iter().enumerate() {
             x = self.attention_block(&x, (index, layer), &rope, attention)?;
-            x = mlp_block(&x, layer)?;
+            x = self.mlp_block(&x, layer)?;
         }
         Ok(x.apply_op1(self.weights.norm.clone())?)
     }
@@ -167,14 +197,18 @@ impl Model {
         &self,
         x: &Tensor,
         (index, layer): (usize, &LayerWeights),
-        rope: &Rope,
+        rope: &Rotations,
         attention: &mut dyn Attention,
     ) -> Result<Tensor> {
         let shape = self.config.shape;
         let tokens = x.dim(0)?;
         let normed = x.apply_op1(layer.attention_norm.clone())?;
-        let q = layer.query.forward(&normed)?.apply_op1(rope.clone())?;
-        let k = layer.key.forward(&normed)?.apply_op1(rope.clone())?;
+        let rope = if self.config.window(index).is_some() { &rope.local } else { &rope.global };
+        let rotated = |x: Tensor, norm: Option<&RmsNorm>| -> Result<Tensor> {
+            Ok(normed_heads(x, norm)?.apply_op1(rope.clone())?)
+        };
+        let q = rotated(layer.query.forward(&normed)?, layer.query_norm.as_ref())?;
+        let k = rotated(layer.key.forward(&normed)?, layer.key_norm.as_ref())?;
         let v = layer.value.forward(&normed)?;
         let v = v.reshape((tokens, shape.kv_heads, shape.head_dim))?;
         let out = attention.attend(index, &q, &k, &v)?;
@@ -183,11 +217,23 @@ impl Model {
             return Err(Error::mismatch("output of the attention", expected, found));
         }
         let out = out.reshape((tokens, self.config.query_width()))?;
-        Ok((x + layer.output.forward(&out)?)?)
+        add(x, layer.output.forward(&out)?, layer.post_attention_norm.as_ref())
+    }
+
+    fn mlp_block(&self, x: &Tensor, layer: &LayerWeights) -> Result<Tensor> {
+        let normed = x.apply_op1(layer.mlp_norm.clone())?;
+        let gate = layer.gate.forward(&normed)?;
+        let up = layer.up.forward(&normed)?;
+        let unit = match self.config.family {
+            Family::Gemma3 => GatedLinearUnit::Gelu,
+            _ => GatedLinearUnit::Silu,
+        };
+        let inner = gate.apply_op2(&up, unit)?;
+        add(x, layer.down.forward(&inner)?, layer.post_mlp_norm.as_ref())
     }
 
     /// Checks a batch and makes its rotation.
-    fn rope_for(&self, tokens: &[u32], positions: &[usize]) -> Result<Rope> {
+    fn rope_for(&self, tokens: &[u32], positions: &[usize]) -> Result<Rotations> {
         if tokens.is_empty() || tokens.len() != positions.len() {
             let expected = "at least one token, and as many positions";
             let found = format!("{} tokens, {} positions", tokens.len(), positions.len());
@@ -202,22 +248,32 @@ impl Model {
         if needed > limit {
             return Err(Error::Context { what: "the last position", needed, limit });
         }
-        let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
-        if table.positions() < needed {
+        let mut tables = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
+        if tables.global.positions() < needed {
             // Doubling, so that decoding token by token rebuilds the table a few times only.
             let room = needed.next_power_of_two().max(1024).min(limit);
-            let config = &self.config;
-            let (dim, base) = (config.shape.head_dim, config.rope_base);
-            *table = Arc::new(RopeTable::new(dim, base, &config.rope_scaling, room));
+            *tables = RopeTables::new(&self.config, room);
         }
-        Ok(Rope { table: table.clone(), positions: positions.into() })
+        let RopeTables { global, local } = tables.clone();
+        let positions: Arc<[usize]> = positions.into();
+        let local = Rope { table: local, positions: positions.clone() };
+        Ok(Rotations { global: Rope { table: global, positions }, local })
     }
 }
 
-fn mlp_block(x: &Tensor, layer: &LayerWeights) -> Result<Tensor> {
-    let normed = x.apply_op1(layer.mlp_norm.clone())?;
-    let gate = layer.gate.forward(&normed)?;
-    let up = layer.up.forward(&normed)?;
-    let inner = gate.apply_op2(&up, SwiGlu)?;
-    Ok((x + layer.down.forward(&inner)?)?)
+/// Every head of `[tokens, heads * head_dim]` through its norm, where there is one.
+fn normed_heads(x: Tensor, norm: Option<&RmsNorm>) -> Result<Tensor> {
+    let Some(norm) = norm else { return Ok(x) };
+    let (tokens, width) = x.dims2()?;
+    let heads = x.reshape(((), norm.weight.len()))?.apply_op1(norm.clone())?;
+    Ok(heads.reshape((tokens, width))?)
+}
+
+/// The residual stream with a block's output, which passes a norm first where there is one.
+fn add(x: &Tensor, out: Tensor, norm: Option<&RmsNorm>) -> Result<Tensor> {
+    let out = match norm {
+        Some(norm) => out.apply_op1(norm.clone())?,
+        None => out,
+    };
+    Ok((x + out)?)
 }

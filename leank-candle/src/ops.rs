@@ -210,15 +210,21 @@ impl CustomOp1 for Rope {
     }
 }
 
-/// `silu(gate) * up`, element by element.
-pub(crate) struct SwiGlu;
+/// `f(gate) * up`, element by element.
+#[derive(Clone, Copy)]
+pub(crate) enum GatedLinearUnit {
+    /// `f` is x · sigmoid(x): SwiGLU.
+    Silu,
+    /// `f` is the tanh approximation of GELU: GeGLU.
+    Gelu,
+}
 
-/// Elements per parallel task of [`SwiGlu`].
+/// Elements per parallel task of [`GatedLinearUnit`].
 const GATES_PER_TASK: usize = 1 << 14;
 
-impl CustomOp2 for SwiGlu {
+impl CustomOp2 for GatedLinearUnit {
     fn name(&self) -> &'static str {
-        "swiglu"
+        "gated-linear-unit"
     }
 
     fn cpu_fwd(
@@ -230,12 +236,15 @@ impl CustomOp2 for SwiGlu {
     ) -> CandleResult<(CpuStorage, Shape)> {
         let (gate, up) = (contiguous(gate, gate_layout)?, contiguous(up, up_layout)?);
         if gate.len() != up.len() {
-            candle_core::bail!("SwiGLU: {gate_layout:?} and {up_layout:?} differ")
+            candle_core::bail!("gated linear unit: {gate_layout:?} and {up_layout:?} differ")
         }
         let mut out = vec![0f32; gate.len()];
         out.par_chunks_mut(GATES_PER_TASK)
             .zip(gate.par_chunks(GATES_PER_TASK).zip(up.par_chunks(GATES_PER_TASK)))
-            .for_each(|(out, (gate, up))| rows::swiglu(gate, up, out));
+            .for_each(|(out, (gate, up))| match self {
+                Self::Silu => rows::swiglu(gate, up, out),
+                Self::Gelu => rows::geglu(gate, up, out),
+            });
         Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
     }
 
@@ -251,7 +260,11 @@ impl CustomOp2 for SwiGlu {
         with_slice(gate, |gate| {
             with_slice(up, |up| {
                 with_slice(grad, |grad| {
-                    rows::swiglu_grad((gate, up), grad, (&mut d_gate, &mut d_up));
+                    let grads = (&mut d_gate[..], &mut d_up[..]);
+                    match self {
+                        Self::Silu => rows::swiglu_grad((gate, up), grad, grads),
+                        Self::Gelu => rows::geglu_grad((gate, up), grad, grads),
+                    }
                     Ok(())
                 })
             })
@@ -333,11 +346,13 @@ mod tests {
     }
 
     #[test]
-    fn swiglu_has_the_right_gradients() {
+    fn gated_linear_units_have_the_right_gradients() {
         let other = random(&mut Rng::new(3), 8);
         let other = Tensor::from_vec(other, (2, 4), &Device::Cpu).unwrap();
-        check_gradient((2, 4), |x| x.apply_op2(&other, SwiGlu));
-        check_gradient((2, 4), |x| other.apply_op2(x, SwiGlu));
+        for unit in [GatedLinearUnit::Silu, GatedLinearUnit::Gelu] {
+            check_gradient((2, 4), |x| x.apply_op2(&other, unit));
+            check_gradient((2, 4), |x| other.apply_op2(x, unit));
+        }
     }
 
     #[test]

@@ -58,23 +58,23 @@ pub struct LayerProbe {
 /// A probed sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SequenceProbe {
-    /// Layers in order.
+    /// Global layers in order: the only ones that a mask covers.
     pub layers: Vec<LayerProbe>,
     /// The tokens drawn at every position, per draw; empty for the random probe.
     pub drawn: Vec<Vec<u32>>,
 }
 
 /// Probes the sequence `tokens`: its first `options.prefix` tokens as a prompt, the rest as decode
-/// positions, all with full attention.
+/// positions, all with full attention (in sliding layers: over their window).
 ///
 /// # Errors
 /// [`Error::Option`] for a prefix without rest, no draws, or a Fisher probe of a model that is not
 /// [`Precision::F32`]; what [`Model::hidden`] returns.
 pub fn probe(model: &Model, tokens: &[u32], options: &ProbeOptions) -> Result<SequenceProbe> {
     check(model, tokens, options)?;
-    let shape = model.config().shape();
+    model.config().global_shape()?;
     let (prompt, rest) = tokens.split_at(options.prefix);
-    let mut dense = DenseAttention::new(shape, tokens.len());
+    let mut dense = DenseAttention::new(model.config(), tokens.len());
     dense.prefill(model, prompt)?;
     let fisher = options.probe == Probe::Fisher;
     let mut recorder = Recorder::new(dense, rest.len(), fisher)?;
@@ -116,7 +116,9 @@ struct Recorder {
     shape: ModelShape,
     dense: DenseAttention,
     positions: usize,
-    /// Zeros added to each layer's output, whose gradient is the output's; none for no gradients.
+    /// The global layers, which are recorded.
+    global: Vec<usize>,
+    /// Zeros added to each of their outputs, whose gradient is the output's; none for no gradients.
     nudges: Vec<Var>,
     layers: Vec<LayerProbe>,
 }
@@ -128,9 +130,10 @@ impl Recorder {
             let dims = (positions, shape.query_heads, shape.head_dim);
             Var::zeros(dims, DType::F32, &Device::Cpu)
         };
-        let count = if gradients { shape.layers } else { 0 };
+        let global: Vec<usize> = dense.global_layers().collect();
+        let count = if gradients { global.len() } else { 0 };
         let nudges = (0..count).map(|_| zeros()).collect::<CandleResult<_>>()?;
-        Ok(Self { shape, dense, positions, nudges, layers: Vec::new() })
+        Ok(Self { shape, dense, positions, global, nudges, layers: Vec::new() })
     }
 
     /// `[N, query_heads, head_dim]` to `[query_heads, N, head_dim]`.
@@ -154,7 +157,7 @@ impl Recorder {
 
     /// Adds keys and values of all tokens, which are complete only now.
     fn finish(mut self, drawn: Vec<Vec<u32>>) -> Result<SequenceProbe> {
-        for (index, layer) in self.layers.iter_mut().enumerate() {
+        for (layer, &index) in self.layers.iter_mut().zip(&self.global) {
             (layer.k, layer.v) = self.dense.packed_kv(index)?;
         }
         Ok(SequenceProbe { layers: self.layers, drawn })
@@ -165,11 +168,15 @@ impl Attention for Recorder {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (kv, past) = self.dense.append(layer, k, v)?;
         check_queries(&self.shape, q, k)?;
+        let window = self.dense.windows()[layer];
+        let out = q.apply_op3(k, v, CausalOp { kv, shape: self.shape, past, window })?;
+        if window.is_some() {
+            return Ok(out);
+        }
         let queries = with_slice(q, |q| Ok(self.by_head(q)))?;
-        let out = q.apply_op3(k, v, CausalOp { kv, shape: self.shape, past })?;
         let o = with_slice(&out, |o| Ok(self.by_head(o)))?;
         self.layers.push(LayerProbe { q: queries, k: vec![], v: vec![], o, g: vec![] });
-        match self.nudges.get(layer) {
+        match self.nudges.get(self.layers.len() - 1) {
             Some(nudge) => Ok((out + nudge.as_tensor())?),
             None => Ok(out),
         }
@@ -237,6 +244,7 @@ struct CausalOp {
     kv: Arc<LayerKv>,
     shape: ModelShape,
     past: usize,
+    window: Option<usize>,
 }
 
 impl CustomOp3 for CausalOp {
@@ -254,7 +262,8 @@ impl CustomOp3 for CausalOp {
         _v_layout: &Layout,
     ) -> CandleResult<(CpuStorage, Shape)> {
         let (tokens, _, _) = q_layout.shape().dims3()?;
-        let out = self.kv.causal(self.shape, self.past).forward(contiguous(q, q_layout)?, tokens);
+        let causal = self.kv.causal(self.shape, self.past, self.window);
+        let out = causal.forward(contiguous(q, q_layout)?, tokens);
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
     }
 
@@ -267,7 +276,7 @@ impl CustomOp3 for CausalOp {
         grad: &Tensor,
     ) -> CandleResult<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let tokens = q.dim(0)?;
-        let causal = self.kv.causal(self.shape, self.past);
+        let causal = self.kv.causal(self.shape, self.past, self.window);
         let grads =
             with_slice(q, |q| with_slice(grad, |grad| Ok(causal.backward(q, grad, tokens))))?;
         let like = |values: Vec<f32>, tensor: &Tensor| {
@@ -311,7 +320,7 @@ mod tests {
     /// Σ log p(drawn) in f64 after the nudge.
     fn log_likelihood(model: &Model, drawn: &[u32], layer: usize, nudge: Tensor) -> f64 {
         let tokens = tokens();
-        let mut dense = DenseAttention::new(model.config().shape(), 0);
+        let mut dense = DenseAttention::new(model.config(), 0);
         dense.prefill(model, &tokens[..PREFIX]).unwrap();
         let positions: Vec<usize> = (PREFIX..tokens.len()).collect();
         let mut nudged = Nudged { dense, layer, nudge };
@@ -326,17 +335,19 @@ mod tests {
 
     #[test]
     fn fisher_probe_is_the_gradient_of_the_log_likelihood() {
-        for tiny in [TinyModel::llama(), TinyModel::qwen2()] {
+        for tiny in TinyModel::all() {
             let model = tiny.load();
             let shape = model.config().shape();
+            let global = model.config().global_layers();
             let probed = probe(&model, &tokens(), &options(Probe::Fisher)).unwrap();
             let dims = (shape.query_heads, POSITIONS, shape.head_dim);
             let size = dims.0 * dims.1 * dims.2;
             let mut rng = Rng::new(77);
-            for layer in 0..shape.layers {
+            assert_eq!(probed.layers.len(), global.len());
+            for (index, &layer) in global.iter().enumerate() {
                 for (draw, drawn) in probed.drawn.iter().enumerate() {
                     let direction: Vec<f32> = (0..size).map(|_| rng.normal() as f32).collect();
-                    let g = &probed.layers[layer].g[draw * size..][..size];
+                    let g = &probed.layers[index].g[draw * size..][..size];
                     let expected: f64 =
                         g.iter().zip(&direction).map(|(g, d)| f64::from(g * d)).sum();
                     let direction = Tensor::from_vec(direction, dims, &Device::Cpu).unwrap();

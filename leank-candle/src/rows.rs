@@ -133,6 +133,46 @@ pub(crate) fn swiglu_grad(
     );
 }
 
+/// Twice the argument of tanh in GELU's tanh approximation, so that it is x · sigmoid of this.
+#[inline(always)]
+fn gelu_argument(x: f32) -> f32 {
+    const TWICE_ROOT: f32 = 2.0 * 0.797_884_6;
+    TWICE_ROOT * (x + 0.044_715 * x * x * x)
+}
+
+/// `out = gelu(gate) * up`, by the tanh approximation.
+pub(crate) fn geglu(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    ARCH.dispatch(
+        #[inline(always)]
+        || {
+            for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
+                *out = g / (1.0 + exp(-gelu_argument(*g))) * u;
+            }
+        },
+    );
+}
+
+/// Gradients of [`geglu`] with respect to `gate` and `up`.
+pub(crate) fn geglu_grad(
+    (gate, up): (&[f32], &[f32]),
+    grad: &[f32],
+    (d_gate, d_up): (&mut [f32], &mut [f32]),
+) {
+    const TWICE_ROOT: f32 = 2.0 * 0.797_884_6;
+    ARCH.dispatch(
+        #[inline(always)]
+        || {
+            for i in 0..grad.len() {
+                let g = gate[i];
+                let sigmoid = 1.0 / (1.0 + exp(-gelu_argument(g)));
+                let slope = TWICE_ROOT * (1.0 + 3.0 * 0.044_715 * g * g);
+                d_gate[i] = grad[i] * up[i] * (sigmoid + g * sigmoid * (1.0 - sigmoid) * slope);
+                d_up[i] = grad[i] * g * sigmoid;
+            }
+        },
+    );
+}
+
 /// `p = p * (dp - delta) * scale`, in place in `p`: gradient of a softmax row.
 pub(crate) fn softmax_grad(p: &mut [f32], dp: &[f32], delta: f32, scale: f32) {
     ARCH.dispatch(

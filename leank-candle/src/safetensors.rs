@@ -9,7 +9,7 @@ use leank_core::ModelShape;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::config::{FAMILIES, Family, ModelConfig, RopeScaling};
+use crate::config::{FAMILIES, Family, ModelConfig, RopeScaling, SlidingLayers};
 use crate::linear::Matrix;
 use crate::model::Loaded;
 use crate::tokenizer::Tokenizer;
@@ -41,7 +41,17 @@ struct ConfigFile {
     mlp_bias: bool,
     #[serde(default)]
     use_sliding_window: bool,
+    sliding_window: Option<usize>,
+    max_window_layers: Option<usize>,
     layer_types: Option<Vec<String>>,
+    // Gemma 3's.
+    sliding_window_pattern: Option<usize>,
+    rope_local_base_freq: Option<f64>,
+    query_pre_attn_scalar: Option<f64>,
+    hidden_activation: Option<String>,
+    attn_logit_softcapping: Option<f64>,
+    final_logit_softcapping: Option<f64>,
+    use_bidirectional_attention: Option<bool>,
     partial_rotary_factor: Option<f64>,
     hidden_act: Option<String>,
     eos_token_id: Option<Value>,
@@ -53,12 +63,13 @@ struct ConfigFile {
 /// Loads a folder.
 pub(crate) fn load(folder: &Path) -> Result<Loaded> {
     let path = folder.join("config.json");
-    let text = read_text(&path)?;
-    let file: ConfigFile = serde_json::from_str(&text).map_err(|e| Error::Damaged {
+    let damaged = |e: serde_json::Error| Error::Damaged {
         path: path.clone(),
         format: "config.json",
         why: e.to_string(),
-    })?;
+    };
+    let whole: Value = serde_json::from_str(&read_text(&path)?).map_err(damaged)?;
+    let file: ConfigFile = serde_json::from_value(text_model(whole)).map_err(damaged)?;
     let config = read_config(&path, folder, &file)?;
     config.validate(&path)?;
     let eos = match &file.eos_token_id {
@@ -74,10 +85,45 @@ pub(crate) fn load(folder: &Path) -> Result<Loaded> {
                 other => other,
             }
         })?;
-    let mut source = FolderSource { folder: folder.to_owned(), tensors: read_tensors(folder)? };
+    let tensors = read_tensors(folder)?;
+    let mut source = FolderSource { folder: folder.to_owned(), family: config.family, tensors };
     source.refuse_foreign_tensors(&config)?;
     let weights = Weights::load(&mut source, &config)?;
     Ok(Loaded { config, tokenizer, weights })
+}
+
+/// The configuration of the language model: a Gemma 3 that sees images has it inside its own, and
+/// leaves out what is as in the smallest of them.
+fn text_model(mut whole: Value) -> Value {
+    let Some(outer) = whole.as_object_mut() else { return whole };
+    let nested = outer.get("model_type").and_then(Value::as_str) == Some("gemma3");
+    if let Some(Value::Object(mut text)) = outer.remove("text_config").filter(|_| nested) {
+        for key in ["eos_token_id", "bos_token_id", "_name_or_path"] {
+            if let Some(value) = outer.remove(key) {
+                text.entry(key).or_insert(value);
+            }
+        }
+        text.entry("model_type").or_insert(json!("gemma3_text"));
+        whole = Value::Object(text);
+    }
+    let Some(file) = whole.as_object_mut() else { return whole };
+    let family = file.get("model_type").and_then(Value::as_str).and_then(Family::from_name);
+    if family == Some(Family::Gemma3) {
+        for (key, usual) in [
+            ("vocab_size", json!(262_208)),
+            ("num_attention_heads", json!(8)),
+            ("num_key_value_heads", json!(4)),
+            ("head_dim", json!(256)),
+            ("max_position_embeddings", json!(131_072)),
+            ("rms_norm_eps", json!(1e-6)),
+            ("rope_theta", json!(1e6)),
+            ("sliding_window", json!(4096)),
+            ("tie_word_embeddings", json!(true)),
+        ] {
+            file.entry(key).or_insert(usual);
+        }
+    }
+    whole
 }
 
 fn token_id(value: &Value) -> Option<u32> {
@@ -104,29 +150,40 @@ fn read_config(path: &Path, folder: &Path, file: &ConfigFile) -> Result<ModelCon
     if file.mlp_bias {
         return Err(unsupported("MLP", "with biases".into(), "MLPs without"));
     }
-    if file.use_sliding_window {
-        return Err(unsupported("attention", "with a sliding window".into(), "full attention"));
-    }
-    let types = file.layer_types.iter().flatten();
-    if let Some(other) = types.into_iter().find(|kind| *kind != "full_attention") {
-        return Err(unsupported("layer type", other.clone(), "full_attention"));
-    }
+    let sliding = sliding_layers(path, family, file)?;
     let rotated = file.rope_parameters.as_ref().and_then(|p| p.get("partial_rotary_factor"));
     let rotated = rotated.and_then(Value::as_f64).or(file.partial_rotary_factor);
     if let Some(share) = rotated.filter(|&share| share != 1.0) {
         let found = format!("of {share} of the channels");
         return Err(unsupported("RoPE", found, "RoPE of all channels"));
     }
-    if family == Family::Llama && file.attention_bias {
-        return Err(unsupported("attention_bias", "true".into(), "llama models without biases"));
+    if family != Family::Qwen2 && file.attention_bias {
+        return Err(unsupported("attention_bias", "true".into(), "biases in qwen2 only"));
     }
-    if let Some(act) = file.hidden_act.as_ref().filter(|act| *act != "silu") {
-        return Err(unsupported("activation", act.clone(), "silu"));
+    let (act, usual) = match family {
+        Family::Gemma3 => (&file.hidden_activation, "gelu_pytorch_tanh"),
+        _ => (&file.hidden_act, "silu"),
+    };
+    if let Some(act) = act.as_ref().filter(|act| *act != usual) {
+        return Err(unsupported("activation", act.clone(), usual));
+    }
+    for (what, cap) in [
+        ("attn_logit_softcapping", file.attn_logit_softcapping),
+        ("final_logit_softcapping", file.final_logit_softcapping),
+    ] {
+        if let Some(cap) = cap {
+            return Err(unsupported(what, cap.to_string(), "logits as they are"));
+        }
+    }
+    if file.use_bidirectional_attention == Some(true) {
+        return Err(unsupported("attention", "in both directions".into(), "causal attention"));
     }
     let heads = file.num_attention_heads;
     let head_dim = file.head_dim.unwrap_or(file.hidden_size / heads.max(1));
     let kv_heads = file.num_key_value_heads.unwrap_or(heads);
+    // Gemma 3 has one set per type of layer in transformers 5.
     let parameters = file.rope_parameters.as_ref();
+    let parameters = parameters.and_then(|p| p.get("full_attention")).or(parameters);
     let base = parameters.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64);
     let name = file.name.clone().filter(|name| !name.is_empty());
     let folder_name = || folder.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -143,7 +200,86 @@ fn read_config(path: &Path, folder: &Path, file: &ConfigFile) -> Result<ModelCon
         context_length: file.max_position_embeddings,
         tied_embeddings: file.tie_word_embeddings,
         qkv_bias: family == Family::Qwen2,
+        sliding,
+        query_scale: match file.query_pre_attn_scalar {
+            Some(scalar) if family == Family::Gemma3 => (head_dim as f64 / scalar).sqrt(),
+            _ => 1.0,
+        },
     })
+}
+
+/// The layers that slide, where some do.
+fn sliding_layers(path: &Path, family: Family, file: &ConfigFile) -> Result<Option<SlidingLayers>> {
+    let wrong = |key: &str, expected: &str, found: String| {
+        let (key, expected) = (key.to_owned(), expected.to_owned());
+        Err(Error::Config { path: path.to_owned(), key, expected, found })
+    };
+    let layers = file.num_hidden_layers;
+    // What no model has is refused before a list of that length is made.
+    ModelShape::new(layers, 1, 1, 2)?;
+    let slides = match (family, &file.layer_types) {
+        (Family::Mistral, _) => vec![file.sliding_window.is_some(); layers],
+        (_, Some(types)) => {
+            let supported: &[&str] = match family {
+                Family::Llama => &["full_attention"],
+                _ => &["full_attention", "sliding_attention"],
+            };
+            if let Some(other) = types.iter().find(|kind| !supported.contains(&kind.as_str())) {
+                return Err(Error::Unsupported {
+                    path: path.to_owned(),
+                    what: "layer type",
+                    found: other.clone(),
+                    supported: "full_attention; but for llama also sliding_attention",
+                });
+            }
+            if types.len() != layers {
+                let found = types.len().to_string();
+                return wrong("layer_types", &format!("{layers} of them"), found);
+            }
+            types.iter().map(|kind| kind == "sliding_attention").collect()
+        }
+        (Family::Gemma3, None) => match file.sliding_window_pattern.unwrap_or(6) {
+            0 => return wrong("sliding_window_pattern", "at least 1", "0".into()),
+            pattern => (1..=layers).map(|layer| !layer.is_multiple_of(pattern)).collect(),
+        },
+        (Family::Llama, None) if file.use_sliding_window => {
+            return Err(Error::Unsupported {
+                path: path.to_owned(),
+                what: "attention",
+                found: "with a sliding window".into(),
+                supported: "full attention in llama models",
+            });
+        }
+        (_, None) => {
+            let first = file.max_window_layers.unwrap_or(28);
+            (0..layers).map(|layer| file.use_sliding_window && layer >= first).collect()
+        }
+    };
+    if !slides.contains(&true) {
+        return Ok(None);
+    }
+    let Some(window) = file.sliding_window else {
+        return wrong("sliding_window", "a count of tokens", "nothing".into());
+    };
+    Ok(Some(SlidingLayers { window, layers: slides, rope_base: local_base(path, family, file)? }))
+}
+
+/// The RoPE base that the sliding layers of a Gemma 3 have for themselves.
+fn local_base(path: &Path, family: Family, file: &ConfigFile) -> Result<Option<f64>> {
+    if family != Family::Gemma3 {
+        return Ok(None);
+    }
+    let own = file.rope_parameters.as_ref().and_then(|p| p.get("sliding_attention"));
+    if rope_scaling(path, own)? != RopeScaling::None {
+        return Err(Error::Unsupported {
+            path: path.to_owned(),
+            what: "RoPE scaling",
+            found: "of sliding layers".into(),
+            supported: "scaling of global layers",
+        });
+    }
+    let base = own.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64);
+    Ok(Some(base.or(file.rope_local_base_freq).unwrap_or(10_000.0)))
 }
 
 fn rope_scaling(path: &Path, value: Option<&Value>) -> Result<RopeScaling> {
@@ -235,9 +371,17 @@ fn read_tensors(folder: &Path) -> Result<HashMap<String, Tensor>> {
             format: "safetensors",
             why: e.to_string(),
         })?;
-        tensors.extend(loaded);
+        tensors.extend(loaded.into_iter().map(|(name, tensor)| (plain_name(name), tensor)));
     }
     Ok(tensors)
+}
+
+/// The name of a language model's tensor without the place that it has in one that sees images.
+fn plain_name(name: String) -> String {
+    if let Some(rest) = name.strip_prefix("model.language_model.") {
+        return format!("model.{rest}");
+    }
+    name.strip_prefix("language_model.").map_or(name.clone(), str::to_owned)
 }
 
 fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
@@ -259,14 +403,16 @@ fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
 
 struct FolderSource {
     folder: PathBuf,
+    family: Family,
     tensors: HashMap<String, Tensor>,
 }
 
 impl FolderSource {
     fn refuse_foreign_tensors(&self, config: &ModelConfig) -> Result<()> {
+        let name_of = |part: Part| part.hf_name(self.family);
         // Old files hold RoPE's frequencies, which config.json says too.
         let names = self.tensors.keys().filter(|name| !name.ends_with(".rotary_emb.inv_freq"));
-        match weights::foreign(names, "model.layers.", Part::hf_name, config) {
+        match weights::foreign(names, "model.layers.", name_of, config) {
             None => Ok(()),
             Some(name) => Err(Error::Unsupported {
                 path: self.folder.clone(),
@@ -279,7 +425,7 @@ impl FolderSource {
 
     /// A tensor of the right shape, widened to f32, and given up by the map.
     fn take(&mut self, part: Part, shape: &[usize]) -> Result<Tensor> {
-        let name = part.hf_name();
+        let name = part.hf_name(self.family);
         let tensor = self.tensors.remove(&name).ok_or_else(|| Error::MissingTensor {
             path: self.folder.clone(),
             name: name.clone(),
@@ -308,7 +454,12 @@ impl FolderSource {
 
 impl Source for FolderSource {
     fn vector(&mut self, part: Part, len: usize) -> Result<Vec<f32>> {
-        Ok(self.take(part, &[len])?.to_vec1()?)
+        let mut values: Vec<f32> = self.take(part, &[len])?.to_vec1()?;
+        // Gemma stores by how much the weights of its norms differ from 1; GGUF files hold the sum.
+        if self.family == Family::Gemma3 && part.is_norm() {
+            values.iter_mut().for_each(|w| *w += 1.0);
+        }
+        Ok(values)
     }
 
     fn matrix(&mut self, part: Part, rows: usize, cols: usize) -> Result<Matrix> {

@@ -19,6 +19,7 @@ pub(crate) const HEAD_DIM: usize = 8;
 pub(crate) const HIDDEN: usize = 32;
 pub(crate) const MLP: usize = 64;
 pub(crate) const CONTEXT: usize = 512;
+pub(crate) const SLIDING_WINDOW: usize = 12;
 
 /// A random model, its weights in Hugging Face's order.
 pub(crate) struct TinyModel {
@@ -58,13 +59,27 @@ impl TinyModel {
         Self::new(Family::Qwen2, false, 2)
     }
 
+    /// One of each family.
+    pub(crate) fn all() -> Vec<Self> {
+        let qwen3 = Self::new(Family::Qwen3, true, 3);
+        let mistral = Self::new(Family::Mistral, false, 4);
+        vec![Self::llama(), Self::qwen2(), qwen3, mistral, Self::gemma3()]
+    }
+
+    /// Its first layer slides, its second is global.
+    pub(crate) fn gemma3() -> Self {
+        Self::new(Family::Gemma3, true, 5)
+    }
+
     pub(crate) fn new(family: Family, tied: bool, seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let mut weights = Vec::new();
         let mut add = |part: Part, dims: &[usize], spread: f64, middle: f64| {
             let n = dims.iter().product();
-            let values: Vec<f32> =
-                (0..n).map(|_| (middle + spread * rng.normal()) as f32).collect();
+            let values = (0..n).map(|_| (middle + spread * rng.normal()) as f32);
+            // Gemma's files differ by 1 in the weights of norms: few bits, so that both say the same.
+            let few_bits = |x: f32| if part.is_norm() { (x * 1024.0).round() / 1024.0 } else { x };
+            let values: Vec<f32> = values.map(few_bits).collect();
             weights.push((part, Tensor::from_vec(values, dims, &Device::Cpu).unwrap()));
         };
         let (q, kv) = (QUERY_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
@@ -87,6 +102,14 @@ impl TinyModel {
             ] {
                 add(part, &[rows, cols], 1.2 / (cols as f64).sqrt(), 0.0);
             }
+            if family.has_head_norms() {
+                add(Part::QueryNorm(l), &[HEAD_DIM], 0.1, 1.3);
+                add(Part::KeyNorm(l), &[HEAD_DIM], 0.1, 1.3);
+            }
+            if family.has_post_norms() {
+                add(Part::PostAttentionNorm(l), &[HIDDEN], 0.1, 1.0);
+                add(Part::PostMlpNorm(l), &[HIDDEN], 0.1, 1.0);
+            }
             if family == Family::Qwen2 {
                 add(Part::QueryBias(l), &[q], 0.3, 0.0);
                 add(Part::KeyBias(l), &[kv], 0.3, 0.0);
@@ -104,11 +127,15 @@ impl TinyModel {
     pub(crate) fn write_folder(&self) -> PathBuf {
         let folder = self.folder.path().join("folder");
         std::fs::create_dir_all(&folder).unwrap();
-        let tensors: HashMap<String, Tensor> =
-            self.weights.iter().map(|(part, t)| (part.hf_name(), t.clone())).collect();
+        let gemma = self.family == Family::Gemma3;
+        let stored = |(part, tensor): &(Part, Tensor)| {
+            let less = if gemma && part.is_norm() { 1.0 } else { 0.0 };
+            (part.hf_name(self.family), (tensor - less).unwrap())
+        };
+        let tensors: HashMap<String, Tensor> = self.weights.iter().map(stored).collect();
         candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
-        let config = serde_json::json!({
-            "model_type": self.family.name(),
+        let mut config = serde_json::json!({
+            "model_type": if gemma { "gemma3_text" } else { self.family.name() },
             "hidden_size": HIDDEN,
             "intermediate_size": MLP,
             "num_hidden_layers": LAYERS,
@@ -122,6 +149,14 @@ impl TinyModel {
             "hidden_act": "silu",
             "eos_token_id": [259],
         });
+        if gemma {
+            config["sliding_window"] = SLIDING_WINDOW.into();
+            config["sliding_window_pattern"] = 2.into();
+            config["rope_local_base_freq"] = 100.0.into();
+            config["query_pre_attn_scalar"] = HEAD_DIM.into();
+            config["head_dim"] = HEAD_DIM.into();
+            config["hidden_activation"] = "gelu_pytorch_tanh".into();
+        }
         std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
         std::fs::write(folder.join("tokenizer.json"), tokenizer_json()).unwrap();
         folder
@@ -147,7 +182,7 @@ impl TinyModel {
                     Part::Key(_) => Some(KV_HEADS),
                     _ => None,
                 };
-                let tensor = match heads.filter(|_| self.family == Family::Llama) {
+                let tensor = match heads.filter(|_| self.family.architecture() == "llama") {
                     Some(heads) => interleave(tensor, heads),
                     None => tensor.clone(),
                 };
@@ -167,7 +202,7 @@ impl TinyModel {
     }
 
     fn metadata(&self) -> Vec<(String, Value)> {
-        let name = self.family.name();
+        let name = self.family.architecture();
         let (tokens, merges) = vocabulary();
         let texts =
             |texts: Vec<String>| Value::Array(texts.into_iter().map(Value::String).collect());
@@ -194,6 +229,13 @@ impl TinyModel {
             ("tokenizer.ggml.eos_token_id", Value::U32(259)),
             ("tokenizer.ggml.add_bos_token", Value::Bool(false)),
         ];
+        let sliding = [
+            ("attention.sliding_window", number(SLIDING_WINDOW)),
+            ("attention.sliding_window_pattern", number(2)),
+            ("rope.freq_base_swa", Value::F32(100.0)),
+        ];
+        let sliding = sliding.into_iter().filter(|_| self.family == Family::Gemma3);
+        let own = own.into_iter().chain(sliding);
         let own = own.map(|(key, value)| (format!("{name}.{key}"), value));
         shared.map(|(key, value)| (key.to_owned(), value)).into_iter().chain(own).collect()
     }

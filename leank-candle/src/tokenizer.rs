@@ -1,8 +1,16 @@
 //! Text to tokens and back.
 
+use std::collections::HashMap;
+
+use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::byte_level::ByteLevel;
+use tokenizers::decoders::fuse::Fuse;
+use tokenizers::decoders::sequence::Sequence as DecoderSequence;
+use tokenizers::decoders::strip::Strip;
 use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::replace::Replace;
 use tokenizers::normalizers::unicode::NFC;
+use tokenizers::normalizers::{Prepend, Sequence as NormalizerSequence};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
@@ -16,11 +24,16 @@ use crate::{Error, Result};
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// GGUF's token types that never come out of a merge.
+/// Stands for a space in SentencePiece's vocabularies.
+const SPACE: &str = "▁";
+
+/// GGUF's token types; only normal ones come out of a merge.
+const NORMAL: u64 = 1;
 const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
 
-/// The tokenizer of a model: byte-level BPE from a GGUF file's metadata, or any `tokenizer.json`.
+/// The tokenizer of a model: byte-level or SentencePiece BPE from a GGUF file's metadata, or any
+/// `tokenizer.json`.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// Put before every encoded text, where the model wants it.
@@ -58,14 +71,18 @@ impl Tokenizer {
     pub(crate) fn from_gguf(file: &GgufFile, vocab: usize) -> Result<Self> {
         let text = |v: &Value| v.as_str().map(str::to_owned);
         let model = file.required("tokenizer.ggml.model", "a name", text)?;
-        if model != "gpt2" {
-            return Err(Error::Unsupported {
-                path: file.path.clone(),
-                what: "tokenizer",
-                found: model,
-                supported: "gpt2 (byte-level BPE); for others use a folder with tokenizer.json",
-            });
-        }
+        let sentence_piece = match &*model {
+            "gpt2" => false,
+            "llama" => true,
+            _ => {
+                return Err(Error::Unsupported {
+                    path: file.path.clone(),
+                    what: "tokenizer",
+                    found: model,
+                    supported: "gpt2 (byte-level BPE), llama (SentencePiece BPE); for others use a folder with tokenizer.json",
+                });
+            }
+        };
         let texts = |v: &Value| match v {
             Value::Array(items) => items
                 .iter()
@@ -74,26 +91,26 @@ impl Tokenizer {
             _ => None,
         };
         let tokens = file.required("tokenizer.ggml.tokens", "an array of texts", texts)?;
-        let merges = file.required("tokenizer.ggml.merges", "an array of texts", texts)?;
         if tokens.len() > vocab {
             let (expected, found) = (format!("at most {vocab} (the embedding)"), tokens.len());
             return Err(Error::mismatch("tokens of the tokenizer", expected, found));
         }
         let pre = file.optional("tokenizer.ggml.pre", "a name", text)?;
-        let mut inner = byte_level_bpe(&tokens, &merges, pre.as_deref().unwrap_or("default"))?;
+        let mut inner = if sentence_piece {
+            sentence_piece_bpe(file, &tokens)?
+        } else {
+            let merges = file.required("tokenizer.ggml.merges", "an array of texts", texts)?;
+            byte_level_bpe(&tokens, &merges, pre.as_deref().unwrap_or("default"))?
+        };
         add_special_tokens(&mut inner, file, &tokens)?;
         let id = |key: &str| {
             let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
             file.optional(&format!("tokenizer.ggml.{key}"), "a token", id)
         };
-        let flag = |v: &Value| match v {
-            Value::Bool(flag) => Some(*flag),
-            _ => None,
-        };
         let bos = id("bos_token_id")?;
         let add_bos = file.optional("tokenizer.ggml.add_bos_token", "true or false", flag)?;
-        // Llama 3's files say nothing and mean yes.
-        let add_bos = add_bos.unwrap_or(pre.as_deref() == Some("llama-bpe"));
+        // Llama's files, with either tokenizer, say nothing and mean yes.
+        let add_bos = add_bos.unwrap_or(sentence_piece || pre.as_deref() == Some("llama-bpe"));
         let mut eos: Vec<u32> =
             [id("eos_token_id")?, id("eot_token_id")?].into_iter().flatten().collect();
         eos.dedup();
@@ -246,16 +263,86 @@ fn byte_level_bpe(
     Ok(inner)
 }
 
+/// BPE as SentencePiece does it: of all neighbours that form a token together, those whose token has
+/// the highest score are joined first; characters that no token has fall apart into bytes.
+///
+/// GGUF files hold scores and no merges; every way to split a normal token into two is one.
+fn sentence_piece_bpe(file: &GgufFile, tokens: &[String]) -> Result<tokenizers::Tokenizer> {
+    let failed = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
+    let floats = |v: &Value| match v {
+        Value::Array(items) => items.iter().map(Value::as_f64).collect::<Option<Vec<_>>>(),
+        _ => None,
+    };
+    let scores = file.required("tokenizer.ggml.scores", "an array of numbers", floats)?;
+    let types = file.required("tokenizer.ggml.token_type", "an array of numbers", numbers)?;
+    if scores.len() != tokens.len() || types.len() != tokens.len() {
+        let found = format!("{} scores, {} types", scores.len(), types.len());
+        return Err(Error::mismatch("tokens of the tokenizer", tokens.len(), found));
+    }
+    let unknown = file.optional("tokenizer.ggml.unknown_token_id", "a token", Value::as_u64)?;
+    let unknown = unknown.and_then(|id| tokens.get(usize::try_from(id).ok()?)).cloned();
+    let vocab: Vocab = tokens.iter().cloned().zip(0u32..).collect();
+    let mut model = BPE::builder()
+        .vocab_and_merges(vocab, merges_by_score(tokens, &scores, &types))
+        .byte_fallback(true)
+        .fuse_unk(true);
+    if let Some(unknown) = unknown {
+        model = model.unk_token(unknown);
+    }
+    let mut inner = tokenizers::Tokenizer::new(model.build().map_err(failed)?);
+    let prefix = file.optional("tokenizer.ggml.add_space_prefix", "true or false", flag)?;
+    let prefix = prefix.unwrap_or(true);
+    let mut normalizers = Vec::new();
+    let mut decoders =
+        vec![Replace::new(SPACE, " ").map_err(failed)?.into(), ByteFallback::new().into()];
+    decoders.push(Fuse::new().into());
+    if prefix {
+        normalizers.push(Prepend::new(SPACE.to_owned()).into());
+        decoders.push(Strip::new(' ', 1, 0).into());
+    }
+    normalizers.push(Replace::new(" ", SPACE).map_err(failed)?.into());
+    inner.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(failed)?;
+    inner.with_decoder(Some(DecoderSequence::new(decoders)));
+    Ok(inner)
+}
+
+/// Merges of normal tokens into normal tokens, the highest score of the result first.
+fn merges_by_score(tokens: &[String], scores: &[f64], types: &[u64]) -> Vec<(String, String)> {
+    let normal = || tokens.iter().enumerate().filter(|&(id, _)| types[id] == NORMAL);
+    let ids: HashMap<&str, usize> = normal().map(|(id, token)| (token.as_str(), id)).collect();
+    let mut merges = Vec::new();
+    for (id, token) in normal() {
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
+                merges.push((id, left, right));
+            }
+        }
+    }
+    merges.sort_by(|a, b| scores[b.0].total_cmp(&scores[a.0]).then(a.cmp(b)));
+    merges.into_iter().map(|(_, l, r)| (tokens[l].clone(), tokens[r].clone())).collect()
+}
+
+fn numbers(v: &Value) -> Option<Vec<u64>> {
+    match v {
+        Value::Array(items) => items.iter().map(Value::as_u64).collect(),
+        _ => None,
+    }
+}
+
+fn flag(v: &Value) -> Option<bool> {
+    match v {
+        Value::Bool(flag) => Some(*flag),
+        _ => None,
+    }
+}
+
 /// Tells the tokenizer which tokens are found in a text before any merge.
 fn add_special_tokens(
     inner: &mut tokenizers::Tokenizer,
     file: &GgufFile,
     tokens: &[String],
 ) -> Result<()> {
-    let numbers = |v: &Value| match v {
-        Value::Array(items) => items.iter().map(Value::as_u64).collect::<Option<Vec<_>>>(),
-        _ => None,
-    };
     let key = "tokenizer.ggml.token_type";
     let types = file.optional(key, "an array of numbers", numbers)?.unwrap_or_default();
     let of_type = |wanted: u64| {

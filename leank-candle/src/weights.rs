@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use crate::Result;
-use crate::config::ModelConfig;
+use crate::config::{Family, ModelConfig};
 use crate::linear::{Linear, Matrix};
 use crate::ops::RmsNorm;
 
@@ -47,8 +47,17 @@ pub enum Part {
     ValueBias(usize),
     /// `[hidden, query heads * head_dim]`.
     AttentionOutput(usize),
+    /// Weights of the RMS norm of every query head before RoPE, `[head_dim]`, times
+    /// [`ModelConfig::query_scale`].
+    QueryNorm(usize),
+    /// Weights of the RMS norm of every key head before RoPE, `[head_dim]`.
+    KeyNorm(usize),
+    /// Weights of the RMS norm after the attention (Gemma 3), `[hidden]`.
+    PostAttentionNorm(usize),
     /// Weights of the RMS norm before the MLP, `[hidden]`.
     MlpNorm(usize),
+    /// Weights of the RMS norm after the MLP (Gemma 3), `[hidden]`.
+    PostMlpNorm(usize),
     /// `[intermediate, hidden]`.
     Gate(usize),
     /// `[intermediate, hidden]`.
@@ -59,8 +68,11 @@ pub enum Part {
 
 impl Part {
     /// The parts of layer `l`.
-    fn of_layer(l: usize, qkv_bias: bool) -> impl Iterator<Item = Self> {
+    fn of_layer(l: usize, config: &ModelConfig) -> impl Iterator<Item = Self> {
+        let (family, qkv_bias) = (config.family, config.qkv_bias);
         let biases = [Self::QueryBias(l), Self::KeyBias(l), Self::ValueBias(l)];
+        let head_norms = [Self::QueryNorm(l), Self::KeyNorm(l)];
+        let post_norms = [Self::PostAttentionNorm(l), Self::PostMlpNorm(l)];
         [
             Self::AttentionNorm(l),
             Self::Query(l),
@@ -74,6 +86,22 @@ impl Part {
         ]
         .into_iter()
         .chain(biases.into_iter().filter(move |_| qkv_bias))
+        .chain(head_norms.into_iter().filter(move |_| family.has_head_norms()))
+        .chain(post_norms.into_iter().filter(move |_| family.has_post_norms()))
+    }
+
+    /// Whether it is the weights of an RMS norm.
+    pub(crate) fn is_norm(self) -> bool {
+        matches!(
+            self,
+            Self::OutputNorm
+                | Self::AttentionNorm(_)
+                | Self::QueryNorm(_)
+                | Self::KeyNorm(_)
+                | Self::PostAttentionNorm(_)
+                | Self::MlpNorm(_)
+                | Self::PostMlpNorm(_)
+        )
     }
 
     /// Name in GGUF files.
@@ -90,6 +118,10 @@ impl Part {
             Self::Value(l) => format!("blk.{l}.attn_v.weight"),
             Self::ValueBias(l) => format!("blk.{l}.attn_v.bias"),
             Self::AttentionOutput(l) => format!("blk.{l}.attn_output.weight"),
+            Self::QueryNorm(l) => format!("blk.{l}.attn_q_norm.weight"),
+            Self::KeyNorm(l) => format!("blk.{l}.attn_k_norm.weight"),
+            Self::PostAttentionNorm(l) => format!("blk.{l}.post_attention_norm.weight"),
+            Self::PostMlpNorm(l) => format!("blk.{l}.post_ffw_norm.weight"),
             Self::MlpNorm(l) => format!("blk.{l}.ffn_norm.weight"),
             Self::Gate(l) => format!("blk.{l}.ffn_gate.weight"),
             Self::Up(l) => format!("blk.{l}.ffn_up.weight"),
@@ -97,8 +129,9 @@ impl Part {
         }
     }
 
-    /// Name in Hugging Face's safetensors files.
-    pub(crate) fn hf_name(self) -> String {
+    /// Name in Hugging Face's safetensors files. `post_attention_layernorm` is the norm before the MLP
+    /// in most families and that after the attention in Gemma 3.
+    pub(crate) fn hf_name(self, family: Family) -> String {
         match self {
             Self::Embedding => "model.embed_tokens.weight".into(),
             Self::OutputNorm => "model.norm.weight".into(),
@@ -111,7 +144,15 @@ impl Part {
             Self::Value(l) => format!("model.layers.{l}.self_attn.v_proj.weight"),
             Self::ValueBias(l) => format!("model.layers.{l}.self_attn.v_proj.bias"),
             Self::AttentionOutput(l) => format!("model.layers.{l}.self_attn.o_proj.weight"),
-            Self::MlpNorm(l) => format!("model.layers.{l}.post_attention_layernorm.weight"),
+            Self::QueryNorm(l) => format!("model.layers.{l}.self_attn.q_norm.weight"),
+            Self::KeyNorm(l) => format!("model.layers.{l}.self_attn.k_norm.weight"),
+            Self::MlpNorm(l) if family.has_post_norms() => {
+                format!("model.layers.{l}.pre_feedforward_layernorm.weight")
+            }
+            Self::MlpNorm(l) | Self::PostAttentionNorm(l) => {
+                format!("model.layers.{l}.post_attention_layernorm.weight")
+            }
+            Self::PostMlpNorm(l) => format!("model.layers.{l}.post_feedforward_layernorm.weight"),
             Self::Gate(l) => format!("model.layers.{l}.mlp.gate_proj.weight"),
             Self::Up(l) => format!("model.layers.{l}.mlp.up_proj.weight"),
             Self::Down(l) => format!("model.layers.{l}.mlp.down_proj.weight"),
@@ -121,7 +162,7 @@ impl Part {
 
 /// What a layer may hold, for messages.
 pub(crate) const SUPPORTED_TENSORS: &str =
-    "per layer the two norms, q, k, v (with biases in qwen2), o, gate, up and down";
+    "per layer the norms, q, k, v (with biases in qwen2), o, gate, up and down of its family";
 
 /// The first of a file's tensors that belongs to a layer, by its prefix, and is none of the model's
 /// parts: what it would do to the forward pass is unknown here, so the model must not run without it.
@@ -131,7 +172,7 @@ pub(crate) fn foreign<'a>(
     name_of: impl Fn(Part) -> String,
     config: &ModelConfig,
 ) -> Option<&'a String> {
-    let parts = |layer| Part::of_layer(layer, config.qkv_bias);
+    let parts = |layer| Part::of_layer(layer, config);
     let known: HashSet<String> = (0..config.shape.layers).flat_map(parts).map(name_of).collect();
     names.filter(|name| name.starts_with(prefix) && !known.contains(*name)).min()
 }
@@ -151,6 +192,11 @@ pub(crate) struct LayerWeights {
     pub(crate) key: Linear,
     pub(crate) value: Linear,
     pub(crate) output: Linear,
+    /// Norms of the heads of q and k, and after attention and MLP, where the family has them.
+    pub(crate) query_norm: Option<RmsNorm>,
+    pub(crate) key_norm: Option<RmsNorm>,
+    pub(crate) post_attention_norm: Option<RmsNorm>,
+    pub(crate) post_mlp_norm: Option<RmsNorm>,
     pub(crate) mlp_norm: RmsNorm,
     pub(crate) gate: Linear,
     pub(crate) up: Linear,
@@ -177,7 +223,7 @@ impl Weights {
         let layers = (0..config.shape.layers)
             .map(|layer| LayerWeights::load(source, config, layer))
             .collect::<Result<_>>()?;
-        let norm = norm(source, config, Part::OutputNorm)?;
+        let norm = norm(source, config, Part::OutputNorm, config.hidden)?;
         Ok(Self { embedding, layers, norm, output: Linear::new(output, None)? })
     }
 
@@ -202,6 +248,12 @@ impl Weights {
             Part::Value(l) => matrix(layer(l).map(|layer| &layer.value)),
             Part::ValueBias(l) => bias(layer(l).map(|layer| &layer.value)),
             Part::AttentionOutput(l) => matrix(layer(l).map(|layer| &layer.output)),
+            Part::QueryNorm(l) => norm(layer(l).and_then(|layer| layer.query_norm.as_ref())),
+            Part::KeyNorm(l) => norm(layer(l).and_then(|layer| layer.key_norm.as_ref())),
+            Part::PostAttentionNorm(l) => {
+                norm(layer(l).and_then(|layer| layer.post_attention_norm.as_ref()))
+            }
+            Part::PostMlpNorm(l) => norm(layer(l).and_then(|layer| layer.post_mlp_norm.as_ref())),
             Part::MlpNorm(l) => norm(layer(l).map(|layer| &layer.mlp_norm)),
             Part::Gate(l) => matrix(layer(l).map(|layer| &layer.gate)),
             Part::Up(l) => matrix(layer(l).map(|layer| &layer.up)),
@@ -213,7 +265,16 @@ impl Weights {
     pub(crate) fn norms(&self) -> impl Iterator<Item = &[f32]> {
         self.layers
             .iter()
-            .flat_map(|layer| [&layer.attention_norm, &layer.mlp_norm])
+            .flat_map(|layer| {
+                let of_family = [
+                    &layer.query_norm,
+                    &layer.key_norm,
+                    &layer.post_attention_norm,
+                    &layer.post_mlp_norm,
+                ];
+                let of_all = [&layer.attention_norm, &layer.mlp_norm].into_iter();
+                of_all.chain(of_family.into_iter().flatten())
+            })
             .chain([&self.norm])
             .map(|norm| &*norm.weight)
     }
@@ -242,13 +303,43 @@ impl LayerWeights {
             gate: plain(Part::Gate(layer), mlp, hidden)?,
             up: plain(Part::Up(layer), mlp, hidden)?,
             down: plain(Part::Down(layer), hidden, mlp)?,
-            attention_norm: norm(source, config, Part::AttentionNorm(layer))?,
-            mlp_norm: norm(source, config, Part::MlpNorm(layer))?,
+            query_norm: head_norm(source, config, Part::QueryNorm(layer), config.query_scale)?,
+            key_norm: head_norm(source, config, Part::KeyNorm(layer), 1.0)?,
+            post_attention_norm: post_norm(source, config, Part::PostAttentionNorm(layer))?,
+            post_mlp_norm: post_norm(source, config, Part::PostMlpNorm(layer))?,
+            attention_norm: norm(source, config, Part::AttentionNorm(layer), hidden)?,
+            mlp_norm: norm(source, config, Part::MlpNorm(layer), hidden)?,
         })
     }
 }
 
-fn norm(source: &mut dyn Source, config: &ModelConfig, part: Part) -> Result<RmsNorm> {
-    let weight = source.vector(part, config.hidden)?.into();
+/// The norm of every head of q or k, its weights times `scale`, where the family has one.
+fn head_norm(
+    source: &mut dyn Source,
+    config: &ModelConfig,
+    part: Part,
+    scale: f64,
+) -> Result<Option<RmsNorm>> {
+    if !config.family.has_head_norms() {
+        return Ok(None);
+    }
+    let mut norm = norm(source, config, part, config.shape.head_dim)?;
+    norm.weight = norm.weight.iter().map(|w| w * scale as f32).collect();
+    Ok(Some(norm))
+}
+
+/// A norm after attention or MLP, where the family has one.
+fn post_norm(source: &mut dyn Source, config: &ModelConfig, part: Part) -> Result<Option<RmsNorm>> {
+    let there = config.family.has_post_norms();
+    there.then(|| norm(source, config, part, config.hidden)).transpose()
+}
+
+fn norm(
+    source: &mut dyn Source,
+    config: &ModelConfig,
+    part: Part,
+    width: usize,
+) -> Result<RmsNorm> {
+    let weight = source.vector(part, width)?.into();
     Ok(RmsNorm { weight, eps: config.rms_eps as f32 })
 }

@@ -54,7 +54,7 @@ pub use config::{CacheConfig, DEFAULT_BLOCK, MAX_BLOCK};
 pub use error::{Error, Result};
 pub use format::{Dtype, HeadFormat, HeadPrecision, LeanFormat, Precision, Tensor, widen_f16};
 pub use layout::{CacheLayout, LayerLayout, LayoutRules, LeanHead};
-pub use mask::{ChannelMask, Fingerprint, MaskInfo, MaskSummary, ModelMask};
+pub use mask::{ChannelMask, Fingerprint, MaskInfo, MaskSummary, ModelMask, Sliding};
 pub use planner::{Footprint, Planner};
 pub use progress::Progress;
 pub use quantile::{aligned_counts, kept_at_ratio, quantile_and_round};

@@ -135,6 +135,26 @@ pub struct Fingerprint {
     /// SHA-256, in hexadecimal, of what else tells the model apart (its configuration and a sample
     /// of its weights): see [`crate::files::sha256_hex`].
     pub config_hash: String,
+    /// The model's sliding layers, where it has some; `shape` counts the other ones only.
+    #[cfg_attr(feature = "files", serde(default, skip_serializing_if = "Option::is_none"))]
+    pub sliding: Option<Sliding>,
+}
+
+/// Layers of a model that see the last tokens only. Their memory does not grow with the context, so
+/// they are neither in a lean cache nor in a mask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "files", derive(serde::Serialize, serde::Deserialize))]
+pub struct Sliding {
+    /// How many there are.
+    pub layers: usize,
+    /// Tokens that a query of theirs sees, itself included.
+    pub window: usize,
+}
+
+impl std::fmt::Display for Sliding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} of {} tokens", self.layers, self.window)
+    }
 }
 
 impl Fingerprint {
@@ -157,7 +177,9 @@ impl Fingerprint {
         field("the shape", &self.shape, &mask.shape)?;
         field("the architecture", &self.architecture, &mask.architecture)?;
         field("the RoPE base", &self.rope_base, &mask.rope_base)?;
+        let sliding = |f: &Fingerprint| f.sliding.map_or("none".into(), |s| s.to_string());
         field("the RoPE scaling", &scaling(self), &scaling(mask))?;
+        field("the sliding layers", &sliding(self), &sliding(mask))?;
         field("the configuration hash", &self.config_hash, &mask.config_hash)
     }
 }
@@ -588,6 +610,7 @@ mod tests {
             rope_base: 1e4,
             rope_scaling: None,
             config_hash: "a".into(),
+            sliding: None,
         };
         let other = Fingerprint { rope_base: 1e5, ..own.clone() };
         let mask = ModelMask::dense(&shape)

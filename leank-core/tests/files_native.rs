@@ -170,6 +170,7 @@ fn numbers_that_json_lacks_are_refused_when_writing() {
         rope_base: f64::INFINITY,
         rope_scaling: None,
         config_hash: String::new(),
+        sliding: None,
     };
     for info in [
         MaskInfo { predicted_kl: Some(f64::NAN), ..MaskInfo::default() },

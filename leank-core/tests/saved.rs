@@ -298,6 +298,7 @@ fn another_model_is_named_where_both_say_theirs() {
             rope_base: 1e4,
             rope_scaling: None,
             config_hash: config_hash.into(),
+            sliding: None,
         };
         let info = MaskInfo { fingerprint: Some(fingerprint), ..MaskInfo::default() };
         let mask = cache.config.mask.clone().with_info(info).unwrap();

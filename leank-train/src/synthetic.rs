@@ -44,6 +44,7 @@ impl Synthetic {
                 rope_base: 1e4,
                 rope_scaling: None,
                 config_hash: format!("{:064x}", self.seed),
+                sliding: None,
             },
             shape: self.shape,
             dtype: self.dtype,

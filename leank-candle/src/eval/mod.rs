@@ -50,7 +50,8 @@ impl Default for EvalOptions {
     }
 }
 
-/// Bytes of the lean caches at the end of the text sequences, as they report them.
+/// Bytes of the lean caches at the end of the text sequences, as they report them. Sliding layers
+/// count on both sides with the tokens in sight, in the cache's element type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct CacheBytes {
     /// Tokens.
@@ -174,6 +175,27 @@ fn check(model: &Model, options: &EvalOptions) -> Result<()> {
 mod tests {
     use super::*;
     use crate::testing::TinyModel;
+
+    #[test]
+    fn sliding_layers_count_on_both_sides() {
+        let model = TinyModel::gemma3().load();
+        let shape = model.config().global_shape().unwrap();
+        let config =
+            CacheConfig { dtype: leank_core::Dtype::F32, ..CacheConfig::dense(shape).unwrap() };
+        let text = Text { name: "letters".into(), text: "q".repeat(1000) };
+        let (context, positions, sequences) = (60, 8, 2);
+        let options = EvalOptions { context, positions, sequences, ..Default::default() };
+        let reports =
+            evaluate(&model, std::slice::from_ref(&config), &[text], &options, &mut |_, _| {});
+        let report = reports.unwrap().remove(0);
+        assert!(report.text.unwrap().divergence.kl.abs() < 1e-6);
+        // 60 tokens of the global layer and 12 of the sliding one, in each of two sequences.
+        let token = 2 * shape.kv_heads * shape.head_dim * config.dtype.bytes();
+        let seen = 60 + crate::testing::SLIDING_WINDOW;
+        assert_eq!(report.cache.dense_bytes, (2 * seen * token) as u64);
+        let padding = (2 * 4 * token) as u64;
+        assert_eq!(report.cache.bytes, report.cache.dense_bytes + padding);
+    }
 
     #[test]
     fn bad_options_are_named() {

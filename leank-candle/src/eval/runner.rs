@@ -6,8 +6,8 @@ use leank_cpu::{Cpu, CpuCache};
 use super::CacheBytes;
 use super::items::Item;
 use super::score::{Prediction, compare};
-use crate::lean::store_prefix;
-use crate::{DenseAttention, LeanAttention, Model, Result};
+use crate::lean::{SlidingRows, store_prefix};
+use crate::{DenseAttention, LeanAttention, Model, Result, SlidingKv};
 
 /// Everything measured of one configuration: predictions per item, and bytes.
 #[derive(Default)]
@@ -49,7 +49,7 @@ pub(super) fn run(
 
 fn read_densely<'a>(model: &Model, item: &'a Item) -> Result<Dense<'a>> {
     let fed = &item.tokens[..item.tokens.len() - 1];
-    let mut prefix = DenseAttention::new(model.config().shape, fed.len());
+    let mut prefix = DenseAttention::new(model.config(), fed.len());
     prefix.prefill(model, &fed[..item.prefix])?;
     let positions: Vec<usize> = (item.prefix..fed.len()).collect();
     let hidden = model.hidden(&fed[item.prefix..], &positions, &mut prefix)?;
@@ -69,10 +69,12 @@ fn decode(
 ) -> Result<()> {
     let mut cache = Cpu::new().create(config.clone())?;
     let mut ids = Vec::with_capacity(batch.len());
+    let mut sliding = Vec::with_capacity(batch.len());
     for dense in batch {
         let id = cache.add_sequence();
         store_prefix(&mut cache, id, &dense.prefix)?;
         ids.push(id);
+        sliding.push(SlidingKv::of(&dense.prefix)?);
     }
     let mut predictions: Vec<Vec<Prediction>> = batch.iter().map(|_| Vec::new()).collect();
     let longest = batch.iter().map(|dense| dense.item.tokens.len() - dense.item.prefix).max();
@@ -83,12 +85,13 @@ fn decode(
             break;
         }
         let step = Step { batch, ids: &ids, alive: &alive, offset };
-        step.run(model, &mut cache, &mut predictions)?;
+        step.run(model, (&mut cache, &mut sliding), &mut predictions)?;
     }
     let memory = cache.memory();
     measured.cache.tokens += memory.tokens;
-    measured.cache.bytes += memory.used_bytes();
-    measured.cache.dense_bytes += memory.dense_bytes;
+    let beside: u64 = sliding.iter().map(|kv| kv.bytes(config.dtype)).sum();
+    measured.cache.bytes += memory.used_bytes() + beside;
+    measured.cache.dense_bytes += memory.dense_bytes + beside;
     measured.items.append(&mut predictions);
     Ok(())
 }
@@ -105,7 +108,7 @@ impl Step<'_> {
     fn run(
         &self,
         model: &Model,
-        cache: &mut CpuCache,
+        (cache, sliding): (&mut CpuCache, &mut [SlidingKv]),
         predictions: &mut [Vec<Prediction>],
     ) -> Result<()> {
         let position = |i: usize| self.batch[i].item.prefix + self.offset;
@@ -115,7 +118,10 @@ impl Step<'_> {
             self.alive.iter().map(|&i| self.batch[i].item.tokens[position(i)]).collect();
         let positions: Vec<usize> = self.alive.iter().map(|&i| position(i)).collect();
         cache.plan(&entries)?;
-        let hidden = model.hidden(&tokens, &positions, &mut LeanAttention::new(cache))?;
+        let sliding = sliding.iter_mut().enumerate().filter(|(i, _)| self.alive.contains(i));
+        let sliding = sliding.map(|(_, kv)| SlidingRows { kv, rows: 1 }).collect();
+        let mut attention = LeanAttention::with_sliding(cache, sliding);
+        let hidden = model.hidden(&tokens, &positions, &mut attention)?;
         cache.commit()?;
 
         let scored: Vec<usize> = (0..self.alive.len())

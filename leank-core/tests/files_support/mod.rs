@@ -46,6 +46,7 @@ pub(crate) fn rich_mask() -> ModelMask {
         rope_base: 1e5,
         rope_scaling: Some("yarn 4".into()),
         config_hash: leank_core::files::sha256_hex(b"configuration"),
+        sliding: None,
     };
     let info = MaskInfo {
         model_id: Some("A model, with \"quotes\" and ü".into()),

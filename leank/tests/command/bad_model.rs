@@ -49,7 +49,10 @@ fn models_that_are_not_supported() {
     let config = String::from_utf8(world.read("model/config.json")).unwrap();
     let generate = "generate --model model --prompt abc --tokens 2";
     world.write("model/config.json", config.replace("\"llama\"", "\"mamba\""));
-    world.fails(generate, &["config.json", "mamba", "supported: llama, qwen2"]);
+    world.fails(
+        generate,
+        &["config.json", "mamba", "supported: llama, mistral, qwen2, qwen3, gemma3"],
+    );
     world.write("model/config.json", config.replace("\"hidden_size\":32", "\"hidden_size\":64"));
     world.fails(generate, &["shape", "32", "64"]);
     world.write("model/config.json", config.replace("\"head_dim\":16", "\"head_dim\":0"));

@@ -12,7 +12,7 @@ mod report;
 
 use std::path::PathBuf;
 
-use leank_candle::{LeanAttention, LoadOptions, Model, Part};
+use leank_candle::{Family, LeanAttention, LoadOptions, Model, Part};
 use leank_core::{
     Backend as _, BlockCount, Cache as _, CacheConfig, Dtype, SequenceId, StepEntry, Windows,
 };
@@ -219,6 +219,10 @@ pub fn compare(
         return Err(Error::option("prompts", "at least one", "none"));
     }
     let model = Model::load(&options.model, LoadOptions::default())?;
+    let family = model.config().family;
+    if !matches!(family, Family::Llama | Family::Qwen2) {
+        return Err(Error::option("model", "one of the families llama and qwen2", family.name()));
+    }
     let (prompts, longest) = encode(&model, options)?;
     let shape = model.config().shape;
     let lean = options.mask.config(shape, options.windows, options.formats, options.dtype)?;

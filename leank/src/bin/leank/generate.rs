@@ -5,7 +5,9 @@ use std::{io::Write as _, path::PathBuf, time::Instant};
 use anyhow::Context as _;
 use leank::{
     Backend as _, Cache as _, CacheConfig, SequenceId, StepEntry,
-    candle::{DenseAttention, LeanAttention, Model, Precision, store_prefix},
+    candle::{
+        DenseAttention, LeanAttention, Model, Precision, SlidingKv, SlidingRows, store_prefix,
+    },
     cpu::{Cpu, CpuCache},
 };
 
@@ -65,7 +67,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     );
     let mut config = match mask {
         Some((path, mask)) => model::lean_config(&model, path, mask)?,
-        None => CacheConfig::dense(model.config().shape())?,
+        None => CacheConfig::dense(model.config().global_shape()?)?,
     };
     args.cache.apply(&mut config);
     Generation::new(&model, config, &tokens)?.run(args.tokens)
@@ -75,6 +77,7 @@ struct Generation<'a> {
     model: &'a Model,
     cache: CpuCache,
     sequence: SequenceId,
+    sliding: SlidingKv,
     next: u32,
     prompt_seconds: f64,
     prompt_tokens: usize,
@@ -88,13 +91,14 @@ impl<'a> Generation<'a> {
         let formats = masks::format_words(&masks::heads_by_format(&config.mask));
         let mut cache = Cpu::new().create(config)?;
         let sequence = cache.add_sequence();
-        let mut dense = DenseAttention::new(model.config().shape(), prompt.len());
+        let mut dense = DenseAttention::new(model.config(), prompt.len());
         let hidden = dense.prefill(model, prompt)?;
         store_prefix(&mut cache, sequence, &dense)?;
+        let sliding = SlidingKv::of(&dense)?;
         let next = most_likely(&model.logits(&hidden)?.to_vec2()?[0]);
         let prompt_seconds = start.elapsed().as_secs_f64();
         let prompt_tokens = prompt.len();
-        Ok(Self { model, cache, sequence, next, prompt_seconds, prompt_tokens, formats })
+        Ok(Self { model, cache, sequence, sliding, next, prompt_seconds, prompt_tokens, formats })
     }
 
     fn run(mut self, most: usize) -> anyhow::Result<()> {
@@ -121,7 +125,8 @@ impl<'a> Generation<'a> {
     fn step(&mut self) -> anyhow::Result<()> {
         let position = self.cache.sequence_len(self.sequence)?;
         self.cache.plan(&[StepEntry::decode(self.sequence, 1)])?;
-        let mut attention = LeanAttention::new(&mut self.cache);
+        let sliding = vec![SlidingRows { kv: &mut self.sliding, rows: 1 }];
+        let mut attention = LeanAttention::with_sliding(&mut self.cache, sliding);
         let hidden = self.model.hidden(&[self.next], &[position], &mut attention)?;
         self.cache.commit()?;
         self.next = most_likely(&self.model.logits(&hidden)?.to_vec2()?[0]);
@@ -130,13 +135,16 @@ impl<'a> Generation<'a> {
 
     fn report(&self, decoded: usize, seconds: f64) {
         let memory = self.cache.memory();
+        // Sliding layers take the same either way.
+        let beside = self.sliding.bytes(self.cache.config().dtype);
+        let (bytes, dense) = (memory.used_bytes() + beside, memory.dense_bytes + beside);
         eprintln!(
             "prompt {} tokens in {:.2} s; {decoded} tokens decoded at {:.1} tokens/s; cache {}, whole-KV ratio {:.3}, lean blocks of {}",
             self.prompt_tokens,
             self.prompt_seconds,
             decoded as f64 / seconds.max(f64::MIN_POSITIVE),
-            output::bytes(memory.used_bytes()),
-            memory.whole_kv_ratio().unwrap_or(1.0),
+            output::bytes(bytes),
+            bytes as f64 / (dense as f64).max(1.0),
             self.formats,
         );
     }

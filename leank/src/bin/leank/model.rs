@@ -43,7 +43,8 @@ pub(crate) fn lean_config(
     path: &Path,
     mask: ModelMask,
 ) -> anyhow::Result<CacheConfig> {
+    let shape = model.config().global_shape()?;
     mask.check_model(model.fingerprint())
-        .and_then(|()| CacheConfig::new(model.config().shape(), mask))
+        .and_then(|()| CacheConfig::new(shape, mask))
         .map_err(|error| output::about(path, error))
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use anyhow::Context as _;
 use leank::{
     CacheConfig, DEFAULT_BLOCK, Dtype, HeadFormat, HeadPrecision, LeanFormat, ModelMask,
-    ModelShape, Planner, Tensor, Windows,
+    ModelShape, Planner, Sliding, Tensor, Windows,
 };
 use serde::Serialize;
 
@@ -17,7 +17,8 @@ use crate::{
 /// What a cache with this mask will take, before anything runs.
 ///
 /// Bytes are those of the backend's blocks, to the byte: windows, scales, padding and the last,
-/// partly filled block included. The ratio is against a dense cache without padding.
+/// partly filled block included. The ratio is against a dense cache without padding. Layers that slide
+/// and are not in the mask count on both sides with the tokens of their window.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The mask.
@@ -122,8 +123,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     args.cache.apply(&mut config);
     let planner = planner(&config, args.backend)?;
     let token_bytes = planner.layout().dense_token_bytes as u64;
+    let beside = sliding_bytes(&config);
     let contexts = args.context.iter().map(|&context| {
-        let footprint = planner.footprint(context)?;
+        let mut footprint = planner.footprint(context)?;
+        let beside = beside(context);
+        footprint.bytes += beside;
+        footprint.peak_bytes += beside;
+        footprint.dense_bytes += beside;
         Ok(Row {
             context,
             bytes: footprint.bytes,
@@ -144,8 +150,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         contexts: contexts.collect::<leank::Result<_>>()?,
         memory: args.memory.map(|bytes| Fit {
             bytes,
-            tokens: planner.tokens_within(bytes),
-            dense_tokens: bytes / token_bytes,
+            tokens: planner.tokens_within(bytes.saturating_sub(beside(usize::MAX))),
+            dense_tokens: bytes.saturating_sub(beside(usize::MAX)) / token_bytes,
         }),
     };
     if args.json { output::json(&report) } else { print(&report) }
@@ -159,6 +165,19 @@ pub(crate) fn shape(mask: &ModelMask) -> leank::Result<ModelShape> {
 /// A planner for caches of a backend.
 pub(crate) fn planner(config: &CacheConfig, backend: Padding) -> anyhow::Result<Planner> {
     Planner::new(config, backend.rules()).context("this cache")
+}
+
+/// Bytes of the model's sliding layers, which no mask covers, by context length.
+fn sliding_bytes(config: &CacheConfig) -> impl Fn(usize) -> u64 + use<> {
+    let sliding = config.mask.info().fingerprint.as_ref().and_then(|f| f.sliding);
+    let token = 2 * config.shape.kv_heads * config.shape.head_dim * config.dtype.bytes();
+    move |context| {
+        let bytes = |sliding: Sliding| {
+            let tokens = context.min(sliding.window) as u64;
+            tokens.saturating_mul(sliding.layers as u64).saturating_mul(token as u64)
+        };
+        sliding.map_or(0, bytes)
+    }
 }
 
 /// Bytes of the scales in a lean block, all layers.

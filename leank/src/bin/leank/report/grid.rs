@@ -248,6 +248,7 @@ mod tests {
             rope_base,
             rope_scaling: None,
             config_hash: String::new(),
+            sliding: None,
         };
         let rope = Rope::new(Some(&fingerprint(1e4))).unwrap();
         assert!((rope.wavelength(0.0) - TAU).abs() < 1e-9);
