@@ -6,8 +6,7 @@
 writes what `leank dump` writes: queries, keys and values after RoPE and the Fisher probe, from any
 decoder of transformers whose attention goes through its attention interface. Nothing is patched: the
 probe is an attention function of its own, so Q/K norms, biases and every RoPE scaling are in what it
-sees. Layers with a sliding window are dumped like the others and named at the end; leave them whole
-with `leank learn --exempt`.
+sees. Layers with a sliding window are left out, as in a mask: their memory does not grow.
 
 DIR is a folder with config.json and weights (or a GGUF file with --gguf). Needs Python 3.9, torch and
 transformers 5. Nothing appears at --out before the dump is whole.
@@ -51,7 +50,6 @@ class Recorder:
 
     def __init__(self):
         self.keys, self.values, self.queries, self.taps = {}, {}, {}, {}
-        self.windows = {}
         self.decoding = False
 
     def start(self):
@@ -60,6 +58,8 @@ class Recorder:
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         layer = module.layer_idx
+        if kwargs.get("sliding_window"):
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         for option, what in UNKNOWN.items():
             if kwargs.get(option) is not None:
                 raise SystemExit(f"layer {layer} has {what}: leank cannot learn for this model")
@@ -68,7 +68,6 @@ class Recorder:
         new = query.shape[2]
         self.keys.setdefault(layer, []).append(key[0, :, -new:].detach())
         self.values.setdefault(layer, []).append(value[0, :, -new:].detach())
-        self.windows[layer] = kwargs.get("sliding_window")
         out, weights = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         if self.decoding:
             # leank scales logits by 1/sqrt(head_dim): any other scale goes into the queries.
@@ -198,23 +197,65 @@ class Dump:
             os.rename(self.dir, self.out)
 
 
+def sliding_layers(config):
+    """Whether each layer has a sliding window; the other ones are what a dump and a mask hold."""
+    count = config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    if not window:
+        return [False] * count
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
+    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+        raise SystemExit(f"layers of the kind {unknown.pop()}: leank knows full and sliding attention")
+    slides = [kind == "sliding_attention" for kind in kinds]
+    if all(slides):
+        raise SystemExit("every layer has a sliding window: there is no cache that grows, and nothing to learn")
+    return slides
+
+
+def norms(model):
+    """Weights of all norms, as the forward pass multiplies with them, in the order of leank's fingerprint."""
+    decoder, config = model.get_decoder(), model.config.get_text_config()
+    gemma = config.model_type.startswith("gemma")
+    around = gemma and hasattr(decoder.layers[0], "pre_feedforward_layernorm")
+    second = "pre_feedforward_layernorm" if around else "post_attention_layernorm"
+    names = ["input_layernorm", second, "self_attn.q_norm", "self_attn.k_norm"]
+    names += ["post_attention_layernorm", "post_feedforward_layernorm"] if around else []
+    for layer in decoder.layers:
+        own = dict(layer.named_modules())
+        for name in names:
+            if name not in own:
+                continue
+            weight = own[name].weight.detach().float().cpu()
+            weight = weight + 1 if gemma else weight
+            if name == "self_attn.q_norm" and (scalar := getattr(config, "query_pre_attn_scalar", None)):
+                weight = weight * math.sqrt(config.head_dim / scalar)
+            yield weight
+    yield decoder.norm.weight.detach().float().cpu() + (1 if gemma else 0)
+
+
 def fingerprint(model, shape):
     """As leank computes it from the model's own files, so that the mask fits there too."""
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = getattr(config, "rope_parameters", None) or {}
     # Models with two kinds of layers have one entry for each.
-    rope = rope.get("full_attention", rope)
-    norms = [p for name, p in model.named_parameters() if p.dim() == 1 and name.endswith("norm.weight")]
+    rope = ropes.get("full_attention", ropes)
     biased = any(name.endswith("q_proj.bias") for name, _ in model.named_parameters())
     data = struct.pack("<QQf?", config.hidden_size, config.intermediate_size, config.rms_norm_eps, biased)
-    for norm in norms:
-        data += norm.detach().cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    slides = sliding_layers(config)
+    if any(slides):
+        local = ropes.get("sliding_attention", {}).get("rope_theta", 0.0)
+        data += struct.pack("<Q", config.sliding_window) + bytes(slides) + struct.pack("<d", local)
+    for weight in norms(model):
+        data += weight.to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    name = config.model_type.removesuffix("_text")
     found = {
-        "architecture": config.model_type.removesuffix("_text"),
+        "architecture": {"mistral": "llama"}.get(name, name),
         "shape": shape,
         "rope_base": float(rope.get("rope_theta", 0.0)),
         "config_hash": hashlib.sha256(data).hexdigest(),
     }
+    if any(slides):
+        found["sliding"] = {"layers": sum(slides), "window": config.sliding_window}
     scaling = rope.get("rope_type", "default")
     number = lambda key: f"{rope.get(key, 0):g}"
     if scaling == "yarn":
@@ -365,7 +406,7 @@ def main():
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     shape = {
-        "layers": config.num_hidden_layers,
+        "layers": sliding_layers(config).count(False),
         "query_heads": heads,
         "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -407,10 +448,7 @@ def main():
     except BaseException:
         shutil.rmtree(dump.dir, ignore_errors=True)
         raise
-    sliding = [layer for layer, window in sorted(recorder.windows.items()) if window]
     print(f"{args.out}: {manifest['model_id']}, {len(sequences)} sequences × {positions} positions")
-    if sliding:
-        print(f"layers with a sliding window: leank learn --exempt {','.join(map(str, sliding))}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import sys
 import torch
 from safetensors import safe_open
 
-from dump_hf import behind, load, read_plan
+from dump_hf import behind, load, read_plan, sliding_layers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 THINGS = (
@@ -74,11 +74,13 @@ class Lean:
 
     def __init__(self, block):
         self.mask, self.block = None, block
+        # A layer's number among those that a mask holds.
+        self.number = {}
 
     def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         if self.mask is None or kwargs.get("sliding_window"):
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return self.lean(module.layer_idx, query, key, value, scaling), None
+        return self.lean(self.number[module.layer_idx], query, key, value, scaling), None
 
     def lean(self, layer, query, key, value, scaling):
         kept = self.mask.kept[layer]
@@ -281,10 +283,11 @@ def main():
     masks = [Mask(path, own) for path in args.mask for own in args.windows]
     lean = Lean(args.block)
     model, tokenizer = load(args, lean)
-    layers = model.config.get_text_config().num_hidden_layers
+    whole = [layer for layer, slides in enumerate(sliding_layers(model.config.get_text_config())) if not slides]
+    lean.number = {layer: number for number, layer in enumerate(whole)}
     for mask in masks:
-        if mask.kept.shape[0] != layers:
-            raise SystemExit(f"{mask.path} is of {mask.kept.shape[0]} layers, the model has {layers}")
+        if mask.kept.shape[0] != len(whole):
+            raise SystemExit(f"{mask.path} is of {mask.kept.shape[0]} layers, the model has {len(whole)} that do not slide")
         mask.to(model.device)
     reports = [{**mask.summary(), "text": None, "tasks": []} for mask in masks]
     for task, own in items(args, tokenizer):

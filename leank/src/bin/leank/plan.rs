@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::Context as _;
 use leank::{
-    CacheConfig, DEFAULT_BLOCK, Dtype, HeadFormat, HeadPrecision, LeanFormat, ModelMask,
+    CacheConfig, DEFAULT_BLOCK, Dtype, Footprint, HeadFormat, HeadPrecision, LeanFormat, ModelMask,
     ModelShape, Planner, Sliding, Tensor, Windows,
 };
 use serde::Serialize;
@@ -121,15 +121,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mask = masks::read(&args.mask)?;
     let mut config = CacheConfig::new(shape(&mask)?, mask)?;
     args.cache.apply(&mut config);
-    let planner = planner(&config, args.backend)?;
+    let plan = Plan::new(&config, args.backend)?;
+    let planner = plan.planner();
     let token_bytes = planner.layout().dense_token_bytes as u64;
-    let beside = sliding_bytes(&config);
     let contexts = args.context.iter().map(|&context| {
-        let mut footprint = planner.footprint(context)?;
-        let beside = beside(context);
-        footprint.bytes += beside;
-        footprint.peak_bytes += beside;
-        footprint.dense_bytes += beside;
+        let footprint = plan.footprint(context)?;
         Ok(Row {
             context,
             bytes: footprint.bytes,
@@ -150,8 +146,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         contexts: contexts.collect::<leank::Result<_>>()?,
         memory: args.memory.map(|bytes| Fit {
             bytes,
-            tokens: planner.tokens_within(bytes.saturating_sub(beside(usize::MAX))),
-            dense_tokens: bytes.saturating_sub(beside(usize::MAX)) / token_bytes,
+            tokens: planner.tokens_within(bytes.saturating_sub(plan.beside(usize::MAX))),
+            dense_tokens: bytes.saturating_sub(plan.beside(usize::MAX)) / token_bytes,
         }),
     };
     if args.json { output::json(&report) } else { print(&report) }
@@ -162,21 +158,46 @@ pub(crate) fn shape(mask: &ModelMask) -> leank::Result<ModelShape> {
     ModelShape::new(mask.layers(), mask.kv_heads(), mask.kv_heads(), mask.head_dim())
 }
 
-/// A planner for caches of a backend.
-pub(crate) fn planner(config: &CacheConfig, backend: Padding) -> anyhow::Result<Planner> {
-    Planner::new(config, backend.rules()).context("this cache")
+/// What caches of a backend take, the model's sliding layers beside them included.
+pub(crate) struct Plan {
+    planner: Planner,
+    /// Layers that no mask covers.
+    sliding: Option<Sliding>,
+    /// Bytes of a token in one of them.
+    token_bytes: u64,
 }
 
-/// Bytes of the model's sliding layers, which no mask covers, by context length.
-fn sliding_bytes(config: &CacheConfig) -> impl Fn(usize) -> u64 + use<> {
-    let sliding = config.mask.info().fingerprint.as_ref().and_then(|f| f.sliding);
-    let token = 2 * config.shape.kv_heads * config.shape.head_dim * config.dtype.bytes();
-    move |context| {
-        let bytes = |sliding: Sliding| {
-            let tokens = context.min(sliding.window) as u64;
-            tokens.saturating_mul(sliding.layers as u64).saturating_mul(token as u64)
-        };
-        sliding.map_or(0, bytes)
+impl Plan {
+    pub(crate) fn new(config: &CacheConfig, backend: Padding) -> anyhow::Result<Self> {
+        let token_bytes = 2 * config.shape.kv_heads * config.shape.head_dim * config.dtype.bytes();
+        Ok(Self {
+            planner: Planner::new(config, backend.rules()).context("this cache")?,
+            sliding: config.mask.info().fingerprint.as_ref().and_then(|own| own.sliding),
+            token_bytes: token_bytes as u64,
+        })
+    }
+
+    /// Of the cache alone.
+    pub(crate) fn planner(&self) -> &Planner {
+        &self.planner
+    }
+
+    /// Bytes of the sliding layers.
+    fn beside(&self, context: usize) -> u64 {
+        self.sliding.map_or(0, |Sliding { layers, window }| {
+            let tokens = context.min(window) as u64;
+            tokens.saturating_mul(layers as u64).saturating_mul(self.token_bytes)
+        })
+    }
+
+    /// One sequence of `context` tokens.
+    pub(crate) fn footprint(&self, context: usize) -> leank::Result<Footprint> {
+        let mut footprint = self.planner.footprint(context)?;
+        let beside = self.beside(context);
+        for bytes in [&mut footprint.bytes, &mut footprint.peak_bytes, &mut footprint.dense_bytes] {
+            *bytes = bytes.saturating_add(beside);
+        }
+        Ok(footprint)
     }
 }
 

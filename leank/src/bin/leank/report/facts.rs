@@ -56,7 +56,7 @@ pub(crate) fn headline(input: &Input) -> Markup {
 
 /// The ratio at a context length, and the bytes behind it.
 fn whole_kv(input: &Input, tokens: usize) -> Option<(String, String)> {
-    let footprint = input.own.planner.footprint(tokens).ok()?;
+    let footprint = input.own.plan.footprint(tokens).ok()?;
     let bytes = format!("{} of {}", bytes(footprint.bytes), bytes(footprint.dense_bytes));
     Some((format!("{:.3}", footprint.whole_kv_ratio()?), bytes))
 }

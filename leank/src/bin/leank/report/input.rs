@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use leank::{
-    CacheConfig, KvHead, Layer, MaskInfo, ModelMask, Planner,
+    CacheConfig, KvHead, Layer, MaskInfo, ModelMask,
     files::sha256_hex,
     train::{
         dump::{Dump, Manifest},
@@ -15,7 +15,8 @@ use super::{Args, evaluations, evaluations::Evaluation};
 use crate::{
     figure::numbers::shown,
     masks::{self, Padding},
-    output, plan,
+    output,
+    plan::{self, Plan},
 };
 
 /// A mask with the name of its file.
@@ -25,7 +26,7 @@ pub(crate) struct Named {
     pub(crate) mask: ModelMask,
     /// Of the file, in hexadecimal.
     pub(crate) sha256: String,
-    pub(crate) planner: Planner,
+    pub(crate) plan: Plan,
 }
 
 /// What the dump says that a mask was learned from.
@@ -68,10 +69,10 @@ impl Named {
     fn read(path: &Path) -> anyhow::Result<Self> {
         let mask = masks::read(path)?;
         let bytes = std::fs::read(path).map_err(|error| output::about(path, error))?;
-        let planner =
-            plan::planner(&CacheConfig::new(plan::shape(&mask)?, mask.clone())?, Padding::Cpu)?;
+        let config = CacheConfig::new(plan::shape(&mask)?, mask.clone())?;
+        let plan = Plan::new(&config, Padding::Cpu)?;
         let name = shown(&path.file_name().unwrap_or(path.as_os_str()).to_string_lossy());
-        Ok(Self { name, mask, sha256: sha256_hex(&bytes), planner })
+        Ok(Self { name, mask, sha256: sha256_hex(&bytes), plan })
     }
 
     /// What the mask says about itself.
@@ -81,14 +82,14 @@ impl Named {
 
     /// Bytes of a lean block against those of a dense one, padding included.
     pub(crate) fn middle_bytes(&self) -> f64 {
-        let layout = self.planner.layout();
+        let layout = self.plan.planner().layout();
         let dense = layout.dense_token_bytes as f64 * layout.block as f64;
         layout.lean_bytes_all_layers() as f64 / dense
     }
 
     /// Bytes against those of a dense cache; windows and padding included.
     pub(crate) fn whole_kv_ratio(&self, tokens: usize) -> Option<f64> {
-        self.planner.footprint(tokens).ok()?.whole_kv_ratio()
+        self.plan.footprint(tokens).ok()?.whole_kv_ratio()
     }
 }
 

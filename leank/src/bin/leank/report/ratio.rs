@@ -21,7 +21,7 @@ const PER_DOUBLING: usize = 8;
 /// The ratio along context lengths.
 pub(crate) fn section(input: &Input) -> Section {
     let masks: Vec<&Named> = std::iter::once(&input.own).chain(&input.other).collect();
-    let layout = input.own.planner.layout();
+    let layout = input.own.plan.planner().layout();
     let windows = input.own.info().windows.unwrap_or_default();
     let caption = html! {
         "Bytes of a lean cache over those of a dense one for one sequence, as " code { "leank plan" }
