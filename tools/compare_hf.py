@@ -4,7 +4,7 @@
     cargo build --release -p leank-candle --example logits
     python tools/compare_hf.py MODEL.gguf TEXT [--tokens 512] [--last 64] [--json]
 
-Needs torch, transformers, gguf and safetensors; sentencepiece and protobuf for
+Needs torch, transformers, accelerate, gguf and safetensors; sentencepiece and protobuf for
 files with such a vocabulary. transformers dequantizes the file to f32 and runs
 its own forward pass; its own conversion builds the reference tokenizer. Exit code 1 when tokens
 differ, a top-1 prediction differs, or a logit differs by more than --tolerance.

@@ -27,9 +27,9 @@ missing() {
     echo "hf: $*" >&2
     exit 3
 }
-if ! "$python" -c 'import torch, transformers, gguf, safetensors' 2>/dev/null; then
+if ! "$python" -c 'import torch, transformers, accelerate, gguf, safetensors' 2>/dev/null; then
     python3 -m venv --clear "$work/venv" || missing 'no virtual environment can be made'
-    "$python" -m pip install --quiet torch==2.15.0 transformers==5.24.0 gguf safetensors numpy ||
+    "$python" -m pip install --quiet torch==2.15.0 transformers==5.24.0 accelerate gguf safetensors numpy ||
         missing 'torch and transformers cannot be installed with pip'
 fi
 python3 tools/fetch_model.py smollm2 "$work/smollm2.gguf" >/dev/null || missing 'the model cannot be fetched'
