@@ -4,7 +4,8 @@
 use std::{fs, path::Path};
 
 use leank_core::{
-    ChannelMask, Dtype, Fingerprint, MaskInfo, ModelMask, ModelShape, Windows,
+    ChannelMask, Dtype, Fingerprint, InputRecord, MaskInfo, ModelMask, ModelShape, RunRecord,
+    Windows,
     files::{Format, to_bytes},
 };
 use leank_fuzz::torch_archive;
@@ -116,9 +117,15 @@ fn manifests() -> Result<(), Failure> {
         positions: 4,
         seed: 7,
         sequences: vec![SequenceInfo::new(5, 4, "a.txt"), SequenceInfo::new(0, 2, "b.txt")],
+        run: None,
     };
     let path = Path::new("seed");
     write("manifest", "good", &manifest.to_json(path)?)?;
+    let inputs =
+        vec![InputRecord { role: "text".into(), name: "a.txt".into(), sha256: "0".repeat(64) }];
+    let command = vec!["leank".into(), "dump".into()];
+    manifest.run = Some(RunRecord { command, created_by: "leank".into(), seed: 7, inputs });
+    write("manifest", "run", &manifest.to_json(path)?)?;
     manifest.sequences[0].valid = vec![3, 1];
     write("manifest", "descending", &manifest.to_json(path)?)?;
     manifest.version = 99;
