@@ -38,7 +38,8 @@ browser=$(chromium) || { install && browser=$(chromium); } || {
     exit 3
 }
 
-cargo build --quiet --locked --package leank --features cli
+# With the profile and the features of tools/test.sh, so that its build serves.
+cargo build --quiet --profile test --workspace --all-features --bin leank
 leank=$(realpath "$(tools/target_dir.sh)")/debug/leank
 if [ $# = 0 ]; then
     python3 tools/made_up_mask.py "$out/mask.safetensors" "$out/other.safetensors" "$out/eval.json"
