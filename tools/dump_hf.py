@@ -282,6 +282,29 @@ def facts(rng):
     return "key-value", said, [asked.format(*fact) for fact in chosen], False
 
 
+def scatter(tokens, facts, rng):
+    """The tokens with facts among them, at random places behind the first, which may be BOS."""
+    tokens = list(tokens)
+    for place, fact in zip(sorted((rng.randrange(1, len(tokens)) for _ in facts), reverse=True), facts):
+        tokens[place:place] = fact
+    return tokens
+
+
+def read_texts(paths, tokenizer, needed):
+    """The tokens of each text, of which `needed` must be there."""
+    texts = [list(tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids) for path in paths]
+    for path, tokens in zip(paths, texts):
+        if len(tokens) < needed:
+            raise SystemExit(f"{path} has {len(tokens)} tokens, {needed} are needed; give longer texts")
+    return texts
+
+
+def begin(tokens, tokenizer):
+    """A piece of a text as the model has seen texts begin: with BOS for its first token where it wants one."""
+    bos = tokenizer.bos_token_id
+    return [bos] + tokens[1:] if bos is not None and tokenizer("a").input_ids[0] == bos else list(tokens)
+
+
 def hide(encode, tokens, prefix, rng):
     """Puts a task into a sequence: facts into its prefix, questions and answers at its end."""
     name, said, asked, once = facts(rng)
@@ -298,9 +321,7 @@ def hide(encode, tokens, prefix, rng):
         if once:
             break
     end = end[-positions:]
-    around = tokens[: prefix - sum(map(len, said))]
-    for place, fact in zip(sorted((rng.randrange(1, len(around)) for _ in said), reverse=True), said):
-        around[place:place] = fact
+    around = scatter(tokens[: prefix - sum(map(len, said))], said, rng)
     return name, around + tokens[prefix : len(tokens) - len(end)] + end
 
 
@@ -313,23 +334,15 @@ def plan(args, tokenizer):
     prefixes = [low + (high - low) * i // steps for i in range(args.sequences)]
     rng.shuffle(prefixes)
     tasks = set(rng.sample(range(args.sequences), round(args.retrieval * args.sequences)))
-    texts = []
-    for path in args.text:
-        tokens = encode(path.read_text(encoding="utf-8"))
-        if len(tokens) < high + args.positions:
-            raise SystemExit(f"{path} has {len(tokens)} tokens, {high + args.positions} are needed; give longer texts")
-        texts.append((path.name, tokens))
-    starts = tokenizer("a").input_ids[0] == tokenizer.bos_token_id and tokenizer.bos_token_id is not None
+    texts = read_texts(args.text, tokenizer, high + args.positions)
     sequences = []
     for i, prefix in enumerate(prefixes):
-        name, tokens = texts[i % len(texts)]
+        name, tokens = args.text[i % len(texts)].name, texts[i % len(texts)]
         length = prefix + args.positions
         # One place in each stratum of the text, so that sequences overlap as little as they can.
         share = (i // len(texts) + rng.random()) / math.ceil(args.sequences / len(texts))
         start = int((len(tokens) - length) * min(share, 1))
-        own, source = tokens[start : start + length], f"{name} tokens {start}..{start + length}"
-        if starts:
-            own[0] = tokenizer.bos_token_id
+        own, source = begin(tokens[start : start + length], tokenizer), f"{name} tokens {start}..{start + length}"
         if i in tasks:
             task, own = hide(encode, own, prefix, rng)
             source = f"{task} in {source}"

@@ -24,7 +24,7 @@ import sys
 import torch
 from safetensors import safe_open
 
-from dump_hf import behind, load, read_plan, sliding_layers
+from dump_hf import begin, behind, load, read_plan, read_texts, scatter, sliding_layers
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 THINGS = (
@@ -211,9 +211,7 @@ def lay_out(task, encode, text, length, rng):
     said = [encode(fact) for fact in said]
     asking, whole = encode(question), encode(question + answer)
     shared = next((i for i, (a, b) in enumerate(zip(asking, whole)) if a != b), len(asking))
-    around = text[: length - len(whole) - sum(map(len, said))]
-    for place, fact in zip(sorted((rng.randrange(1, len(around)) for _ in said), reverse=True), said):
-        around[place:place] = fact
+    around = scatter(text[: length - len(whole) - sum(map(len, said))], said, rng)
     return {"tokens": around + whole, "prefix": len(around), "scored": len(around) + shared}
 
 
@@ -224,21 +222,16 @@ def items(args, tokenizer):
         return [(None, [{**own, "scored": own["prefix"] + 1} for own in sequences])]
     encode = lambda text: list(tokenizer(text, add_special_tokens=False).input_ids)
     length = args.context + 1
-    texts = [encode(path.read_text(encoding="utf-8")) for path in args.text]
-    for path, text in zip(args.text, texts):
-        if len(text) < length:
-            raise SystemExit(f"{path} has {len(text)} tokens, {length} are needed; give longer texts")
-    begins = tokenizer("a").input_ids[0] == tokenizer.bos_token_id and tokenizer.bos_token_id is not None
-    begin = lambda text: [tokenizer.bos_token_id] + text[1:] if begins else list(text)
+    texts = read_texts(args.text, tokenizer, length)
     rng = random.Random(args.seed)
     prefix = args.context - args.positions
     text = [
-        {"tokens": begin(start), "prefix": prefix, "scored": prefix + 1}
+        {"tokens": begin(start, tokenizer), "prefix": prefix, "scored": prefix + 1}
         for start in starts(texts, length, args.sequences, rng)
     ]
     groups = [(None, text)]
     for task in args.tasks:
-        own = [lay_out(task, encode, begin(start), length, rng) for start in starts(texts, length, args.items, rng)]
+        own = [lay_out(task, encode, begin(start, tokenizer), length, rng) for start in starts(texts, length, args.items, rng)]
         groups.append((task, own))
     return groups
 

@@ -130,12 +130,10 @@ impl Causal<'_> {
         );
         let softmax = |(row, logits): (usize, &mut [f32])| {
             let seen = self.seen(tile.start + row % tile.len);
-            let (seen, unseen) = logits.split_at_mut(seen.end - tile.seen.start);
-            unseen.fill(0.0);
-            let first = self.seen(tile.start + row % tile.len).start - tile.seen.start;
-            let (slid_out, seen) = seen.split_at_mut(first);
-            slid_out.fill(0.0);
-            1.0 / rows::exp_row(seen)
+            let (first, end) = (seen.start - tile.seen.start, seen.end - tile.seen.start);
+            logits[..first].fill(0.0);
+            logits[end..].fill(0.0);
+            1.0 / rows::exp_row(&mut logits[first..end])
         };
         scratch.logits.chunks_exact_mut(keys).enumerate().map(softmax).collect()
     }

@@ -297,11 +297,7 @@ mod tests {
     use leank_train::rng::Rng;
 
     use super::*;
-
-    fn random(rng: &mut Rng, dims: (usize, usize, usize)) -> Tensor {
-        let values = (0..dims.0 * dims.1 * dims.2).map(|_| rng.normal() as f32).collect();
-        Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
-    }
+    use crate::testing::random;
 
     #[test]
     fn forks_and_truncation_share_nothing_visible() {

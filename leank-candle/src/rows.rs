@@ -133,10 +133,12 @@ pub(crate) fn swiglu_grad(
     );
 }
 
+/// 2√(2/π).
+const TWICE_ROOT: f32 = 2.0 * 0.797_884_6;
+
 /// Twice the argument of tanh in GELU's tanh approximation, so that it is x · sigmoid of this.
 #[inline(always)]
 fn gelu_argument(x: f32) -> f32 {
-    const TWICE_ROOT: f32 = 2.0 * 0.797_884_6;
     TWICE_ROOT * (x + 0.044_715 * x * x * x)
 }
 
@@ -158,7 +160,6 @@ pub(crate) fn geglu_grad(
     grad: &[f32],
     (d_gate, d_up): (&mut [f32], &mut [f32]),
 ) {
-    const TWICE_ROOT: f32 = 2.0 * 0.797_884_6;
     ARCH.dispatch(
         #[inline(always)]
         || {

@@ -134,11 +134,7 @@ mod tests {
 
     use super::*;
     use crate::Attention;
-
-    fn random(rng: &mut Rng, dims: (usize, usize, usize)) -> Tensor {
-        let values = (0..dims.0 * dims.1 * dims.2).map(|_| rng.normal() as f32).collect();
-        Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
-    }
+    use crate::testing::random;
 
     #[test]
     fn the_last_tokens_are_enough() {

@@ -21,6 +21,12 @@ pub(crate) const MLP: usize = 64;
 pub(crate) const CONTEXT: usize = 512;
 pub(crate) const SLIDING_WINDOW: usize = 12;
 
+/// Normal numbers.
+pub(crate) fn random(rng: &mut Rng, dims: (usize, usize, usize)) -> Tensor {
+    let values = (0..dims.0 * dims.1 * dims.2).map(|_| rng.normal() as f32).collect();
+    Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
+}
+
 /// A random model, its weights in Hugging Face's order.
 pub(crate) struct TinyModel {
     pub(crate) family: Family,

@@ -10,10 +10,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use leank_core::files::write_atomic;
+use leank_core::{Layer, files::write_atomic};
 use serde::Deserialize;
 
-use crate::{Error, Result};
+use crate::{Error, Result, records::record_name};
 
 /// What a merge did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,9 +49,7 @@ pub fn merge(into: &Path, from: &[PathBuf]) -> Result<Merged> {
             Ok(head) => head,
             Err(error) => return refuse(format!("{error} (in version, dump and layer)")),
         };
-        if head.version == 0
-            || !name.ends_with(crate::records::record_name(leank_core::Layer(head.layer)))
-        {
+        if head.version == 0 || !name.ends_with(record_name(Layer(head.layer))) {
             return refuse(format!("it says that it is of layer {}", head.layer));
         }
         match &dump {

@@ -54,19 +54,17 @@ impl Place {
         let parent = parent(target);
         let left = adopt(target, &name, is_same);
         sweep(target, &name);
+        check_target(target, existing)?;
         let (directory, manifest, json) = match left {
             Some(Left { directory, manifest, json }) => (directory, Some(manifest), Some(json)),
             None => {
-                check_target(target, existing)?;
                 fs::create_dir_all(parent).map_err(Error::io(parent, "creating the directory"))?;
                 let directory = temporary_beside(parent, &prefix(&name))
                     .map_err(Error::io(parent, "creating a temporary directory"))?;
                 (Growing(directory), None, None)
             }
         };
-        let place = Self { target: target.to_owned(), existing, directory, manifest };
-        check_target(target, existing)?;
-        Ok((place, json))
+        Ok((Self { target: target.to_owned(), existing, directory, manifest }, json))
     }
 
     pub(super) fn path(&self) -> &Path {

@@ -112,24 +112,19 @@ impl DumpWriter {
         let is_same = |json: &[u8]| {
             Manifest::from_json(json, dir).is_ok_and(|left| left.is_same_work(&manifest))
         };
-        let (place, left) = Place::create(dir, existing, &is_same)?;
-        let is_new = left.is_none();
-        // The one that is there already has the words of the command that began.
+        let (mut place, left) = Place::create(dir, existing, &is_same)?;
         let (manifest, json) = match left {
+            // It has the words of the command that began.
             Some(json) => (Manifest::from_json(&json, dir)?, json),
             None => {
                 let json = manifest.to_json(dir)?;
+                // Before anything else: it says that the directory is in use.
+                let path = place.path().join(MANIFEST_FILE);
+                place.hold(create_file(&path, &json).map_err(Error::io(&path, "creating"))?);
                 (manifest, json)
             }
         };
         let path = place.path().join(JOURNAL_FILE);
-        let mut place = place;
-        if is_new {
-            // Before anything else: it says that the directory is in use.
-            let path = place.path().join(MANIFEST_FILE);
-            let held = create_file(&path, &json).map_err(Error::io(&path, "creating"))?;
-            place.hold(held);
-        }
         let parts = sums::parts_of_sequence(&manifest);
         let (journal, entries) =
             Journal::open(&path, parts).map_err(Error::io(&path, "opening the journal"))?;

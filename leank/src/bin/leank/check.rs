@@ -11,7 +11,7 @@ use leank::{
 };
 use serde::Serialize;
 
-use crate::{masks, model, output, plan::CacheArgs, progress::Progress, texts};
+use crate::{masks, model, output, plan::CacheArgs, progress::Progress, record, texts};
 
 /// The KL that is let pass where the mask predicts none.
 const MAX_KL: f64 = 0.05;
@@ -104,11 +104,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mask = masks::read(&args.mask)?;
     let model = args.model.load()?;
     let mut findings = vec![belongs(&model, &mask)];
+    if let Some(names) = record::learned_from(&mask, &record::inputs("text", &args.text)?) {
+        let why = format!("the mask was learned from {names}: on other text it will cost more");
+        findings.push(finding("texts", Verdict::Unknown, why));
+    }
     let mut measured = None;
     if findings[0].verdict != Verdict::Failed {
-        let mut config = CacheConfig::new(model.config().shape(), mask)?;
-        args.cache.apply(&mut config);
-        config.validate()?;
+        let config = args.cache.lean_config(&model, &args.mask, mask)?;
         let whole = config.windows.sink.saturating_add(config.windows.recent);
         anyhow::ensure!(
             whole.saturating_add(config.block) <= args.context,
@@ -135,8 +137,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         progress.finish();
         measured = reports.into_iter().next();
         if let Some(report) = &measured {
-            let predicted =
-                config.mask.info().predicted_kl.filter(|_| !args.cache.overrides_formats());
+            let predicted = args.cache.predicted_kl(&config.mask);
             findings
                 .extend(report.text.iter().map(|text| divergence(text, predicted, args.max_kl)));
             findings.extend(report.tasks.iter().map(|task| retrieval(task, args.max_lost)));

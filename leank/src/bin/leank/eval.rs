@@ -6,15 +6,15 @@ use std::{
 };
 
 use leank::{
-    CacheConfig, MaskSummary, ModelMask,
+    CacheConfig, InputRecord, MaskSummary,
     candle::{
-        Model, Task,
+        Task,
         eval::{Divergence, EvalOptions, MaskReport, evaluate, sequences},
     },
 };
 use serde::Serialize;
 
-use crate::{masks, model, output, plan::CacheArgs, progress::Progress, texts};
+use crate::{masks, model, output, plan::CacheArgs, progress::Progress, record, texts};
 
 /// Measure what a mask costs and saves, by decoding through the lean cache.
 ///
@@ -63,8 +63,10 @@ pub(crate) struct Args {
 }
 
 #[derive(Serialize)]
-struct Entry {
+struct Entry<'a> {
     mask: String,
+    /// What it was measured on.
+    texts: &'a [InputRecord],
     kept_k: f64,
     kept_v: f64,
     dead_heads: usize,
@@ -81,24 +83,25 @@ struct Entry {
     report: MaskReport,
 }
 
-impl Entry {
+impl<'a> Entry<'a> {
     fn new(
         args: &Args,
-        path: &Path,
-        config: &CacheConfig,
+        texts: &'a [InputRecord],
+        (path, config): (&Path, &CacheConfig),
         report: MaskReport,
     ) -> anyhow::Result<Self> {
         let mask = &config.mask;
         let MaskSummary { kept_k, kept_v, dead_heads, heads, .. } = mask.summary();
         Ok(Self {
             mask: path.display().to_string(),
+            texts,
             kept_k,
             kept_v,
             dead_heads,
             heads,
             heads_by_format: masks::heads_by_format(mask),
             middle_bytes: masks::middle_bytes(config, masks::Padding::Cpu)?,
-            predicted_kl: mask.info().predicted_kl.filter(|_| !args.cache.overrides_formats()),
+            predicted_kl: args.cache.predicted_kl(mask),
             perplexity_change: report.text.as_ref().map(|text| text.perplexity_change()),
             whole_kv_ratio: report.cache.whole_kv_ratio(),
             report,
@@ -108,10 +111,12 @@ impl Entry {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let texts = texts::read(&args.text)?;
+    let read = record::inputs("text", &args.text)?;
     let masks = args.mask.iter().map(|path| masks::read(path));
     let masks = masks.collect::<anyhow::Result<Vec<_>>>()?;
     let model = args.model.load()?;
-    let configs = args.mask.iter().zip(masks).map(|(path, mask)| config(args, &model, path, mask));
+    let config = |(path, mask): (&PathBuf, _)| args.cache.lean_config(&model, path, mask);
+    let configs = args.mask.iter().zip(masks).map(config);
     let configs = configs.collect::<anyhow::Result<Vec<_>>>()?;
     let options = EvalOptions {
         context: args.context,
@@ -130,21 +135,20 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         progress.at(done, total);
     })?;
     progress.finish();
+    for (path, config) in args.mask.iter().zip(&configs) {
+        if let Some(names) = record::learned_from(&config.mask, &read) {
+            let path = path.display();
+            eprintln!("warning: {path} was learned from {names}: on other text it will cost more");
+        }
+    }
     let entries = args
         .mask
         .iter()
         .zip(&configs)
         .zip(reports)
-        .map(|((path, config), report)| Entry::new(args, path, config, report))
+        .map(|((path, config), report)| Entry::new(args, &read, (path, config), report))
         .collect::<anyhow::Result<Vec<_>>>()?;
     if args.json { output::json(&entries) } else { print(args, &entries) }
-}
-
-fn config(args: &Args, model: &Model, path: &Path, mask: ModelMask) -> anyhow::Result<CacheConfig> {
-    let mut config = model::lean_config(model, path, mask)?;
-    args.cache.apply(&mut config);
-    config.validate()?;
-    Ok(config)
 }
 
 /// A row per mask; what all rows share stands below.

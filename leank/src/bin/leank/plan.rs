@@ -1,17 +1,20 @@
 //! `leank plan`
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Context as _;
 use leank::{
     CacheConfig, DEFAULT_BLOCK, Dtype, Footprint, HeadFormat, HeadPrecision, LeanFormat, ModelMask,
-    ModelShape, Planner, Sliding, Tensor, Windows,
+    ModelShape, Planner, Sliding, Tensor, Windows, candle::Model,
 };
 use serde::Serialize;
 
 use crate::{
     masks::{self, Padding},
-    output, parse,
+    model, output, parse,
 };
 
 /// What a cache with this mask will take, before anything runs.
@@ -63,9 +66,22 @@ pub(crate) struct CacheArgs {
 }
 
 impl CacheArgs {
-    /// Whether `--formats` stands in place of the masks' own.
-    pub(crate) fn overrides_formats(&self) -> bool {
-        self.formats.is_some()
+    /// What learning predicts for a mask as it is in its file; `None` where `--formats` changes it.
+    pub(crate) fn predicted_kl(&self, mask: &ModelMask) -> Option<f64> {
+        mask.info().predicted_kl.filter(|_| self.formats.is_none())
+    }
+
+    /// A lean cache for the model, with a mask that must be for it; `path` is the mask's file.
+    pub(crate) fn lean_config(
+        &self,
+        model: &Model,
+        path: &Path,
+        mask: ModelMask,
+    ) -> anyhow::Result<CacheConfig> {
+        let mut config = model::lean_config(model, path, mask)?;
+        self.apply(&mut config);
+        config.validate()?;
+        Ok(config)
     }
 
     /// Applies the arguments to a configuration.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use leank::{InputRecord, RunRecord, files::sha256_of_file};
+use leank::{InputRecord, ModelMask, RunRecord, files::sha256_of_file};
 
 /// Flags that change nothing in what is written: with a value, and without.
 const OTHER: ([&str; 5], [&str; 4]) = (
@@ -53,6 +53,16 @@ pub(crate) fn inputs(role: &str, paths: &[PathBuf]) -> anyhow::Result<Vec<InputR
     Ok(inputs)
 }
 
+/// The names of those texts that the mask says it was learned from; `None` where there is none.
+pub(crate) fn learned_from(mask: &ModelMask, texts: &[InputRecord]) -> Option<String> {
+    let runs = &mask.info().runs;
+    let of_mask = |text: &&InputRecord| {
+        runs.iter().flat_map(|run| run.inputs_of("text")).any(|own| own.sha256 == text.sha256)
+    };
+    let names: Vec<&str> = texts.iter().filter(of_mask).map(|text| text.name.as_str()).collect();
+    (!names.is_empty()).then(|| names.join(", "))
+}
+
 fn files(path: &Path) -> Vec<PathBuf> {
     // What cannot be listed is met again as a file, with its error.
     let Ok(entries) = std::fs::read_dir(path) else { return vec![path.to_owned()] };
@@ -64,7 +74,31 @@ fn files(path: &Path) -> Vec<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use leank::{ChannelMask, MaskInfo};
+
     use super::*;
+
+    #[test]
+    fn texts_are_known_by_what_is_in_them() {
+        let text = |role: &str, name: &str, sha256: &str| InputRecord {
+            role: role.into(),
+            name: name.into(),
+            sha256: sha256.into(),
+        };
+        let run = RunRecord {
+            command: Vec::new(),
+            created_by: String::new(),
+            seed: 0,
+            inputs: vec![text("model", "m", "aa"), text("text", "a.txt", "bb")],
+        };
+        let head = ChannelMask::new(4, vec![1]).unwrap();
+        let mask = ModelMask::new(1, 1, 4, vec![head]).unwrap();
+        let info = MaskInfo { runs: vec![run], ..MaskInfo::default() };
+        let mask = mask.with_info(info).unwrap();
+        let given = [text("text", "a.txt", "aa"), text("text", "renamed.txt", "bb")];
+        assert_eq!(learned_from(&mask, &given).as_deref(), Some("renamed.txt"));
+        assert_eq!(learned_from(&mask, &given[..1]), None);
+    }
 
     #[test]
     fn a_command_is_what_the_result_depends_on() {

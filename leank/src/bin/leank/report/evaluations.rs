@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use leank::ModelMask;
+use leank::{InputRecord, ModelMask};
 use serde::Deserialize;
 
 use crate::{figure::numbers::shown, masks};
@@ -20,6 +20,8 @@ const MAX_BYTES: u64 = 16 << 20;
 pub(crate) struct Evaluation {
     /// The mask's file.
     pub(crate) mask: String,
+    #[serde(default)]
+    pub(crate) texts: Vec<InputRecord>,
     pub(crate) kept_k: f64,
     pub(crate) dead_heads: usize,
     pub(crate) heads: usize,

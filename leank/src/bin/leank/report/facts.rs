@@ -12,6 +12,7 @@ use crate::{
     figure::numbers::{self, shown},
     masks,
     output::bytes,
+    record,
 };
 
 /// Context lengths of the header.
@@ -88,6 +89,7 @@ impl Finding {
 pub(crate) fn findings(input: &Input) -> Markup {
     let mut all = vec![measured(input)];
     all.extend(perplexity(input));
+    all.extend(own_texts(input));
     all.extend(identity(input.own.info()));
     all.extend(dead(input));
     if let Some(learned) = &input.learned {
@@ -153,6 +155,16 @@ fn perplexity(input: &Input) -> Option<Finding> {
         mark,
         format!("Perplexity changes by {} on the evaluation’s texts.", change(Some(change_of))),
     ))
+}
+
+/// Whether it was measured on what it was learned from.
+fn own_texts(input: &Input) -> Option<Finding> {
+    let names = record::learned_from(&input.own.mask, &input.own_evaluation()?.texts)?;
+    let text = format!(
+        "The evaluation read {}, which the mask was learned from: on other text it will cost more.",
+        shown(&names)
+    );
+    Some(Finding::new(Mark::Look, text))
 }
 
 fn identity(info: &MaskInfo) -> Option<Finding> {

@@ -1,6 +1,6 @@
 //! What a report is made of, read and checked before anything is drawn.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use leank::{
     CacheConfig, KvHead, Layer, MaskInfo, ModelMask,
@@ -198,11 +198,4 @@ pub(crate) fn check_target(path: &Path) -> anyhow::Result<()> {
         path.display()
     );
     Ok(())
-}
-
-/// The folder for figures, made where it is missing.
-pub(crate) fn make_folder(path: &Path) -> anyhow::Result<PathBuf> {
-    std::fs::create_dir_all(path)
-        .map_err(|error| anyhow::anyhow!("--figures: {}: {error}", path.display()))?;
-    Ok(path.to_owned())
 }

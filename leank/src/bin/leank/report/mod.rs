@@ -92,7 +92,7 @@ fn sections(input: &Input) -> Vec<Section> {
 }
 
 fn write_figures(folder: &Path, format: Format, figures: &[&Figure]) -> anyhow::Result<()> {
-    let folder = input::make_folder(folder)?;
+    output::make_folder("--figures", folder)?;
     for figure in figures {
         let (extension, bytes) = match format {
             Format::Svg => ("svg", figure.standalone().into_bytes()),
