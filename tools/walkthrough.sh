@@ -57,7 +57,7 @@ python3 tools/fetch_texts.py "$dir/texts" >/dev/null
 
 if [ -z "$leank" ]; then
     say "building the command"
-    cargo build --release --quiet --package leank --features cli
+    cargo build --release --quiet --package leank
     leank=$(tools/target_dir.sh)/release/leank
 fi
 

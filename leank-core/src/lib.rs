@@ -5,6 +5,7 @@
 //! is done:
 //!
 //! - [`ModelMask`] holds the kept channels of every KV head; [`files`] reads and writes masks.
+//! - [`HeadPartition`] spreads the heads of a mask over the ranks of a tensor-parallel group.
 //! - [`CacheConfig`], [`CacheLayout`] and [`Planner`] say what a cache stores and what it takes.
 //! - [`quant`] says what codes of 8 and 4 bits in lean blocks stand for.
 //! - [`Ledger`] keeps the books of blocks and sequences, as a pure state machine.
@@ -44,6 +45,7 @@ mod quantile;
 mod run;
 pub mod saved;
 mod shape;
+mod shard;
 mod view;
 
 pub use backend::{Backend, Cache};
@@ -60,6 +62,7 @@ pub use progress::Progress;
 pub use quantile::{aligned_counts, kept_at_ratio, quantile_and_round};
 pub use run::{InputRecord, RunRecord};
 pub use shape::{KvHead, Layer, MAX_HEAD_DIM, ModelShape, QueryHead, Windows};
+pub use shard::{Balance, HeadPartition};
 pub use view::{Borrowed, Elements, ElementsMut, HostView, HostViewMut, View, ViewShape};
 
 /// Compiles the README's examples with the documentation's.

@@ -502,6 +502,15 @@ impl ModelMask {
         }
     }
 
+    /// Bytes of a head in a lean block of [`DEFAULT_BLOCK`] tokens, 16 bits an element where its
+    /// precision does not say less: scales included, no padding.
+    pub(crate) fn lean_head_bytes(&self, layer: Layer, head: KvHead) -> usize {
+        let HeadFormat { k, v } = self.precision(layer, head).format(Dtype::F16);
+        let kept = self.head(layer, head).kept_count();
+        let channels = if kept == 0 { 0 } else { self.head_dim };
+        k.bytes(Tensor::K, DEFAULT_BLOCK, kept) + v.bytes(Tensor::V, DEFAULT_BLOCK, channels)
+    }
+
     /// Totals over all heads.
     #[must_use]
     pub fn summary(&self) -> MaskSummary {
@@ -510,13 +519,10 @@ impl ModelMask {
         let dead_heads = self.heads.iter().filter(|head| head.is_dead()).count();
         let kept_k = kept as f64 / self.channels() as f64;
         let kept_v = (heads - dead_heads) as f64 / heads as f64;
-        let bytes = self.heads.iter().enumerate().map(|(i, head)| {
-            let precision = self.precisions.as_ref().map_or_else(Default::default, |all| all[i]);
-            let HeadFormat { k, v } = precision.format(Dtype::F16);
-            let channels = if head.is_dead() { 0 } else { self.head_dim };
-            let k = k.bytes(Tensor::K, DEFAULT_BLOCK, head.kept_count());
-            (k + v.bytes(Tensor::V, DEFAULT_BLOCK, channels)) as f64
-        });
+        let of_layer = |layer| (0..self.kv_heads).map(move |head| (Layer(layer), KvHead(head)));
+        let bytes = (0..self.layers)
+            .flat_map(of_layer)
+            .map(|(layer, head)| self.lean_head_bytes(layer, head) as f64);
         let dense = 2 * self.channels() * DEFAULT_BLOCK * Dtype::F16.bytes();
         let middle_bytes = bytes.sum::<f64>() / dense as f64;
         MaskSummary { kept_k, kept_v, middle_bytes, dead_heads, heads }

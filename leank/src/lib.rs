@@ -10,12 +10,12 @@
 //! | feature | brings |
 //! |---|---|
 //! | (none) | [`leank_core`]: masks and their files, caches' configuration, bookkeeping, the oracle |
-//! | `cpu` (default) | the CPU backend, [`cpu`] |
+//! | `cpu` | the CPU backend, [`cpu`] |
 //! | `cuda` | the CUDA backend, `leank::cuda` |
 //! | `train` | mask learning, `leank::train` |
 //! | `candle` | Llama-family models on candle, `leank::candle` |
 //! | `interop` | LeanK's `.pth`, `.npy` and `.tsv` masks |
-//! | `cli` | the `leank` command |
+//! | `cli` (default) | the `leank` command, with all of the above; leave it out to embed leank |
 //!
 //! An engine replaces its KV cache and its decode attention:
 //!

@@ -4,7 +4,7 @@ use std::{io::Read as _, process::Stdio};
 
 use crate::world::{Outcome, World};
 
-const COMMANDS: [(&str, &str); 10] = [
+const COMMANDS: [(&str, &str); 13] = [
     ("dump", "Record what a model's attention sees"),
     ("learn", "Learn from a dump which channels of K matter"),
     ("merge", "Join the records of machines"),
@@ -14,7 +14,10 @@ const COMMANDS: [(&str, &str); 10] = [
     ("convert", "Convert a mask between"),
     ("plan", "What a cache with this mask will take"),
     ("report", "Show on one page whether to trust a mask"),
+    ("shard", "Split a mask over the ranks"),
     ("generate", "Continue a prompt"),
+    ("completions", "Print completions for a shell"),
+    ("man", "Write manual pages"),
 ];
 
 #[test]
@@ -34,7 +37,38 @@ fn help_says_what_every_command_does() {
             assert!(line.contains("  ") || !next.is_empty(), "{command}: {line} is not explained");
         }
     }
-    assert!(world.done("--version").starts_with("leank "));
+    assert_eq!(world.done("-V"), format!("leank {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn the_version_says_what_is_here() {
+    let world = World::new();
+    let told = world.done("--version");
+    assert!(told.starts_with(&format!("leank {}\n", env!("CARGO_PKG_VERSION"))), "{told}");
+    for word in ["features: cli", "cpu (", " kernel, ", "CUDA"] {
+        assert!(told.contains(word), "no {word} in {told}");
+    }
+}
+
+#[test]
+fn a_package_can_bring_completions_and_manual_pages() {
+    let world = World::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = world.done(&format!("completions {shell}"));
+        assert!(script.contains("pareto") && script.contains("shard"), "{shell}: {script}");
+    }
+    let pages = world.done("man pages");
+    assert_eq!(pages.lines().count(), COMMANDS.len() + 1, "{pages}");
+    for (command, purpose) in COMMANDS {
+        let page = String::from_utf8(world.read(&format!("pages/leank-{command}.1"))).unwrap();
+        let page = page.replace("\\*(Aq", "'").replace("\\-", "-");
+        assert!(
+            page.contains(&format!(".TH leank-{command} 1")) && page.contains(purpose),
+            "{page}"
+        );
+    }
+    world.write("file", "");
+    world.fails("man file", &["man: file"]);
 }
 
 #[test]

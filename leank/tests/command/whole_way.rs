@@ -130,6 +130,55 @@ fn positions_without_a_middle_are_told() {
 }
 
 #[test]
+fn ranks_get_their_heads() {
+    let world = World::with_mask();
+    let told = world.json("shard mask.safetensors --world 2 --out ranks --json");
+    let file: Value = serde_json::from_slice(&world.read("ranks/partition.json")).unwrap();
+    assert_eq!(told, file);
+    let counts = |mask: &str| -> Vec<Vec<u64>> {
+        let inspected = world.json(&format!("inspect {mask} --json"));
+        serde_json::from_value(inspected["kept_counts"].clone()).unwrap()
+    };
+    let whole = counts("mask.safetensors");
+    let ranks = ["ranks/rank-0.safetensors", "ranks/rank-1.safetensors"].map(counts);
+    for (layer, heads) in whole.iter().enumerate() {
+        let order: Vec<usize> = serde_json::from_value(file["order"][layer].clone()).unwrap();
+        let own: Vec<u64> = ranks.iter().flat_map(|rank| &rank[layer]).copied().collect();
+        assert_eq!(own, order.iter().map(|&head| heads[head]).collect::<Vec<_>>());
+    }
+    let table = world.done("shard mask.safetensors --world 1 --split contiguous");
+    assert!(table.contains("balanced") && table.contains("1.000"), "{table}");
+    world.fails("shard mask.safetensors --world 3", &["3 ranks", "2 KV heads"]);
+    world.write("file", "");
+    world.fails("shard mask.safetensors --world 2 --out file", &["--out: file"]);
+}
+
+#[test]
+fn what_was_learned_from_is_known_again() {
+    let world = World::with_mask();
+    world.write("renamed.txt", world.read("text.txt"));
+    let sizes = "--context 192 --sequences 1 --positions 8 --json";
+    let eval = |text: &str| {
+        world.run(&format!("eval --model model --mask mask.safetensors --text {text} {sizes}"))
+    };
+    let (own, other) = (eval("renamed.txt"), eval("other.txt"));
+    let warning = "mask.safetensors was learned from renamed.txt";
+    assert!(own.stderr.contains(warning) && !other.stderr.contains("warning"), "{own:?} {other:?}");
+    for (outcome, text, told) in [(own, "renamed.txt", true), (other, "other.txt", false)] {
+        let json: Value = serde_json::from_str(&outcome.stdout).unwrap();
+        assert_eq!(json[0]["texts"][0]["name"], text);
+        world.write("eval.json", outcome.stdout);
+        world.done("report --mask mask.safetensors --eval eval.json --out report.html");
+        let page = String::from_utf8(world.read("report.html")).unwrap();
+        assert_eq!(page.contains("which the mask was learned from"), told, "{text}");
+        let check = world.run(&format!(
+            "check --model model --mask mask.safetensors --text {text} {sizes} --items 0"
+        ));
+        assert_eq!(check.stdout.contains("was learned from"), told, "{check:?}");
+    }
+}
+
+#[test]
 fn generation_follows_the_mask_and_the_windows() {
     let world = World::with_mask();
     let prompt = String::from_utf8(world.read("text.txt")).unwrap();

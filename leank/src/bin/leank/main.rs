@@ -19,12 +19,15 @@ mod plan;
 mod progress;
 mod record;
 mod report;
+mod setup;
+mod shard;
 mod texts;
+mod version;
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 /// Learn which channels of a model's K cache matter, and decode from a cache without the others.
 ///
@@ -64,11 +67,14 @@ enum Command {
     Convert(convert::Args),
     Plan(plan::Args),
     Report(report::Args),
+    Shard(shard::Args),
     Generate(generate::Args),
+    Completions(setup::Completions),
+    Man(setup::Man),
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = parse_arguments();
     progress::set_mode(if cli.quiet { progress::Mode::None } else { cli.progress });
     match run(cli) {
         Ok(code) => code,
@@ -78,6 +84,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn parse_arguments() -> Cli {
+    let mut command = Cli::command();
+    if std::env::args_os().any(|word| word == "--version") {
+        command = command.long_version(version::long());
+    }
+    let mut matches = command.get_matches();
+    Cli::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.exit())
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
@@ -97,7 +112,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Convert(args) => convert::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Report(args) => report::run(&args),
+        Command::Shard(args) => shard::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Completions(args) => setup::completions(&args, Cli::command()),
+        Command::Man(args) => setup::man(&args, Cli::command()),
     }?;
     Ok(ExitCode::SUCCESS)
 }

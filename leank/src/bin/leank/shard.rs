@@ -1,0 +1,127 @@
+//! `leank shard`
+
+use std::path::{Path, PathBuf};
+
+use leank::{
+    Balance, HeadPartition, Layer, ModelMask,
+    files::{write_atomic, write_mask},
+};
+use serde::Serialize;
+
+use crate::{masks, output};
+
+/// Split a mask over the ranks of a tensor-parallel group.
+///
+/// Every rank gets the same number of KV heads in every layer. balanced chooses which, so that ranks hold
+/// about the same bytes: an engine then loads the rows of Q, K, V and the columns of O in the order that
+/// partition.json gives. contiguous takes the heads as they come, as engines do without being told.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The mask.
+    mask: PathBuf,
+    /// Ranks: a number that divides the KV heads.
+    #[arg(long, value_name = "RANKS")]
+    world: usize,
+    /// Which heads a rank has.
+    #[arg(long, value_enum, default_value_t)]
+    split: Split,
+    /// Write rank-0.safetensors and so on to this folder, then partition.json: per layer, the KV heads
+    /// of rank 0, those of rank 1, ...
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+enum Split {
+    /// Even bytes in every layer, and over all of them.
+    #[default]
+    Balanced,
+    /// Heads as they come.
+    Contiguous,
+}
+
+/// What `partition.json` holds, and `--json` prints.
+#[derive(Serialize)]
+struct Report {
+    world: usize,
+    split: Split,
+    balanced: Evenness,
+    contiguous: Evenness,
+    /// Per layer, the KV heads of rank 0, those of rank 1, ...
+    order: Vec<Vec<usize>>,
+}
+
+#[derive(Serialize)]
+struct Evenness {
+    /// Bytes of the middle per rank over their mean.
+    ranks: Vec<f64>,
+    /// Time of a step's attention over that of even ranks.
+    slowest: f64,
+}
+
+impl From<Balance> for Evenness {
+    fn from(Balance { ranks, slowest }: Balance) -> Self {
+        Self { ranks, slowest }
+    }
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let mask = masks::read(&args.mask)?;
+    let contiguous = HeadPartition::contiguous(&mask, args.world)?;
+    let balanced = HeadPartition::balanced(&mask, args.world)?;
+    let chosen = match args.split {
+        Split::Balanced => &balanced,
+        Split::Contiguous => &contiguous,
+    };
+    let order = |layer| chosen.order(Layer(layer)).iter().map(|head| head.0).collect();
+    let report = Report {
+        world: args.world,
+        split: args.split,
+        balanced: balanced.balance(&mask)?.into(),
+        contiguous: contiguous.balance(&mask)?.into(),
+        order: (0..mask.layers()).map(order).collect(),
+    };
+    if let Some(folder) = &args.out {
+        write(folder, &mask, chosen, &report)?;
+    }
+    if args.json { output::json(&report) } else { print(args, &report) }
+}
+
+/// The partition comes last: where it is, everything is.
+fn write(
+    folder: &Path,
+    mask: &ModelMask,
+    partition: &HeadPartition,
+    report: &Report,
+) -> anyhow::Result<()> {
+    output::make_folder("--out", folder)?;
+    for rank in 0..partition.world() {
+        let path = folder.join(format!("rank-{rank}.safetensors"));
+        write_mask(&path, &mask.shard(partition, rank)?)?;
+    }
+    Ok(write_atomic(&folder.join("partition.json"), &serde_json::to_vec_pretty(report)?)?)
+}
+
+fn print(args: &Args, report: &Report) -> anyhow::Result<()> {
+    let mut table = output::table(["split", "fullest rank", "emptiest rank", "a step takes"]);
+    for (name, own) in [("contiguous", &report.contiguous), ("balanced", &report.balanced)] {
+        let most = own.ranks.iter().copied().fold(f64::MIN, f64::max);
+        let least = own.ranks.iter().copied().fold(f64::MAX, f64::min);
+        let cells = [most, least, own.slowest].map(|x| format!("{x:.3}"));
+        table.add_row(std::iter::once(name.to_owned()).chain(cells));
+    }
+    output::line(table)?;
+    output::line(
+        "\nBytes of the middle against the mean of the ranks; a step: the layers one after the other, each \
+         as\nlong as its fullest rank takes, against even ranks. Sinks and recent windows are even by \
+         themselves.",
+    )?;
+    if let Some(folder) = &args.out {
+        output::line(format!("{}: {} masks and partition.json", folder.display(), args.world))?;
+    }
+    Ok(())
+}
