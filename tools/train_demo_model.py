@@ -16,6 +16,7 @@ Needs torch 2.9, safetensors and tokenizers (--check: transformers); one CUDA GP
 
 import argparse
 import contextlib
+import functools
 import json
 import lzma
 import math
@@ -23,7 +24,6 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 import time
 
 import numpy as np
@@ -58,7 +58,7 @@ TINY = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -91,7 +91,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(queries, hidden, bias=False)
 
     def forward(self, x, cos, sin):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
@@ -167,21 +170,22 @@ class Llama(nn.Module):
 
 
 def read(paths):
-    open_ = lambda path: lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8")
-    texts = []
-    for path in paths:
-        with open_(path) as file:
-            texts.append(file.read())
-    return "\n\n".join(texts)
+    text = lambda path: (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8").read()
+    return "\n\n".join(map(text, paths))
 
 
 def train_tokenizer(text, vocab):
     tokenizer = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab,
+        special_tokens=[BOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(text.split("\n\n"), trainer)
     bos = tokenizer.token_to_id(BOS)
@@ -401,7 +405,7 @@ class Batches(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
-        maker = self.make((self.seed, worker.id if worker else 0))
+        maker = self.make(seed=(*self.seed, worker.id if worker else 0))
         while True:
             rows = [maker.sequence(self.length) for _ in range(self.count)]
             tokens, labels = (np.stack(part) for part in zip(*rows))
@@ -473,7 +477,8 @@ def stages(text):
 class Optimizers:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms.
 
-    Muon makes a small Llama find what stands earlier in about half the steps that AdamW needs.
+    In a trial (two layers of 64, AdamW and Muon at the same rate) repeats were continued after 700 steps with
+    Muon, and not yet after 900 with AdamW.
     """
 
     def __init__(self, model, rate, fused):
@@ -497,7 +502,9 @@ class Optimizers:
 
     def load(self, moments, step):
         for weight, name in self.names.items():
-            own = {key.split(".")[0]: value.to(weight) for key, value in moments.items() if key.partition(".")[2] == name}
+            own = {
+                key.split(".")[0]: value.to(weight) for key, value in moments.items() if key.partition(".")[2] == name
+            }
             if "momentum_buffer" in own:
                 self.muon.state[weight] = own
             else:
@@ -547,6 +554,7 @@ def save_model(folder, model, tokenizer):
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "_name_or_path": "leank-demo",
         **model.config,
         "hidden_act": "silu",
         "tie_word_embeddings": True,
@@ -558,10 +566,15 @@ def save_model(folder, model, tokenizer):
     }
     (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(str(part / "tokenizer.json"), pretty=False)
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "model_max_length": config["max_position_embeddings"]}
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "model_max_length": config["max_position_embeddings"],
+    }
     (part / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
     weights = {f"model.{name}": weight.half().cpu().contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, part / "model.safetensors", {"format": "pt"})
+    os.chmod(part / "model.safetensors", 0o644)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(part, folder)
 
@@ -604,127 +617,164 @@ class Log:
         print(" ".join(f"{key}={value}" for key, value in entry.items()), flush=True)
 
 
-def train(args):
-    device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    args.out.mkdir(parents=True, exist_ok=True)
-    checkpoints, log = Checkpoints(args.out), Log(args.out / "training_log.jsonl")
-    if checkpoints.all() and not args.resume:
-        raise SystemExit(f"{args.out} holds a checkpoint: go on with --resume, or take another --out")
-    config = TINY if args.tiny else FULL
-    if max(length for length, _ in args.lengths) > config["max_position_embeddings"]:
-        raise SystemExit(f"--lengths: at most {config['max_position_embeddings']}")
+class Training:
+    """Everything of a run; `state` is what a checkpoint keeps of it beside the weights."""
 
-    text, held_out = read(args.text), read(args.held_out)
-    path = args.out / "tokenizer.json"
-    if not (args.resume and path.exists()):
-        train_tokenizer(text, config["vocab_size"]).save(str(path))
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    check_wording(tokenizer)
-    words = common_words(text)
-    ids, held_out_ids = encode(tokenizer, text), encode(tokenizer, held_out)
-    bytes_per_token = len(held_out.encode()) / len(held_out_ids)
-    judge = Maker(tokenizer, held_out_ids, words, 0)
+    def __init__(self, args):
+        self.args, self.out = args, args.out
+        self.cuda = args.device.startswith("cuda")
+        torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision("high")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.checkpoints, self.log = Checkpoints(self.out), Log(self.out / "training_log.jsonl")
+        if self.checkpoints.all() and not args.resume:
+            raise SystemExit(f"{self.out} holds a checkpoint: go on with --resume, or take another --out")
+        config = TINY if args.tiny else FULL
+        longest = max(length for length, _ in args.lengths)
+        if longest > config["max_position_embeddings"]:
+            raise SystemExit(f"--lengths: at most {config['max_position_embeddings']}")
+        self.read_texts(config["vocab_size"])
 
-    model = Llama(config).to(device)
-    optimizers = Optimizers(model, args.rate, cuda)
-    state = checkpoints.load(model, optimizers) if args.resume else None
-    state = state or {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0.0, "runs": 0}
-    state["runs"] += 1
-    log(
-        event="start", device=torch.cuda.get_device_name() if cuda else "cpu", torch=torch.__version__,
-        parameters=sum(w.numel() for w in model.parameters()), text_tokens=len(ids),
-        bytes_per_token=bytes_per_token, minutes=args.minutes, **state,
-    )  # fmt: skip
-    if cuda and not args.no_compile:
-        # One layer is compiled per length, and serves for all; where that fails, training goes on without.
-        torch._dynamo.config.suppress_errors = True
-        for layer in model.layers:
-            layer.compile(dynamic=False)
-    autocast = lambda: torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext()
+        self.model = Llama(config).to(args.device)
+        self.optimizers = Optimizers(self.model, args.rate, self.cuda)
+        self.state = self.checkpoints.load(self.model, self.optimizers) if args.resume else None
+        self.state = self.state or {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0.0, "runs": 0}
+        self.state["runs"] += 1
+        if self.cuda and not args.no_compile:
+            # One layer is compiled per length, and serves for all; where that fails, training goes on without.
+            torch._dynamo.config.suppress_errors = True
+            for layer in self.model.layers:
+                layer.compile(dynamic=False)
+        self.log(
+            event="start", device=torch.cuda.get_device_name() if self.cuda else "cpu", torch=torch.__version__,
+            parameters=sum(w.numel() for w in self.model.parameters()), text_tokens=len(self.text),
+            bytes_per_token=self.bytes_per_token, minutes=args.minutes, **self.state,
+        )  # fmt: skip
+        self.begun, self.before = time.monotonic(), self.state["seconds"]
+        self.length, self.batches, self.reached = None, None, 0
+        self.last = {what: self.before for what in ("log", "measure", "save")}
+        self.start_sums()
 
-    budget, begun, before = args.minutes * 60, time.monotonic(), state["seconds"]
-    share = lambda: (state["seconds"] + state["skipped"]) / budget
-    length, batches = None, None
-    sums, since = torch.zeros(2, device=device), (state["step"], state["tokens"], state["seconds"])
-    last = {"log": before, "measure": before, "save": before}
-    reached = 0
+    def read_texts(self, vocab):
+        args, path = self.args, self.out / "tokenizer.json"
+        text, held_out = read(args.text), read(args.held_out)
+        if not (args.resume and path.exists()):
+            train_tokenizer(text, vocab).save(str(path), pretty=False)
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        check_wording(self.tokenizer)
+        self.words = common_words(text)
+        self.text, held_out_ids = encode(self.tokenizer, text), encode(self.tokenizer, held_out)
+        # From here on it works in the processes that make sequences, one thread each.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.bytes_per_token = len(held_out.encode()) / len(held_out_ids)
+        self.judge = Maker(self.tokenizer, held_out_ids, self.words, 0)
 
-    def due(what, every):
-        due = state["seconds"] - last[what] >= every
+    def autocast(self):
+        return torch.autocast("cuda", torch.bfloat16) if self.cuda else contextlib.nullcontext()
+
+    def share(self):
+        """Of the schedule that is behind."""
+        return (self.state["seconds"] + self.state["skipped"]) / (self.args.minutes * 60)
+
+    def clock(self):
+        self.state["seconds"] = self.before + time.monotonic() - self.begun
+
+    def due(self, what, every):
+        due = self.state["seconds"] - self.last[what] >= every
         if due:
-            last[what] = state["seconds"]
+            self.last[what] = self.state["seconds"]
         return due
 
-    def judged(lengths, items):
-        model.eval()
+    def next_batch(self):
+        wanted = [length for length, start in self.args.lengths if start <= self.share()][-1]
+        if wanted != self.length:
+            self.length, workers = wanted, self.args.workers
+            early = wanted == self.args.lengths[0][0]
+            make = functools.partial(Maker, self.tokenizer, self.text, self.words, early=early)
+            data = Batches(
+                make, wanted, max(self.args.batch_tokens // wanted, 1), (self.args.seed, self.state["runs"], wanted)
+            )
+            ahead = {"num_workers": workers, "prefetch_factor": 4} if workers else {}
+            self.batches = iter(torch.utils.data.DataLoader(data, batch_size=None, pin_memory=self.cuda, **ahead))
+        return (part.to(self.args.device, non_blocking=True) for part in next(self.batches))
+
+    def step(self):
+        tokens, labels = self.next_batch()
+        warm = min((self.state["step"] + 1) / 200, 1)
+        self.factor = warm * min(1, (1 - self.share()) / (1 - DECAY))
+        with self.autocast():
+            on_text, on_answers = losses(self.model, tokens, labels)
+        (on_text + self.args.answers * on_answers).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizers.step(self.factor)
+        self.sums += torch.stack((on_text, on_answers)).detach()
+        self.state["step"] += 1
+        self.state["tokens"] += tokens.shape[0] * self.length
+
+    def start_sums(self):
+        self.sums = torch.zeros(2, device=self.args.device)
+        self.since = dict(self.state)
+
+    def note(self):
+        passed = {key: self.state[key] - self.since[key] for key in ("step", "tokens", "seconds")}
+        text_loss, answer_loss = (self.sums / passed["step"]).tolist()
+        speed = passed["tokens"] / passed["seconds"]
+        self.log(
+            step=self.state["step"], seconds=self.state["seconds"], tokens=self.state["tokens"], length=self.length,
+            rate=self.args.rate * self.factor, text_loss=text_loss, answer_loss=answer_loss,
+            tokens_per_second=speed, tflops=speed * self.model.flops(self.length) / 1e12,
+        )  # fmt: skip
+        self.start_sums()
+
+    def measured(self, lengths, items):
+        self.model.eval()
         # Its shapes are not worth compiling for.
-        with autocast(), torch.compiler.set_stance("force_eager"):
-            found = measure(model, judge, lengths, items, args.batch_tokens, device)
-        model.train()
-        found["held_out_bits_per_byte"] = found["held_out_loss"] / bytes_per_token / math.log(2)
+        with self.autocast(), torch.compiler.set_stance("force_eager"):
+            found = measure(self.model, self.judge, lengths, items, self.args.batch_tokens, self.args.device)
+        self.model.train()
+        found["held_out_bits_per_byte"] = found["held_out_loss"] / self.bytes_per_token / math.log(2)
         return found
 
-    while share() < 1 and time.monotonic() - begun < args.stop_after * 60:
-        wanted = [own for own, start in args.lengths if start <= share()][-1]
-        if wanted != length:
-            length = wanted
-            early = length == args.lengths[0][0]
-            make = lambda seed, early=early: Maker(tokenizer, ids, words, seed, early)
-            data = Batches(make, length, max(args.batch_tokens // length, 1), (args.seed, state["runs"], length))
-            workers = {"num_workers": args.workers, "prefetch_factor": 4} if args.workers else {}
-            batches = iter(torch.utils.data.DataLoader(data, batch_size=None, pin_memory=cuda, **workers))
-        warm = min((state["step"] + 1) / 200, 1)
-        factor = warm * min(1, (1 - share()) / (1 - DECAY))
-        tokens, labels = (part.to(device, non_blocking=True) for part in next(batches))
-        with autocast():
-            on_text, on_answers = losses(model, tokens, labels)
-        (on_text + args.answers * on_answers).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizers.step(factor)
-        sums += torch.stack((on_text, on_answers)).detach()
-        state["step"] += 1
-        state["tokens"] += tokens.shape[0] * length
-        state["seconds"] = before + time.monotonic() - begun
+    def look(self):
+        """Measures on the way; where the goal is reached twice in a row, the end may begin."""
+        found = self.measured(sorted({own for own in self.args.measure if own <= self.length} | {self.length}), 64)
+        self.log(event="measured", step=self.state["step"], seconds=self.state["seconds"], **found)
+        goals = [found.get(f"{task}@{own}", 0) >= self.args.goal for task in TASKS for own in self.args.measure]
+        self.reached = self.reached + 1 if all(goals) else 0
+        self.clock()
+        if self.args.stop_at_goal and self.reached >= 2 and self.share() < DECAY:
+            self.state["skipped"] = DECAY * self.args.minutes * 60 - self.state["seconds"]
+            self.log(event="goal reached: the learning rate falls from here", step=self.state["step"])
 
-        if due("log", args.log_every):
-            steps = state["step"] - since[0]
-            text_loss, answer_loss = (sums / steps).tolist()
-            speed = (state["tokens"] - since[1]) / (state["seconds"] - since[2])
-            log(
-                step=state["step"], seconds=state["seconds"], tokens=state["tokens"], length=length, rate=args.rate * factor,
-                text_loss=text_loss, answer_loss=answer_loss, tokens_per_second=speed,
-            )  # fmt: skip
-            sums.zero_()
-            since = (state["step"], state["tokens"], state["seconds"])
-        if due("measure", args.measure_every):
-            found = judged(sorted({own for own in args.measure if own <= length} | {length}), 64)
-            log(event="measured", step=state["step"], seconds=state["seconds"], **found)
-            state["seconds"] = before + time.monotonic() - begun
-            goals = [found.get(f"{task}@{own}", 0) >= args.goal for task in TASKS for own in args.measure]
-            reached = reached + 1 if all(goals) else 0
-            if args.stop_at_goal and reached >= 2 and share() < DECAY:
-                state["skipped"] = DECAY * budget - state["seconds"]
-                log(event="goal reached: the learning rate falls from here", step=state["step"])
-        if due("save", args.save_every):
-            checkpoints.save(model, optimizers, state)
+    def run(self):
+        args = self.args
+        while self.share() < 1:
+            if time.monotonic() - self.begun >= args.stop_after * 60:
+                self.checkpoints.save(self.model, self.optimizers, self.state)
+                print(f"stopped after {args.stop_after} minutes; go on with --resume")
+                return
+            self.step()
+            self.clock()
+            if self.due("log", args.log_every):
+                self.note()
+            if self.due("measure", args.measure_every):
+                self.look()
+            if self.due("save", args.save_every):
+                self.checkpoints.save(self.model, self.optimizers, self.state)
+        self.finish()
 
-    if share() < 1:
-        checkpoints.save(model, optimizers, state)
-        print(f"stopped after {args.stop_after} minutes; go on with --resume")
-        return
-    # What is measured last is what is in the file.
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(weight.half())
-    found = judged(sorted({*args.measure, max(own for own, _ in args.lengths)}), args.items)
-    log(event="finished", step=state["step"], tokens=state["tokens"], seconds=state["seconds"], **found)
-    save_model(args.out / "model", model, tokenizer)
-    for path in checkpoints.all():
-        shutil.rmtree(path)
-    print(f"{args.out / 'model'}: {sum(path.stat().st_size for path in (args.out / 'model').iterdir())} bytes")
+    def finish(self):
+        # What is measured last is what is in the file.
+        with torch.no_grad():
+            for weight in self.model.parameters():
+                weight.copy_(weight.half())
+        lengths = {*self.args.measure, max(length for length, _ in self.args.lengths)}
+        self.log(event="finished", **self.state, **self.measured(sorted(lengths), self.args.items))
+        folder = self.out / "model"
+        save_model(folder, self.model, self.tokenizer)
+        for path in self.checkpoints.all():
+            shutil.rmtree(path)
+        print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir())} bytes")
 
 
 def arguments():
@@ -738,9 +788,11 @@ def arguments():
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     parser.add_argument("--stop-at-goal", action="store_true", help="begin to end once --goal is reached")
     parser.add_argument("--goal", type=float, default=0.98, help="share of right answers in every task")
-    parser.add_argument("--tiny", action="store_true", help="two layers, for a try on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="four narrow layers, for a try on a CPU")
     parser.add_argument("--lengths", type=stages, help=f"LENGTH:SHARE of the time where it begins; {FULL_LENGTHS}")
-    parser.add_argument("--measure", type=lambda text: [int(n) for n in text.split(",")], help="lengths; 1024,2048,4096")
+    parser.add_argument(
+        "--measure", type=lambda text: [int(n) for n in text.split(",")], help="lengths; 1024,2048,4096"
+    )
     parser.add_argument("--batch-tokens", type=int, help="tokens per step; 131072")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--answers", type=float, default=1.0, help="weight of the answers beside the text")
@@ -769,7 +821,7 @@ def main():
         return check(args.check)
     flash = args.device.startswith("cuda")
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]) if flash else contextlib.nullcontext():
-        train(args)
+        Training(args).run()
 
 
 if __name__ == "__main__":
