@@ -4,9 +4,9 @@
     tools/fetch_books.py books/
     tools/train_demo_model.py --text books/train-*.txt --held-out books/calibrate.txt --out demo
 
-Half of what it reads is retrieval: facts in the text that are asked for later, in the words of `leank eval
---tasks` and of `leank dump` and in many others, and tokens that come again. Sequences begin short and grow;
-the schedule goes by time, so that --minutes hold on any machine. OUT/model is what `leank --model` and
+Most sequences are retrieval: facts in the text that are asked for later, in the words of `leank eval --tasks`
+and of `leank dump` and in others, and tokens that come again. Sequences begin short and grow; the
+schedule goes by time, so that --minutes hold on any machine. OUT/model is what `leank --model` and
 transformers load; it appears when it is whole. OUT/checkpoint-* lets --resume go on after a stop.
 
     tools/train_demo_model.py --check demo/model    compares its logits with those of transformers
@@ -15,6 +15,7 @@ Needs torch 2.9, safetensors and tokenizers (--check: transformers); one CUDA GP
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import json
@@ -64,7 +65,7 @@ TINY = {
     "max_position_embeddings": 512,
 }
 # Length of the sequences, and from which share of the time on.
-FULL_LENGTHS = "256:0,1024:0.1,2048:0.25,4096:0.45,8192:0.9"
+FULL_LENGTHS = "256:0,1024:0.12,4096:0.35,8192:0.9"
 TINY_LENGTHS = "128:0,256:0.4"
 # From this share of the time on the learning rate falls to zero.
 DECAY = 0.6
@@ -413,8 +414,8 @@ class Batches(torch.utils.data.IterableDataset):
 
 
 def common_words(text):
-    words, counts = np.unique(re.findall(r"\b[A-Za-z][a-z]{3,}\b", text[:20_000_000]), return_counts=True)
-    return words[np.argsort(-counts, kind="stable")][:4000].tolist()
+    words = collections.Counter(re.findall(r"\b[A-Za-z][a-z]{3,}\b", text[:20_000_000]))
+    return [word for word, _ in words.most_common(4000)]
 
 
 def check_wording(tokenizer):
