@@ -22,8 +22,8 @@
 //! and in a fixed order, so results do not depend on how heads are spread over threads.
 
 mod lanes;
-mod matrix;
 mod part;
+mod products;
 mod tile;
 
 use leank_core::{DEFAULT_BLOCK, Dtype, KvHead, Precision, Tensor, Windows, quant};

@@ -2,8 +2,8 @@
 //!
 //! Everything that grows with the context is key-major, `[keys, rows]` with `rows` the group's
 //! queries of the tile's positions (`head · positions + position`, padded to whole lanes): logits
-//! are then `K · Qᵀ` with K as it lies in the dump, and the contraction over keys is `Kᵀ · PW`
-//! with contiguous rows to pack.
+//! are then `K · Qᵀ` with K as it lies in the dump, and the contraction over keys is `Kᵀ · PW` with
+//! the same K and vectors of contiguous rows.
 //!
 //! Keys fall into four ranges: sink, middle of every position of the tile, the boundary (middle
 //! for some positions, recent for others), and recent for every position.
@@ -11,21 +11,21 @@
 use std::ops::Range;
 
 use leank_core::Windows;
-use ndarray::ArrayView2;
 
 use super::{
     HeadMask, Totals,
-    lanes::{FEW, LANES, Sums, add_channels, center, raise_to_max},
-    matrix::{multiply, reset, size, view},
+    lanes::{LANES, Sums, raise_to_max},
     part::{Part, PartMask},
+    products::{Contraction, Product},
 };
 use crate::dump::HeadData;
 
-/// Scratch that a tile aims at: small enough for a shared cache to help.
-const TILE_BYTES: usize = 4 << 20;
+/// Scratch that a tile aims at: small enough for a core's own second cache to help.
+const TILE_BYTES: usize = 1 << 20;
 /// Scratch that is spent on long contexts for the sake of products with enough rows.
 const MAX_TILE_BYTES: usize = 64 << 20;
-/// Rows below which packing K for a product costs more than the product.
+/// Rows below which reading K and V costs more than what a larger tile costs: a whole panel of the
+/// products.
 const MIN_ROWS: usize = 48;
 
 /// What a tile is part of: one sequence of one KV head.
@@ -106,7 +106,9 @@ pub(super) struct Buffers {
     /// Contraction over keys `[channels, draws, rows]`, then `z [channels, draws, positions]`.
     contraction: Vec<f32>,
     z: Vec<f32>,
-    /// z zᵀ of the tile.
+    /// z `[draws, positions, channels]`, channels padded to whole lanes.
+    z_samples: Vec<f32>,
+    /// z zᵀ of the tile, `[channels, channels]`, the latter padded likewise.
     product: Vec<f32>,
 }
 
@@ -140,6 +142,17 @@ impl Buffers {
     }
 }
 
+/// `values` with `len` elements, all 0.
+fn reset(values: &mut Vec<f32>, len: usize) {
+    values.clear();
+    values.resize(len, 0.0);
+}
+
+/// `values` with `len` elements that are about to be overwritten.
+fn size(values: &mut Vec<f32>, len: usize) {
+    values.resize(len, 0.0);
+}
+
 impl Tile<'_> {
     /// V that outputs are computed with: the dump's, then the others.
     fn variants(&self) -> usize {
@@ -151,6 +164,8 @@ impl Tile<'_> {
         let products = self.variants() * self.draws;
         let row = (self.prefix + self.positions) * (1 + products) * size_of::<f32>();
         let rows = (TILE_BYTES / row).max(MIN_ROWS.min(MAX_TILE_BYTES / row));
+        // Padding costs as much as rows do.
+        let rows = if rows > LANES { rows - rows % LANES } else { rows };
         (rows / self.group).clamp(1, self.positions)
     }
 
@@ -235,7 +250,7 @@ impl Tile<'_> {
         let (first, second) = full.split_at_mut(sink);
         for (range, out) in [(0..keys.sink, first), (keys.boundary..keys.end, second)] {
             let k = &self.data.k[range.start * d..range.end * d];
-            multiply(view(k, range.len(), d), view(q, d, rows), 0.0, out);
+            Product { k, q, rows, adds: false, out }.run();
             for (key, logits) in range.zip(out.chunks_exact_mut(rows)) {
                 if key <= self.prefix {
                     continue;
@@ -253,7 +268,8 @@ impl Tile<'_> {
         let wide = self.draws * rows;
         let product = |v: &[f32], out: &mut Vec<f32>| {
             size(out, keys.end * wide);
-            multiply(view(v, keys.end, self.d), view(g, self.d, wide), 0.0, out);
+            let v = &v[..keys.end * self.d];
+            Product { k: v, q: g, rows: wide, adds: false, out }.run();
         };
         if self.lean_v.is_empty() {
             return product(&self.data.v, gv);
@@ -287,14 +303,8 @@ impl Tile<'_> {
             size(masked, middle * rows);
         }
         if width > 0 {
-            let beta = if part.continues { 1.0 } else { 0.0 };
-            let queries = part.queries(q, q_part, rows);
-            if part.continues && width <= FEW {
-                let k = &part.columns[..middle * width];
-                add_channels(masked, k, &queries[..width * rows], rows);
-            } else {
-                multiply(self.part_keys(part, keys), view(queries, width, rows), beta, masked);
-            }
+            let (k, q) = (self.part_keys(part, keys), part.queries(q, q_part, rows));
+            Product { k, q, rows, adds: part.continues, out: masked }.run();
         }
         mixed.clear();
         let boundary = keys.boundary..keys.recent;
@@ -314,15 +324,17 @@ impl Tile<'_> {
     }
 
     /// K's columns of a part in the middle and boundary of this tile.
-    fn part_keys<'b>(&'b self, part: &'b Part, keys: &Keys) -> ArrayView2<'b, f32> {
-        let (width, middle) = (part.width(self.d), keys.recent - keys.sink);
-        match part.mask {
-            PartMask::All(_) => view(&self.data.k[keys.sink * width..], middle, width),
-            _ => view(&part.columns, middle, width),
-        }
+    fn part_keys<'b>(&'b self, part: &'b Part, keys: &Keys) -> &'b [f32] {
+        let width = part.width(self.d);
+        let columns = match part.mask {
+            PartMask::All(_) => &self.data.k[keys.sink * width..],
+            _ => &part.columns,
+        };
+        &columns[..(keys.recent - keys.sink) * width]
     }
 
-    /// Softmax sums over all that is seen; for the last part also the centred weights.
+    /// Softmax sums over all that is seen; for the last part also the weights, in place of
+    /// the logits.
     fn softmax(&self, keys: &Keys, part: &Part, is_last: bool, buffers: &mut Buffers) {
         let Buffers { gv, full, masked, mixed, sums, middle_end, .. } = buffers;
         let rows = middle_end.len();
@@ -349,37 +361,37 @@ impl Tile<'_> {
             return;
         }
         if !middle.is_empty() {
-            sums.add_in_place(middle, &gv[middle_gv.clone()]);
+            sums.add_in_place(middle, &gv[middle_gv]);
         }
-        sums.add_in_place(mixed, &gv[boundary_gv.clone()]);
+        sums.add_in_place(mixed, &gv[boundary_gv]);
         sums.finish();
-        if middle.is_empty() && always > 0 {
-            gv[middle_gv].fill(0.0);
-        } else {
-            center(&mut gv[middle_gv], middle, &sums.value, rows);
-        }
         // Only what is in the middle depends on the mask.
         for (key, weights) in (keys.boundary..keys.recent).zip(mixed.chunks_exact_mut(rows)) {
             for (weight, &end) in weights.iter_mut().zip(&*middle_end) {
                 *weight = if key < end as usize { *weight } else { 0.0 };
             }
         }
-        center(&mut gv[boundary_gv], mixed, &sums.value, rows);
     }
 
-    /// `z [channels, draws, positions]` from the centred weights in `gv`.
+    /// `z [channels, draws, positions]` from the weights of middle and boundary.
     fn contract(&self, part: &Part, keys: &Keys, positions: usize, buffers: &mut Buffers) {
-        let Buffers { q, gv, sums, contraction, z, .. } = buffers;
+        let Buffers { q, gv, masked, mixed, sums, contraction, z, .. } = buffers;
         let rows = sums.weight.len();
         let (width, wide) = (part.width(self.d), self.draws * rows);
-        size(contraction, width * wide);
+        reset(contraction, width * wide);
         reset(z, width * self.draws * positions);
         if width == 0 {
             return;
         }
-        let middle = keys.recent - keys.sink;
-        let weights = view(&gv[keys.sink * wide..], middle, wide);
-        multiply(self.part_keys(part, keys).reversed_axes(), weights, 0.0, contraction);
+        let k = self.part_keys(part, keys);
+        let always = keys.boundary - keys.sink;
+        let (k, k_boundary) = k.split_at(always * width);
+        let (gv, gv_boundary) = gv[keys.sink * wide..].split_at(always * wide);
+        let weight = &masked[..always * rows];
+        for (k, gv, weight) in [(k, gv, weight), (k_boundary, gv_boundary, mixed)] {
+            let (mean, out) = (&sums.value[..], &mut contraction[..]);
+            Contraction { k, gv, weight, mean, rows, out }.run();
+        }
         for (at, z) in z.chunks_exact_mut(positions).enumerate() {
             let (column, draw) = (at / self.draws, at % self.draws);
             let own = &contraction[(column * self.draws + draw) * rows..][..rows];
@@ -411,7 +423,7 @@ impl Tile<'_> {
         totals: &mut Totals,
     ) {
         let Reference { values, is_new, stride, first } = reference;
-        let Buffers { outputs, z, product, reference_part, has_last, .. } = buffers;
+        let Buffers { outputs, z, z_samples, product, reference_part, has_last, .. } = buffers;
         let own = |draw: usize| draw * stride + first..draw * stride + first + positions;
         if let (true, Some(part)) = (is_new, *reference_part) {
             let own_v = outputs[part].chunks_exact(positions).take(self.draws);
@@ -445,11 +457,15 @@ impl Tile<'_> {
         if stats.a.is_empty() || width == 0 {
             return;
         }
-        size(product, width * width);
-        let z = view(z, width, samples);
-        multiply(z, z.reversed_axes(), 0.0, product);
-        for (i, row) in product.chunks_exact(width).enumerate() {
-            for (j, &value) in row.iter().enumerate() {
+        let rows = width.next_multiple_of(LANES);
+        reset(z_samples, samples * rows);
+        for (column, z) in z.chunks_exact(samples).enumerate() {
+            z_samples.iter_mut().skip(column).step_by(rows).zip(z).for_each(|(out, z)| *out = *z);
+        }
+        size(product, width * rows);
+        Product { k: z, q: z_samples, rows, adds: false, out: product }.run();
+        for (i, row) in product.chunks_exact(rows).enumerate() {
+            for (j, &value) in row[..width].iter().enumerate() {
                 stats.a[part.channel(i) * self.d + part.channel(j)] += f64::from(value);
             }
         }
