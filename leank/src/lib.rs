@@ -55,4 +55,5 @@ pub use leank_train as train;
 #[cfg(all(doctest, feature = "cpu"))]
 #[doc = include_str!("../README.md")]
 #[doc = include_str!("../../README.md")]
+#[doc = include_str!("../../docs/integrating.md")]
 struct Readme;
