@@ -630,7 +630,7 @@ class Training:
         self.checkpoints, self.log = Checkpoints(self.out), Log(self.out / "training_log.jsonl")
         if self.checkpoints.all() and not args.resume:
             raise SystemExit(f"{self.out} holds a checkpoint: go on with --resume, or take another --out")
-        config = TINY if args.tiny else FULL
+        config = {**(TINY if args.tiny else FULL), **args.shape}
         longest = max(length for length, _ in args.lengths)
         if longest > config["max_position_embeddings"]:
             raise SystemExit(f"--lengths: at most {config['max_position_embeddings']}")
@@ -778,6 +778,13 @@ class Training:
         print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir())} bytes")
 
 
+def shape(text):
+    sizes = dict(pair.split("=") for pair in text.split(","))
+    if unknown := set(sizes) - {key for key, value in FULL.items() if isinstance(value, int)}:
+        raise argparse.ArgumentTypeError(f"{unknown.pop()} is no size of the model")
+    return {key: int(value) for key, value in sizes.items()}
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", type=pathlib.Path, metavar="DIR", help="compare a finished model with transformers")
@@ -790,6 +797,9 @@ def arguments():
     parser.add_argument("--stop-at-goal", action="store_true", help="begin to end once --goal is reached")
     parser.add_argument("--goal", type=float, default=0.98, help="share of right answers in every task")
     parser.add_argument("--tiny", action="store_true", help="four narrow layers, for a try on a CPU")
+    parser.add_argument(
+        "--shape", type=shape, default={}, metavar="KEY=N,...", help="other sizes, e.g. hidden_size=128,num_hidden_layers=4"
+    )
     parser.add_argument("--lengths", type=stages, help=f"LENGTH:SHARE of the time where it begins; {FULL_LENGTHS}")
     parser.add_argument(
         "--measure", type=lambda text: [int(n) for n in text.split(",")], help="lengths; 1024,2048,4096"

@@ -22,7 +22,7 @@ use crate::{
 /// assert_eq!(balanced.balance(&mask)?.slowest, 1.0);
 ///
 /// // A rank loads the rows of Q, K, V (and columns of O) of its heads, and this mask.
-/// assert_eq!(balanced.heads(Layer(0), 0), [KvHead(0), KvHead(2)]);
+/// assert_eq!(balanced.heads(Layer(0), 0), [KvHead(0), KvHead(3)]);
 /// let own = mask.shard(&balanced, 0)?;
 /// assert_eq!((own.kv_heads(), own.summary().dead_heads), (2, 1));
 /// # Ok::<(), leank_core::Error>(())
