@@ -17,8 +17,8 @@ mkdir -p "$out"
 
 command -v python3 >/dev/null || { echo "report_screenshots: python3 is missing" >&2; exit 3; }
 
-# The name that this system has for it.
-chromium() {
+# Where it is, whatever this system calls it. Not called like any of the names: `command -v` finds functions too.
+find_browser() {
     local name
     for name in chromium chromium-browser google-chrome; do
         command -v $name && return 0
@@ -33,7 +33,7 @@ install() {
         apt-get install --yes --no-install-recommends chromium; } >"$out/apt.log" 2>&1
 }
 
-browser=$(chromium) || { install && browser=$(chromium); } || {
+browser=$(find_browser) || { install && browser=$(find_browser); } || {
     echo "report_screenshots: there is no Chromium, and it cannot be installed" >&2
     exit 3
 }
