@@ -153,7 +153,7 @@ pub fn measure_layers(
 ) -> Result<()> {
     let count = dump.manifest().shape.layers;
     if layers.is_empty() || layers.end > count {
-        let why = format!("{}..{} are not layers of the {count}", layers.start, layers.end);
+        let why = format!("{}..{} are not among the layers 0..{count}", layers.start, layers.end);
         return Err(Error::options("layers", why));
     }
     curves(dump, options, layers, progress).map(drop)

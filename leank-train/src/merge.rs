@@ -84,7 +84,10 @@ pub fn merge(into: &Path, from: &[PathBuf]) -> Result<Merged> {
     }
     if merged == Merged::default() {
         let from: Vec<_> = from.iter().map(|path| path.display().to_string()).collect();
-        let why = format!("{}: no learning record is below", from.join(", "));
+        let why = format!(
+            "no learning record is below {}; give folders that `leank learn --layers --records` filled",
+            from.join(", ")
+        );
         return Err(Error::options("records", why));
     }
     for (name, (_, bytes)) in found.iter().filter(|(name, _)| !there.contains(name)) {

@@ -5,6 +5,7 @@ mod bad_model;
 mod disk;
 mod formats;
 mod killed;
+mod messages;
 mod model;
 mod reliable;
 mod report;

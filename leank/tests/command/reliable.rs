@@ -36,7 +36,7 @@ fn processes_share_the_layers_of_a_dump() {
     world.done(&format!("{LEARN} --bytes 0.3 {formats} --records all --out merged.safetensors"));
     assert_eq!(world.read("merged.safetensors"), world.read("whole.safetensors"));
 
-    world.fails(&format!("{LEARN} --layers 3..9 --records d"), &["--layers", "3..9", "the 5"]);
+    world.fails(&format!("{LEARN} --layers 3..9 --records d"), &["--layers", "3..9", "0..5"]);
     world.fails("merge nothing --out all", &["--records", "nothing"]);
     let lambda = format!("{LEARN} --method leank --layers 0..2");
     world.fails(&lambda, &["--method", "over all layers"]);

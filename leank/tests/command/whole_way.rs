@@ -150,7 +150,7 @@ fn ranks_get_their_heads() {
     assert!(table.contains("balanced") && table.contains("1.000"), "{table}");
     world.fails("shard mask.safetensors --world 3", &["3 ranks", "2 KV heads"]);
     world.write("file", "");
-    world.fails("shard mask.safetensors --world 2 --out file", &["--out: file"]);
+    world.fails("shard mask.safetensors --world 2 --out file", &["--out: file: is a file"]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::model::Tiny;
+use crate::{messages, model::Tiny};
 
 /// What a dump of the tests is made with.
 pub(crate) const DUMP: &str = "dump --model model --text text.txt --sequences 4 --positions 8 \
@@ -104,6 +104,7 @@ impl World {
         let before = self.files();
         let outcome = self.run(arguments);
         outcome.assert_failed(words);
+        messages::check(arguments, &outcome.stderr, self.folder.path());
         assert_eq!(self.files(), before, "{arguments}");
     }
 

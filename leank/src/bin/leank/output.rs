@@ -27,6 +27,11 @@ pub(crate) fn about(path: &Path, error: impl Into<anyhow::Error>) -> anyhow::Err
 
 /// Makes the folder of an option where it is missing.
 pub(crate) fn make_folder(option: &str, path: &Path) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        path.is_dir() || !path.exists(),
+        "{option}: {}: is a file; give the name of a folder",
+        path.display()
+    );
     std::fs::create_dir_all(path)
         .map_err(|error| anyhow::anyhow!("{option}: {}: {error}", path.display()))
 }
