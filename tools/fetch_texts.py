@@ -80,6 +80,15 @@ def unpack(package, folder):
     return root
 
 
+def store(target, text, least, source):
+    """Writes a text of at least so many characters, whole or not at all."""
+    if len(text) < least:
+        sys.exit(f"{target}: only {len(text)} characters from {source}")
+    part = target.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, target)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
@@ -94,11 +103,7 @@ def main():
             # Links to a page under a second name would repeat it.
             files = sorted(p for p in root.iterdir() if re.fullmatch(pattern, p.name) and not p.is_symlink())
             text = "\n\n".join(page_text(p) for p in files)
-            if len(text) < 100_000:
-                sys.exit(f"{target}: only {len(text)} characters from {len(files)} pages of {package}")
-            part = target.with_suffix(".part")
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, target)
+            store(target, text, 100_000, f"{len(files)} pages of {package}")
             print(f"{target}: {len(text)} characters from {len(files)} pages")
 
 
