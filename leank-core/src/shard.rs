@@ -38,6 +38,7 @@ pub struct HeadPartition {
 /// How evenly a partition spreads the bytes of lean blocks. Sinks and recent windows are the same for
 /// every head.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "files", derive(serde::Serialize))]
 pub struct Balance {
     /// Bytes of lean blocks of 16-bit elements per rank, each over the mean of the ranks: what memory the
     /// middle takes. All 1 where a mask keeps nothing.
@@ -72,15 +73,14 @@ impl HeadPartition {
         let mut totals = vec![0u64; world];
         for (layer, order) in partition.order.chunks_exact_mut(mask.kv_heads()).enumerate() {
             let bytes = mask.lean_bytes(Layer(layer));
-            let of = |heads: &[usize]| heads.iter().map(|&head| bytes[head]).sum::<u64>();
             let mut groups = even_groups(&bytes, world);
             // The heaviest heads to the rank that has the least so far.
-            groups.sort_by_key(|heads| std::cmp::Reverse(of(heads)));
+            groups.sort_by_key(|heads| std::cmp::Reverse(sum(&bytes, heads)));
             let mut ranks: Vec<usize> = (0..world).collect();
             ranks.sort_by_key(|&rank| totals[rank]);
             for (heads, rank) in groups.iter_mut().zip(ranks) {
                 heads.sort_unstable();
-                totals[rank] += of(heads);
+                totals[rank] += sum(&bytes, heads);
                 let own = &mut order[rank * heads.len()..][..heads.len()];
                 own.iter_mut().zip(heads).for_each(|(to, head)| *to = KvHead(*head));
             }

@@ -49,24 +49,10 @@ enum Split {
 struct Report {
     world: usize,
     split: Split,
-    balanced: Evenness,
-    contiguous: Evenness,
+    balanced: Balance,
+    contiguous: Balance,
     /// Per layer, the KV heads of rank 0, those of rank 1, ...
     order: Vec<Vec<usize>>,
-}
-
-#[derive(Serialize)]
-struct Evenness {
-    /// Bytes of the middle per rank over their mean.
-    ranks: Vec<f64>,
-    /// Time of a step's attention over that of even ranks.
-    slowest: f64,
-}
-
-impl From<Balance> for Evenness {
-    fn from(Balance { ranks, slowest }: Balance) -> Self {
-        Self { ranks, slowest }
-    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -81,8 +67,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let report = Report {
         world: args.world,
         split: args.split,
-        balanced: balanced.balance(&mask)?.into(),
-        contiguous: contiguous.balance(&mask)?.into(),
+        balanced: balanced.balance(&mask)?,
+        contiguous: contiguous.balance(&mask)?,
         order: (0..mask.layers()).map(order).collect(),
     };
     if let Some(folder) = &args.out {
