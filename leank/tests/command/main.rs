@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bad_model;
+mod demo;
 mod disk;
 mod formats;
 mod killed;

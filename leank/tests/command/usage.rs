@@ -4,7 +4,8 @@ use std::{io::Read as _, process::Stdio};
 
 use crate::world::{Outcome, World};
 
-const COMMANDS: [(&str, &str); 13] = [
+const COMMANDS: [(&str, &str); 14] = [
+    ("demo", "See it work"),
     ("dump", "Record what a model's attention sees"),
     ("learn", "Learn from a dump which channels of K matter"),
     ("merge", "Join the records of machines"),

@@ -10,6 +10,7 @@ use leank::{
     },
     cpu::{Cpu, CpuCache},
 };
+use serde::Serialize;
 
 use crate::{masks, model, output, plan::CacheArgs};
 
@@ -44,6 +45,23 @@ pub(crate) struct Args {
     as_stored: bool,
     #[command(flatten)]
     cache: CacheArgs,
+    /// Print JSON, once all is generated.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    text: String,
+    prompt_tokens: usize,
+    prompt_seconds: f64,
+    /// Tokens after the first, which the prompt itself gives.
+    decoded: usize,
+    tokens_per_second: f64,
+    cache_bytes: u64,
+    whole_kv_ratio: f64,
+    /// Formats of lean blocks, in words.
+    formats: String,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -70,7 +88,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         None => CacheConfig::dense(model.config().global_shape()?)?,
     };
     args.cache.apply(&mut config);
-    Generation::new(&model, config, &tokens)?.run(args.tokens)
+    Generation::new(&model, config, &tokens)?.run(args.tokens, args.json)
 }
 
 struct Generation<'a> {
@@ -101,24 +119,38 @@ impl<'a> Generation<'a> {
         Ok(Self { model, cache, sequence, sliding, next, prompt_seconds, prompt_tokens, formats })
     }
 
-    fn run(mut self, most: usize) -> anyhow::Result<()> {
+    fn run(mut self, most: usize, json: bool) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
         let mut stream = self.model.tokenizer().stream();
+        let mut text = String::new();
+        let mut tell = |piece: &str| {
+            text.push_str(piece);
+            if json {
+                return Ok(());
+            }
+            write!(out, "{piece}").and_then(|()| out.flush()).context(output::STDOUT)
+        };
         let start = Instant::now();
         let mut decoded = 0;
         for generated in 0..most {
             if self.model.tokenizer().eos().contains(&self.next) {
                 break;
             }
-            write!(out, "{}", stream.push(self.next)?).context(output::STDOUT)?;
-            out.flush().context(output::STDOUT)?;
+            tell(&stream.push(self.next)?)?;
             if generated + 1 < most {
                 self.step()?;
                 decoded += 1;
             }
         }
-        writeln!(out, "{}", stream.finish()?).context(output::STDOUT)?;
-        self.report(decoded, start.elapsed().as_secs_f64());
+        let seconds = start.elapsed().as_secs_f64();
+        tell(&stream.finish()?)?;
+        drop(out);
+        let report = self.report(text, decoded, seconds);
+        if json {
+            return output::json(&report);
+        }
+        output::line("")?;
+        report.print();
         Ok(())
     }
 
@@ -133,18 +165,34 @@ impl<'a> Generation<'a> {
         Ok(())
     }
 
-    fn report(&self, decoded: usize, seconds: f64) {
+    fn report(self, text: String, decoded: usize, seconds: f64) -> Report {
         let memory = self.cache.memory();
         // Sliding layers take the same either way.
         let beside = self.sliding.bytes(self.cache.config().dtype);
         let (bytes, dense) = (memory.used_bytes() + beside, memory.dense_bytes + beside);
+        Report {
+            text,
+            prompt_tokens: self.prompt_tokens,
+            prompt_seconds: self.prompt_seconds,
+            decoded,
+            tokens_per_second: decoded as f64 / seconds.max(f64::MIN_POSITIVE),
+            cache_bytes: bytes,
+            whole_kv_ratio: bytes as f64 / (dense as f64).max(1.0),
+            formats: self.formats,
+        }
+    }
+}
+
+impl Report {
+    fn print(&self) {
         eprintln!(
-            "prompt {} tokens in {:.2} s; {decoded} tokens decoded at {:.1} tokens/s; cache {}, whole-KV ratio {:.3}, lean blocks of {}",
+            "prompt {} tokens in {:.2} s; {} tokens decoded at {:.1} tokens/s; cache {}, whole-KV ratio {:.3}, lean blocks of {}",
             self.prompt_tokens,
             self.prompt_seconds,
-            decoded as f64 / seconds.max(f64::MIN_POSITIVE),
-            output::bytes(bytes),
-            bytes as f64 / (dense as f64).max(1.0),
+            self.decoded,
+            self.tokens_per_second,
+            output::bytes(self.cache_bytes),
+            self.whole_kv_ratio,
             self.formats,
         );
     }

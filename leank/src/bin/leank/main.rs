@@ -3,6 +3,7 @@
 
 mod check;
 mod convert;
+mod demo;
 mod dump;
 mod eval;
 mod figure;
@@ -24,14 +25,14 @@ mod shard;
 mod texts;
 mod version;
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
 
 use anyhow::Context as _;
-use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum as _};
 
 /// Learn which channels of a model's K cache matter, and decode from a cache without the others.
 ///
-/// The whole way, for a model in GGUF and some text:
+/// To see it work: leank demo. The whole way, for a model in GGUF and some text:
 ///
 ///   leank dump  --model m.gguf --text a.txt b.txt --out dump
 ///   leank learn dump --k-ratio 0.7 --out mask.safetensors
@@ -56,8 +57,26 @@ struct Cli {
     quiet: bool,
 }
 
+impl Cli {
+    /// The flags of every command, for a command that starts others.
+    fn globals(&self) -> Vec<OsString> {
+        let mut words: Vec<OsString> = Vec::new();
+        if let Some(threads) = self.threads {
+            words.extend(["--threads".into(), threads.to_string().into()]);
+        }
+        if let Some(mode) = self.progress.to_possible_value() {
+            words.extend(["--progress".into(), mode.get_name().into()]);
+        }
+        if self.quiet {
+            words.push("--quiet".into());
+        }
+        words
+    }
+}
+
 #[derive(Subcommand)]
 enum Command {
+    Demo(demo::Args),
     Dump(dump::Args),
     Learn(learn::Args),
     Merge(merge::Args),
@@ -102,7 +121,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             .build_global()
             .with_context(|| format!("--threads {threads}: not so many can be started"))?;
     }
+    let globals = cli.globals();
     match cli.command {
+        Command::Demo(args) => demo::run(&args, globals),
         Command::Dump(args) => dump::run(&args),
         Command::Learn(args) => learn::run(&args),
         Command::Merge(args) => merge::run(&args),
