@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Executes the code blocks of README and docs, or says why one is not.
 
-    tools/blocks.py             # with target/debug/leank, which it builds
+    tools/blocks.py
 
 - ```sh is run in a folder where `leank demo` has been, with every folder of the repository beside it; the
-  blocks of a document one after the other. `cargo run -p leank --` and `leank` are the debug build, `cargo
+  blocks of a document one after the other. `cargo run -p leank --` and `leank` are a build here, `cargo
   install` does nothing, `srun` runs its command. "```sh no-run: WHY" is only parsed.
 - ```python is run there too; what it leaves as `dump` is learned from. ```yaml and ```toml are parsed.
 - ```rust must stand in a document that some lib.rs includes, whose doctests run it.
@@ -96,9 +96,11 @@ def main():
     missing = [name for name in ("numpy", "safetensors", "yaml") if run([sys.executable, "-c", f"import {name}"]).returncode]
     if missing:
         wheels = ["pyyaml" if name == "yaml" else name for name in missing]
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", packages, *wheels], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--root-user-action=ignore", "--upgrade", "--target", packages, *wheels], check=True)
         sys.path.insert(0, str(packages))
-    subprocess.run(["cargo", "build", "--quiet", "-p", "leank"], cwd=ROOT, check=True)
+    # As the tests build it: with optimisation.
+    build = "cargo build --quiet --profile test --workspace --all-features --bin leank"
+    subprocess.run(build.split(), cwd=ROOT, check=True)
     built = pathlib.Path(subprocess.check_output([ROOT / "tools/target_dir.sh"], text=True).strip()) / "debug"
     environment = {**os.environ, "PATH": f"{built}:{os.environ['PATH']}", "PYTHONPATH": str(packages)}
     doctested = "".join(path.read_text() for path in ROOT.glob("*/src/lib.rs"))
