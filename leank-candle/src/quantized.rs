@@ -42,10 +42,9 @@ struct Block {
 /// A finite f16: inline and without branches, where `half` asks for the CPU's features each time.
 #[inline(always)]
 fn f16(low: u8, high: u8) -> f32 {
-    let bits = u32::from(u16::from_le_bytes([low, high]));
-    // 2^112 is what the exponents' biases differ by.
-    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-    f32::from_bits(magnitude.to_bits() | ((bits & 0x8000) << 16))
+    let bits = i32::from(i16::from_le_bytes([low, high])) << 13;
+    // Sign, exponent, mantissa; the biases of the exponents differ by 112.
+    f32::from_bits(bits as u32 & 0x8fff_e000) * f32::from_bits(0x7780_0000)
 }
 
 /// Weights of 4 bits, the second half in the high bits of each byte.
