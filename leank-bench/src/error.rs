@@ -47,6 +47,9 @@ pub enum Error {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// llama.cpp's worker did not start, or answered something else than was asked.
+    #[error("llama.cpp's worker: {0}")]
+    LlamaCpp(String),
     /// The CUDA device or its compiler failed.
     #[error("the CUDA device: {0}")]
     Device(String),

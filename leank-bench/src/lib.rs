@@ -32,6 +32,7 @@
 //! - [`worker`]: a cache that answers a line protocol, to be timed beside other libraries.
 //! - [`cpu`]: the measurement that `leank-bench cpu` runs; [`table`] prints it, [`figure`] draws it.
 //! - [`cuda`]: decode attention on a CUDA device.
+//! - [`decode_cpu`]: whole decode steps of a model on the CPU, beside candle's caches and llama.cpp.
 //! - [`decode_gpu`]: whole decode steps on it, by the [`decoder`], and their tokens beside the CPU's.
 //! - [`accuracy`]: the error against f64, on random data and on a model's activations.
 //! - [`steps`]: many short sequences against a long one, and a busy core.
@@ -44,6 +45,7 @@ pub mod bandwidth;
 pub mod cpu;
 #[allow(unsafe_code, reason = "launches kernels")]
 pub mod cuda;
+pub mod decode_cpu;
 pub mod decode_gpu;
 #[allow(unsafe_code, reason = "launches kernels, calls cuBLAS")]
 pub mod decoder;

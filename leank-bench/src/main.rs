@@ -1,6 +1,7 @@
 //! The `leank-bench` command.
 #![forbid(unsafe_code)]
 
+mod decode_cpu_args;
 mod decode_gpu_args;
 
 use std::{
@@ -28,6 +29,7 @@ use leank_bench::{
 use leank_core::{DEFAULT_BLOCK, Dtype, HeadPrecision};
 use leank_cpu::{Cpu, DEFAULT_SPIN, Isa, Pool};
 
+use decode_cpu_args::DecodeCpuArgs;
 use decode_gpu_args::DecodeGpuArgs;
 
 /// Measure what a lean cache is worth on this machine.
@@ -44,6 +46,7 @@ struct Cli {
 enum Command {
     Cpu(CpuArgs),
     Cuda(CudaArgs),
+    DecodeCpu(DecodeCpuArgs),
     DecodeGpu(DecodeGpuArgs),
     Steps(StepsArgs),
     Error(ErrorArgs),
@@ -411,6 +414,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Cpu(args) => args.run(),
         Command::Cuda(args) => args.run(),
+        Command::DecodeCpu(args) => args.run(),
         Command::DecodeGpu(args) => args.run(),
         Command::Steps(args) => args.run(),
         Command::Error(args) => args.run(),

@@ -261,12 +261,12 @@ where
 }
 
 /// Steps in which `tokens` tokens are stored.
-fn chunks(tokens: usize) -> impl Iterator<Item = usize> {
+pub(crate) fn chunks(tokens: usize) -> impl Iterator<Item = usize> {
     (0..tokens).step_by(CHUNK).map(move |start| CHUNK.min(tokens - start))
 }
 
 /// `len` elements of K, and of V.
-fn rows_of(len: usize, random: &mut Rng) -> (Vec<f32>, Vec<f32>) {
+pub(crate) fn rows_of(len: usize, random: &mut Rng) -> (Vec<f32>, Vec<f32>) {
     let mut k = vec![0.0; len];
     let mut v = k.clone();
     fill(random, &mut k);
@@ -275,7 +275,12 @@ fn rows_of(len: usize, random: &mut Rng) -> (Vec<f32>, Vec<f32>) {
 }
 
 /// Appends random rows to every layer. Layers share their values, not their memory.
-fn append<C>(cache: &mut C, shape: HeadShape, tokens: usize, random: &mut Rng) -> Result<()>
+pub(crate) fn append<C>(
+    cache: &mut C,
+    shape: HeadShape,
+    tokens: usize,
+    random: &mut Rng,
+) -> Result<()>
 where
     C: for<'a> Cache<View<'a> = HostView<'a>>,
 {

@@ -302,7 +302,7 @@ impl Source for GgufSource {
         }
         let kind = self.file.kind(&name, &entry)?;
         let tensor = quantized(&bytes, kind, &entry.dims)?;
-        Ok(if self.precision == Precision::F32 || !has_product(kind, cols) {
+        Ok(if self.precision == Precision::F32 || !has_product(kind) {
             Matrix::Dense(tensor.dequantize(&Device::Cpu)?)
         } else {
             Matrix::Quantized(Arc::new(tensor))
@@ -310,16 +310,9 @@ impl Source for GgufSource {
     }
 }
 
-/// Whether candle multiplies with rows of `cols` elements of this type as they are.
-fn has_product(kind: GgmlDType, cols: usize) -> bool {
-    match kind {
-        GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => false,
-        // Its products for these take two blocks at a time and assert an even number.
-        GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1 => {
-            cols.is_multiple_of(2 * kind.block_size())
-        }
-        _ => true,
-    }
+/// Whether rows of this type are multiplied as they are.
+fn has_product(kind: GgmlDType) -> bool {
+    !matches!(kind, GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16)
 }
 
 fn quantized(bytes: &AlignedBytes, kind: GgmlDType, dims: &[usize]) -> Result<QTensor> {

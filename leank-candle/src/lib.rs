@@ -36,6 +36,7 @@ mod dense;
 mod dump;
 mod error;
 pub mod eval;
+mod executor;
 #[cfg(test)]
 mod family_tests;
 mod fingerprint;
@@ -50,6 +51,7 @@ mod loading_tests;
 mod model;
 mod ops;
 mod probe;
+mod quantized;
 mod retrieval;
 mod rope;
 mod rows;

@@ -6,6 +6,7 @@ use candle_core::quantized::QTensor;
 use candle_core::{Device, Tensor};
 
 use crate::ops::{DenseLinear, with_slice};
+use crate::quantized::{Product, is_ours};
 use crate::{Error, Result};
 
 /// A frozen matrix `[rows, columns]`.
@@ -47,12 +48,24 @@ impl Linear {
             Self::Dense(op) => Ok(x.apply_op1(op.clone())?),
             Self::Quantized { .. } if x.track_op() => Err(no_gradient()),
             Self::Quantized { weight, bias } => {
-                let y = x.apply_op1_no_bwd(weight.as_ref())?;
+                let y = if is_ours(weight.dtype()) {
+                    x.apply_op1_no_bwd(&Product(weight))?
+                } else {
+                    x.apply_op1_no_bwd(weight.as_ref())?
+                };
                 Ok(match bias {
                     Some(bias) => y.broadcast_add(bias)?,
                     None => y,
                 })
             }
+        }
+    }
+
+    /// Bytes of the matrix as it is held.
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Self::Dense(op) => (op.weight.elem_count() * size_of::<f32>()) as u64,
+            Self::Quantized { weight, .. } => weight.storage_size_in_bytes() as u64,
         }
     }
 

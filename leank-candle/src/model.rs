@@ -5,8 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Tensor;
 use leank_core::Fingerprint;
+use leank_cpu::{Executor, Rayon};
 
 use crate::config::{Family, ModelConfig, RopeScaling};
+use crate::executor::Threads;
 use crate::linear::Linear;
 use crate::ops::{GatedLinearUnit, RmsNorm, Rope};
 use crate::rope::RopeTable;
@@ -145,6 +147,16 @@ impl Model {
         self.precision
     }
 
+    /// Where attention runs best between this model's products: on the threads that these run on.
+    /// Others would compete with them for the cores, in every layer of every step.
+    #[must_use]
+    pub fn executor(&self) -> Arc<dyn Executor> {
+        match self.precision {
+            Precision::F32 => Arc::new(Rayon),
+            Precision::AsStored => Arc::new(Threads),
+        }
+    }
+
     /// Runs tokens through all layers and the final norm: `[tokens, hidden]` f32.
     ///
     /// `tokens` and their absolute `positions` are those of all sequences of a batch, one after the
@@ -177,6 +189,13 @@ impl Model {
     /// [`Error::Candle`] when the width is not the model's.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.weights.output.forward(&hidden.contiguous()?)
+    }
+
+    /// Bytes of weights that a step of one token reads, logits included: every matrix once, and of the
+    /// embedding nothing worth counting.
+    #[must_use]
+    pub fn step_bytes(&self) -> u64 {
+        self.weights.product_bytes()
     }
 
     /// A part of the weights, row after row, widened to f32, for a forward pass of your own; `None`

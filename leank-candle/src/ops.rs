@@ -19,6 +19,21 @@ use crate::rows;
 /// Rows per parallel task of element-wise loops: a task is then some 10 µs.
 const ROWS_PER_TASK: usize = 16;
 
+/// Calls `f(i, out, x)` for parts of `task` elements of `out` and `x`, in parallel where there are
+/// several: a thread that is not rayon's waits tens of microseconds for one that is.
+fn for_parts(
+    task: usize,
+    out: &mut [f32],
+    x: &[f32],
+    f: impl Fn(usize, &mut [f32], &[f32]) + Send + Sync,
+) {
+    if out.len() <= task {
+        return f(0, out, x);
+    }
+    let parts = out.par_chunks_mut(task).zip(x.par_chunks(task)).enumerate();
+    parts.for_each(|(i, (out, x))| f(i, out, x));
+}
+
 /// The elements of a contiguous f32 tensor's storage.
 pub(crate) fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> CandleResult<&'a [f32]> {
     let data = storage.as_slice::<f32>()?;
@@ -117,7 +132,7 @@ impl CustomOp1 for RmsNorm {
         let x = contiguous(x, layout)?;
         let mut out = vec![0f32; rows * width];
         let task = ROWS_PER_TASK * width;
-        out.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(out, x)| {
+        for_parts(task, &mut out, x, |_, out, x| {
             for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
                 rows::scale_by(x, rows::inverse_rms(x, self.eps), &self.weight, out);
             }
@@ -162,7 +177,7 @@ impl Rope {
             return;
         }
         let task = ROWS_PER_TASK * width;
-        out.par_chunks_mut(task).zip(x.par_chunks(task)).enumerate().for_each(|(i, (out, x))| {
+        for_parts(task, out, x, |i, out, x| {
             let positions = &self.positions[i * ROWS_PER_TASK..];
             let token_rows = out.chunks_exact_mut(width).zip(x.chunks_exact(width));
             for ((out, x), &position) in token_rows.zip(positions) {
@@ -239,12 +254,13 @@ impl CustomOp2 for GatedLinearUnit {
             candle_core::bail!("gated linear unit: {gate_layout:?} and {up_layout:?} differ")
         }
         let mut out = vec![0f32; gate.len()];
-        out.par_chunks_mut(GATES_PER_TASK)
-            .zip(gate.par_chunks(GATES_PER_TASK).zip(up.par_chunks(GATES_PER_TASK)))
-            .for_each(|(out, (gate, up))| match self {
+        for_parts(GATES_PER_TASK, &mut out, gate, |i, out, gate| {
+            let up = &up[i * GATES_PER_TASK..][..gate.len()];
+            match self {
                 Self::Silu => rows::swiglu(gate, up, out),
                 Self::Gelu => rows::geglu(gate, up, out),
-            });
+            }
+        });
         Ok((CpuStorage::F32(out), gate_layout.shape().clone()))
     }
 

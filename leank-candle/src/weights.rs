@@ -14,10 +14,10 @@ pub enum Precision {
     /// Widened to f32: exact, fast for prompts, needed for gradients; four bytes per weight.
     #[default]
     F32,
-    /// As the GGUF file holds them: small, and slower (the README has numbers). Products quantize
-    /// activations to 8 bits on the fly, so logits differ from [`Precision::F32`]. Unquantized weights
-    /// (and all of a safetensors folder), and rows of an odd number of Q4_1, Q5_0 or Q5_1 blocks,
-    /// are widened to f32.
+    /// As the GGUF file holds them: small, and faster token by token, which reads every weight once.
+    /// Products are those of the widened weights, but for Q2_K and Q3_K, where candle's quantize
+    /// activations to 8 bits and logits differ from [`Precision::F32`]. Unquantized weights (and all of a
+    /// safetensors folder) are widened to f32.
     AsStored,
 }
 
@@ -225,6 +225,15 @@ impl Weights {
             .collect::<Result<_>>()?;
         let norm = norm(source, config, Part::OutputNorm, config.hidden)?;
         Ok(Self { embedding, layers, norm, output: Linear::new(output, None)? })
+    }
+
+    /// Bytes of all matrices but the embedding.
+    pub(crate) fn product_bytes(&self) -> u64 {
+        let of_layer = |layer: &LayerWeights| -> u64 {
+            let LayerWeights { query, key, value, output, gate, up, down, .. } = layer;
+            [query, key, value, output, gate, up, down].into_iter().map(Linear::bytes).sum()
+        };
+        self.layers.iter().map(of_layer).sum::<u64>() + self.output.bytes()
     }
 
     /// A part, row after row, widened to f32; `None` where the model has no such part.

@@ -107,7 +107,7 @@ impl<'a> Generation<'a> {
     fn new(model: &'a Model, config: CacheConfig, prompt: &[u32]) -> anyhow::Result<Self> {
         let start = Instant::now();
         let formats = masks::format_words(&masks::heads_by_format(&config.mask));
-        let mut cache = Cpu::new().create(config)?;
+        let mut cache = Cpu::with_executor(model.executor()).create(config)?;
         let sequence = cache.add_sequence();
         let mut dense = DenseAttention::new(model.config(), prompt.len());
         let hidden = dense.prefill(model, prompt)?;
