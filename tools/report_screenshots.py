@@ -157,7 +157,7 @@ def main(chromium, page, out):
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     page = pathlib.Path(page).resolve().as_uri()
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = Browser(chromium, profile)
         try:
             target = browser.call("Target.createTarget", url="about:blank")["targetId"]
