@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Executes the code blocks of README and docs, or says why one is not.
 
-    tools/blocks.py
+    tools/blocks.py [DOCUMENT...]
 
 - ```sh is run in a folder where `leank demo` has been, with every folder of the repository beside it; the
-  blocks of a document one after the other. `cargo run -p leank --` and `leank` are a build here, `cargo
+  blocks of a document one after the other. `cargo run --release -p leank --` and `leank` are a build here, `cargo
   install` does nothing, `srun` runs its command. "```sh no-run: WHY" is only parsed.
 - ```python is run there too; what it leaves as `dump` is learned from. ```yaml and ```toml are parsed.
 - ```rust must stand in a document that some lib.rs includes, whose doctests run it.
@@ -26,8 +26,8 @@ set -euo pipefail
 cargo() {
     case "$1 $2" in
         "install --path") ;;
-        "run --release") shift 2; [ "$1 $2 $3" = "-p leank --" ] && shift 3 && leank "$@" || command cargo run --quiet "$@" ;;
-        *) command cargo "$@" ;;
+        "run --release") [ "$3 $4 $5" = "-p leank --" ]; shift 5; leank "$@" ;;
+        *) echo "cargo $*: not here" >&2; return 1 ;;
     esac
 }
 # The demo in small: its full size is minutes in a debug build.
@@ -111,7 +111,7 @@ def main():
     assert made.returncode == 0, made.stdout
 
     failures, known, ran, left = [], {}, 0, []
-    for path in DOCUMENTS:
+    for path in [pathlib.Path(own).resolve() for own in sys.argv[1:]] or DOCUMENTS:
         fences, indented = read(path)
         for where, line in indented:
             failures += check_options(built / "leank", where, line, known)
@@ -120,7 +120,8 @@ def main():
             for entry in ROOT.iterdir():
                 if entry.name not in ("target", ".git"):
                     (folder / entry.name).symlink_to(entry)
-            shutil.copytree(demo / "leank-demo", folder / "leank-demo")
+            if any(fence.language in ("sh", "python") and fence.reason is None for fence in fences):
+                shutil.copytree(demo / "leank-demo", folder / "leank-demo")
             for fence in fences:
                 failures += check_options(built / "leank", fence.where, fence.text, known)
                 problem = None
