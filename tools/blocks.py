@@ -127,7 +127,8 @@ def main():
                 problem = None
                 if fence.reason is not None:
                     left.append(f"{fence.where}: {fence.reason or 'NO REASON'}")
-                    problem = None if fence.reason else "no-run: needs a reason"
+                    parsed = run(["bash", "-n", "-c", fence.text])
+                    problem = parsed.stdout if parsed.returncode else None if fence.reason else "no-run: needs a reason"
                 elif fence.language == "sh":
                     done = run(["bash", "-c", PRELUDE + fence.text], cwd=folder, env=environment)
                     problem = done.stdout[-3000:] if done.returncode else None
@@ -150,9 +151,6 @@ def main():
                         problem = "no lib.rs includes this document: its Rust is not tested"
                 elif fence.language != "text":
                     problem = f"a block of {fence.language or 'no language'}: say sh, python, rust, yaml, toml or text"
-                if fence.language == "sh" and fence.reason is not None:
-                    parsed = run(["bash", "-n", "-c", fence.text])
-                    problem = problem or (parsed.stdout if parsed.returncode else None)
                 if problem:
                     failures.append(f"{fence.where}: {problem}")
                 elif fence.reason is None and fence.language in ("sh", "python"):
