@@ -11,8 +11,11 @@ target=$(tools/target_dir.sh)
 packages=$target/ci/packages
 rm -rf "$packages" "$target"/package/*.crate
 mkdir -p "$packages"
-cargo package --quiet --workspace --exclude leank-bench --allow-dirty --no-verify 2>&1 |
-    grep -v '^warning: manifest has no\|^  |$\|= note: see\|^$' || true
+log=$packages/package.log
+cargo package --quiet --workspace --exclude leank-bench --allow-dirty --no-verify >"$log" 2>&1 || {
+    cat "$log" >&2
+    exit 1
+}
 for crate in "$target"/package/*.crate; do
     tar -xzf "$crate" -C "$packages"
     printf '%-28s %6d KiB\n' "$(basename "$crate")" $(($(stat -c %s "$crate") / 1024))
