@@ -129,8 +129,9 @@ impl CompressedKVCache for LeanKvCache {
     ) -> Result<DecodeOutput> {
         let mut state = self.state();
         let own = state.cache.config();
-        let group = own.shape.query_heads / own.shape.kv_heads;
-        if config.n_kv_groups != group || (config.softmax_scale / own.scale() - 1.0).abs() > 1e-5 {
+        if config.n_kv_groups != own.shape.group()
+            || (config.softmax_scale / own.scale() - 1.0).abs() > 1e-5
+        {
             return Err(wrap("another group or scale of the logits than the cache was made for"));
         }
         state.prompt.clear();
@@ -209,7 +210,7 @@ fn drive(cache: &dyn CompressedKVCache) -> Result<f32> {
         |heads, tokens| Tensor::randn(0f32, 1.0, (1, heads, tokens, SHAPE.head_dim), &Device::Cpu);
     let config = AttendConfig {
         softmax_scale: (SHAPE.head_dim as f32).sqrt().recip(),
-        n_kv_groups: SHAPE.query_heads / SHAPE.kv_heads,
+        n_kv_groups: SHAPE.group(),
     };
     let mut all: Vec<Option<(Tensor, Tensor)>> = vec![None; SHAPE.layers];
     let mut apart = 0.0f32;

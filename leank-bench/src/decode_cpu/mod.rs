@@ -111,18 +111,32 @@ fn forward(
     Ok(logits.map_err(leank_candle::Error::from)?)
 }
 
-/// Seconds per step of random tokens.
-fn time(
-    steps: usize,
-    vocab: usize,
-    random: &mut Rng,
-    mut step: impl FnMut(u32) -> Result<Vec<f32>>,
-) -> Result<f64> {
-    let start = Instant::now();
-    for _ in 0..steps {
-        std::hint::black_box(step(random.below(vocab) as u32)?);
+/// What runs the model in this process, on a cache of its own.
+trait Stepper {
+    /// Its model, and what draws its tokens.
+    fn parts(&mut self) -> (&Model, &mut Rng);
+
+    /// Runs a token; the logits.
+    fn step(&mut self, token: u32) -> Result<Vec<f32>>;
+
+    /// As [`Variant::bytes`].
+    fn kv_bytes(&self) -> u64;
+}
+
+impl<S: Stepper> Variant for S {
+    fn steps(&mut self, steps: usize) -> Result<f64> {
+        let start = Instant::now();
+        for _ in 0..steps {
+            let (model, random) = self.parts();
+            let token = random.below(model.config().vocab) as u32;
+            std::hint::black_box(self.step(token)?);
+        }
+        Ok(start.elapsed().as_secs_f64() / steps as f64)
     }
-    Ok(start.elapsed().as_secs_f64() / steps as f64)
+
+    fn bytes(&self) -> u64 {
+        self.kv_bytes()
+    }
 }
 
 /// Our cache, dense or lean.
@@ -147,6 +161,12 @@ impl<'a> Ours<'a> {
         }
         Ok(Self { model, cache, sequence, random })
     }
+}
+
+impl Stepper for Ours<'_> {
+    fn parts(&mut self) -> (&Model, &mut Rng) {
+        (self.model, &mut self.random)
+    }
 
     fn step(&mut self, token: u32) -> Result<Vec<f32>> {
         let position = self.cache.sequence_len(self.sequence)?;
@@ -156,18 +176,8 @@ impl<'a> Ours<'a> {
         self.cache.commit()?;
         Ok(logits)
     }
-}
 
-impl Variant for Ours<'_> {
-    fn steps(&mut self, steps: usize) -> Result<f64> {
-        let mut random = self.random.clone();
-        let seconds =
-            time(steps, self.model.config().vocab, &mut random, |token| self.step(token))?;
-        self.random = random;
-        Ok(seconds)
-    }
-
-    fn bytes(&self) -> u64 {
+    fn kv_bytes(&self) -> u64 {
         self.cache.memory().used_bytes()
     }
 }
@@ -192,22 +202,18 @@ impl<'a, C: CandleCache> Candle<'a, C> {
         }
         Ok(Self { model, cache, random })
     }
+}
+
+impl<C: CandleCache> Stepper for Candle<'_, C> {
+    fn parts(&mut self) -> (&Model, &mut Rng) {
+        (self.model, &mut self.random)
+    }
 
     fn step(&mut self, token: u32) -> Result<Vec<f32>> {
         forward(self.model, token, self.cache.len(), &mut self.cache)
     }
-}
 
-impl<C: CandleCache> Variant for Candle<'_, C> {
-    fn steps(&mut self, steps: usize) -> Result<f64> {
-        let mut random = self.random.clone();
-        let seconds =
-            time(steps, self.model.config().vocab, &mut random, |token| self.step(token))?;
-        self.random = random;
-        Ok(seconds)
-    }
-
-    fn bytes(&self) -> u64 {
+    fn kv_bytes(&self) -> u64 {
         let ModelShape { layers, kv_heads, head_dim, .. } = self.model.config().shape;
         (self.cache.len() * layers * kv_heads * head_dim * 2 * size_of::<f32>()) as u64
     }
