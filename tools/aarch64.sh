@@ -81,4 +81,5 @@ export PROPTEST_CASES=8 PROPTEST_MAX_SHRINK_ITERS=1
 common=(--quiet --locked --target "$target" --no-default-features)
 cargo test "${common[@]}" --package leank-core --lib --tests
 cargo test "${common[@]}" --package leank-cpu --features capi --lib --test life
-cargo test "${common[@]}" --package leank-cpu --test conformance -- neon::
+# With the same features, so that the library is compiled once.
+cargo test "${common[@]}" --package leank-cpu --features capi --test conformance -- neon::

@@ -24,8 +24,8 @@ if ! ldconfig -p | grep -q 'libnvrtc\.so'; then
     fi
     export LD_LIBRARY_PATH=$library${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 fi
-cargo build --quiet --package leank-cuda --package leank-bench \
-    --example compile --example compile_decoder
+# With the profile and the features of tools/test.sh, so that its build serves.
+cargo build --quiet --profile test --workspace --all-features --example compile --example compile_decoder
 [ $# -gt 0 ] || set -- 8.0 8.6 9.0 10.0 12.0
 for example in compile compile_decoder; do
     printf '%s\n' "$@" | xargs -P "$(nproc)" -n 1 "$target/debug/examples/$example"
