@@ -10,7 +10,7 @@ use crate::weights::Weights;
 ///
 /// The hash covers the widths and all norm weights, rounded to bf16. Every format and quantization
 /// keeps norms in full, so a mask learned from one file of a model fits its other files, and
-/// fine-tuned siblings of the same shape are told apart. Of a model with sliding layers the shape is
+/// fine-tuned siblings that changed a norm are told apart. Of a model with sliding layers the shape is
 /// that of its global layers, which is what a mask covers.
 pub(crate) fn of(config: &ModelConfig, weights: &Weights) -> Fingerprint {
     let mut bytes = Vec::new();

@@ -81,6 +81,16 @@ pub struct MaskReport {
     pub cache: CacheBytes,
 }
 
+impl MaskReport {
+    /// Whether every divergence is a number: none is where values are too large for the cache's type.
+    #[must_use]
+    pub fn is_finite(&self) -> bool {
+        let text = self.text.iter().map(|text| &text.divergence);
+        let tasks = self.tasks.iter().map(|task| &task.divergence);
+        text.chain(tasks).all(|divergence| divergence.kl.is_finite())
+    }
+}
+
 /// Progress of an evaluation: items done and all of them. An item is one sequence read densely or
 /// one sequence decoded through one mask.
 pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);

@@ -14,6 +14,9 @@ use super::{BLOCK, f16, six_bits};
 static AVX2: LazyLock<bool> =
     LazyLock::new(|| is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
 
+/// What a number below 2^22 is added to, so that its whole part stands in the lowest bits: 1.5 · 2^23.
+const ROUND: f32 = 12_582_912.0;
+
 /// A part of 32 activations, `scale * values`.
 pub(super) struct Activations {
     values: [[i16; BLOCK / 2]; 2],
@@ -32,8 +35,8 @@ impl Activations {
         let scale = largest / f32::from(i16::MAX);
         // All zero, or so small that its scale is.
         let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-        let whole = x.map(|x| (x * inverse).round_ties_even() as i32);
-        let total = whole.iter().sum::<i32>() as f32 * scale;
+        let whole = x.map(|x| (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32);
+        let total = whole.iter().fold(0i32, |sum, value| sum.wrapping_add(*value)) as f32 * scale;
         let (halves, _) = whole.as_chunks::<{ BLOCK / 2 }>();
         let narrow = |half: &[i32; BLOCK / 2]| half.map(|value| value as i16);
         Self { values: [narrow(&halves[0]), narrow(&halves[1])], scale, total }
@@ -77,7 +80,8 @@ fn with_avx2(kind: GgmlDType, bytes: &[u8], x: &[Activations], out: &mut [f32]) 
     }
 }
 
-/// Two rows at a time: one after the other's additions would wait for each other.
+/// One row after the other, as memory is read ahead best; blocks go to two sums in turns, since one
+/// addition would wait for the other.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn rows<const BYTES: usize, const PARTS: usize>(
@@ -87,19 +91,19 @@ fn rows<const BYTES: usize, const PARTS: usize>(
     add: impl Fn(&[u8; BYTES], &[Activations; PARTS], &mut Sum),
 ) {
     let x = x.as_chunks::<PARTS>().0;
-    let mut rows = bytes.as_chunks::<BYTES>().0.chunks_exact(x.len());
-    for out in out.chunks_mut(2) {
-        let Some(first) = rows.next() else { return };
-        // The last of an odd number is its own partner.
-        let second = if out.len() == 2 { rows.next().unwrap_or(first) } else { first };
-        let mut sums = [Sum::new(), Sum::new()];
-        for ((x, first), second) in x.iter().zip(first).zip(second) {
-            add(first, x, &mut sums[0]);
-            add(second, x, &mut sums[1]);
+    let (x_pairs, x_last) = x.as_chunks::<2>();
+    let rows = bytes.as_chunks::<BYTES>().0.chunks_exact(x.len());
+    for (row, out) in rows.zip(out) {
+        let (pairs, last) = row.as_chunks::<2>();
+        let (mut even, mut odd) = (Sum::new(), Sum::new());
+        for ([first, second], [x_first, x_second]) in pairs.iter().zip(x_pairs) {
+            add(first, x_first, &mut even);
+            add(second, x_second, &mut odd);
         }
-        for (out, sum) in out.iter_mut().zip(sums) {
-            *out = sum.whole();
+        for (block, x) in last.iter().zip(x_last) {
+            add(block, x, &mut even);
         }
+        *out = even.whole() + odd.whole();
     }
 }
 
@@ -159,7 +163,7 @@ impl Sum {
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn products(weights: __m256i, x: &Activations) -> [__m256i; 2] {
-    let [low, high] = x.values.map(|half| cast(half));
+    let [low, high] = x.values.map(cast);
     [
         _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_castsi256_si128(weights)), low),
         _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(weights)), high),

@@ -27,8 +27,10 @@ static ARCH: LazyLock<Arch> = LazyLock::new(Arch::new);
 /// Weights of a part.
 const BLOCK: usize = 32;
 
-/// Weights per parallel task: some 5 µs.
+/// Fewest weights of a parallel task: a microsecond and more.
 const TASK: usize = 1 << 15;
+/// Tasks for each thread, where there are weights enough: a thread that is late holds up none.
+const TASKS: usize = 8;
 
 /// Rows that are widened at once for a prompt, and from how many tokens on: below, reading the rows
 /// as they are for each token is less work.
@@ -300,7 +302,7 @@ impl Product<'_> {
     /// For a few tokens: each row is read as it is.
     fn rows(&self, bytes: &[u8], x: &[f32], (rows, cols): (usize, usize)) -> Vec<f32> {
         let mut out = vec![0f32; x.len() / cols * rows];
-        let task = (TASK / cols).max(1);
+        let task = (TASK / cols).max(rows / (TASKS * Threads.threads())).max(1);
         let row_bytes = bytes.len() / rows;
         for (out, x) in out.chunks_exact_mut(rows).zip(x.chunks_exact(cols)) {
             let token = Token::new(x);

@@ -189,7 +189,7 @@ fn check_no_precisions(mask: &ModelMask, format: Format) -> Result<()> {
         "mask format",
         format!(
             "a {format} file cannot say that {coded} of {} heads ask for 8 or 4 bits in lean blocks; \
-             write .safetensors, or take the precisions off the mask first",
+             write .safetensors",
             precisions.len()
         ),
     ))

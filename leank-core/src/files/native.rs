@@ -30,6 +30,8 @@ const PLAIN_VERSION: u64 = 1;
 /// Largest safetensors header: JSON costs some ten times its size in memory while it is parsed. A run
 /// over thousands of texts has its record in it.
 const MAX_HEADER_BYTES: u64 = 1 << 20;
+/// Largest predicted KL, far above what any distributions of tokens differ by.
+const MAX_PREDICTED_KL: f64 = 1e6;
 const METADATA_KEY: &str = "leank";
 
 #[derive(Deserialize)]
@@ -148,12 +150,23 @@ impl<'a> Tensors<'a> {
         })?;
         let damaged = |error| source.bad(format!("its metadata `{METADATA_KEY}`: {error}"));
         let Versioned { version } = serde_json::from_str(json).map_err(damaged)?;
-        if version == 0 || version > VERSION {
+        if version == 0 {
+            return Err(
+                source.bad("it is of format version 0, which there never was: it is damaged")
+            );
+        }
+        if version > VERSION {
             return Err(source.bad(format!(
                 "it is of format version {version}, this leank reads up to {VERSION}; update leank"
             )));
         }
-        serde_json::from_str(json).map_err(damaged)
+        let json: MetadataJson = serde_json::from_str(json).map_err(damaged)?;
+        let predicted = json.info.predicted_kl;
+        if let Some(kl) = predicted.filter(|kl| !(0.0..=MAX_PREDICTED_KL).contains(kl)) {
+            let range = format!("it is 0 to {MAX_PREDICTED_KL} nats");
+            return Err(source.bad(format!("its metadata says a predicted KL of {kl}; {range}")));
+        }
+        Ok(json)
     }
 
     fn mask(&self) -> Result<(Axes, ModelMask)> {

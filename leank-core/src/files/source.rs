@@ -45,6 +45,16 @@ impl Source<'_> {
                  with a newer PyTorch",
             ));
         }
+        if self.format == Format::Native
+            && let Some((length, [b'{', ..])) = bytes.split_first_chunk::<8>()
+            && let header = u64::from_le_bytes(*length)
+            && header > bytes.len() as u64
+        {
+            return Err(self.bad(format!(
+                "it is cut short: its header alone claims {header} bytes, the file has {}",
+                bytes.len()
+            )));
+        }
         match Format::from_content(bytes) {
             Some(found) if found == self.format => Ok(()),
             // Any text looks like this, a licence or an error page as well as a table.

@@ -139,7 +139,7 @@ fn a_guard_tells_what_suits() {
     assert!(report["text"]["kl"].as_f64().unwrap() > 0.0);
     let (code, said) = run(&format!("{check} --model model --max-kl 100 --recent 4"));
     assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("unknown  windows   sink 4, recent 4"), "{said}");
+    assert!(said.contains("warning  windows   sink 4, recent 4"), "{said}");
 
     // Another model of the same shape.
     Tiny { rope_base: 2000.0, ..Tiny::default() }.write_folder(&world.path("other"));

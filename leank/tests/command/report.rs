@@ -253,7 +253,7 @@ fn words_from_files_stay_words() {
 fn odd_numbers_do_not_break_a_page() {
     let world = World::with_mask();
     for (name, predicted_kl, rope_base) in
-        [("a", 1e300, 1e300), ("b", -1.0, 0.0), ("c", 0.0, 1.0), ("d", 5e-324, -5.0)]
+        [("a", 1e6, 1e300), ("b", 1e-300, 0.0), ("c", 0.0, 1.0), ("d", 5e-324, -5.0)]
     {
         let file = format!("{name}.safetensors");
         let mask = reworded(&world, &file, |info| {
@@ -284,6 +284,7 @@ fn reports_that_cannot_be_made() {
     world.fails("report --mask gone.npy", &["gone.npy"]);
     world.fails(&format!("{report} --out no/report.html"), &["--out", "no/report.html", "folder"]);
     world.fails(&format!("{report} --out dump"), &["--out", "is a folder"]);
+    world.fails(&format!("{report} --out ./mask.safetensors"), &["--out", "is read too"]);
     world.fails(&format!("{report} --dump gone"), &["--dump", "gone", "leank dump --out"]);
     world.fails(&format!("{report} --eval gone.json"), &["--eval", "gone.json"]);
     for (name, text) in [("a.json", "{"), ("b.json", "[{\"mask\": 1}]"), ("c.json", "[1e999]")] {

@@ -2,7 +2,7 @@
 
 use std::{io::Read as _, process::Stdio};
 
-use crate::world::{Outcome, World};
+use crate::world::{DUMP, LEARN, Outcome, World};
 
 const COMMANDS: [(&str, &str); 14] = [
     ("demo", "See it work"),
@@ -98,8 +98,9 @@ fn wrong_arguments_exit_with_2() {
         ("plan --mask m.npy --memory 16parsec", "KiB, MiB, GiB"),
         ("convert a.npy b.pth --shape 3,x,8", "x"),
         ("convert a.npy b.pth --shape 0,2,8", "0"),
-        ("convert a.tsv b.pth --ratio 0.5", "--shape"),
-        ("convert a.tsv b.pth --align 4", "--shape"),
+        ("learn dump --out m.npy --k-ratio -0.1", "0..=1"),
+        ("check --model m --mask m.npy --text t --max-kl nan", "0 or more"),
+        ("inspect m.npy --threads 1000000", "at most"),
         ("plan --mask m.npy --context 5000000000", "'--context"),
         ("plan --mask m.npy --context 100,18446744073709551615", "at most 4294967296 tokens"),
         ("report", "--mask"),
@@ -115,6 +116,39 @@ fn wrong_arguments_exit_with_2() {
         assert!(outcome.stderr.contains(word), "{arguments}: no {word:?} in: {}", outcome.stderr);
         assert!(!outcome.stderr.contains("panicked"), "{}", outcome.stderr);
         assert_eq!(outcome.stdout, "", "{arguments}");
+    }
+}
+
+#[test]
+fn what_is_read_is_not_written_over() {
+    let world = World::with_dump();
+    world.done(&format!("{LEARN} --k-ratio 0.5 --out mask.safetensors"));
+    let before = world.files();
+    let words = &["is read too"];
+    world.fails(&format!("{LEARN} --k-ratio 0.5 --out dump/layer-000.safetensors"), words);
+    world.fails(&DUMP.replace("--out dump", "--out second --save-tokens text.txt"), words);
+    let eval = "eval --model model --mask mask.safetensors --text other.txt";
+    world.fails(&format!("{eval} --save-tokens other.txt"), words);
+    world
+        .fails(&format!("{eval} --save-tokens no/such.json"), &["--save-tokens", "no such folder"]);
+    world.fails("report --mask mask.safetensors --out mask.safetensors", words);
+    world.fails("demo --out dump", &["--out: dump", "something else than a demo"]);
+    assert_eq!(world.files(), before);
+    // A mask may lie beside the layers, and be made again.
+    for _ in 0..2 {
+        world.done(&format!("{LEARN} --k-ratio 0.5 --out dump/mask.safetensors"));
+    }
+}
+
+#[test]
+fn a_split_over_fewer_ranks_leaves_none_of_the_earlier() {
+    let world = World::with_mask();
+    for ranks in [2, 1] {
+        world.done(&format!("shard mask.safetensors --world {ranks} --out ranks"));
+        for rank in 0..2 {
+            let there = world.path(&format!("ranks/rank-{rank}.safetensors")).exists();
+            assert_eq!(there, rank < ranks, "rank {rank} of {ranks}");
+        }
     }
 }
 

@@ -28,7 +28,8 @@ const DOES_NOT_SUIT: u8 = 3;
 ///
 /// Looked at: whether the mask was learned for this model (fingerprint) and these windows; the KL
 /// against the dense model on your text, beside the one that was predicted; whether facts hidden in the
-/// text are still found. Exit code 0: it suits; 3: it does not, and why is printed.
+/// text are still found. Exit code 0: it suits; 3: it does not, and why is printed. What is only a
+/// warning, or unknown, does not change the exit code.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -55,9 +56,9 @@ pub(crate) struct Args {
     /// Items per task; 0 for none.
     #[arg(long, default_value_t = 16)]
     items: usize,
-    /// Largest KL in nats per token. By default twice the predicted one, or 0.05 where the mask predicts
-    /// none.
-    #[arg(long, value_name = "NATS")]
+    /// Largest KL in nats per token, which the measured one less two standard errors must not pass. By
+    /// default twice the predicted one, at least 0.001, or 0.05 where the mask predicts none.
+    #[arg(long, value_name = "NATS", value_parser = crate::parse::nats)]
     max_kl: Option<f64>,
     /// Largest share of the items that the dense model answers and decoding with the mask does not.
     #[arg(long, value_name = "SHARE", default_value_t = 0.1, value_parser = crate::parse::share)]
@@ -78,6 +79,8 @@ enum Verdict {
     Ok,
     /// Nothing speaks against the mask, or for it.
     Unknown,
+    /// What is measured here says less than it seems to, or use costs more.
+    Warning,
     Failed,
 }
 
@@ -106,7 +109,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut findings = vec![belongs(&model, &mask)];
     if let Some(names) = record::learned_from(&mask, &record::inputs("text", &args.text)?) {
         let why = format!("the mask was learned from {names}: on other text it will cost more");
-        findings.push(finding("texts", Verdict::Unknown, why));
+        findings.push(finding("texts", Verdict::Warning, why));
     }
     let mut measured = None;
     if findings[0].verdict != Verdict::Failed {
@@ -181,7 +184,7 @@ fn windows(config: &CacheConfig) -> Finding {
             name(own),
             name(learned)
         );
-        return finding(what, Verdict::Unknown, why);
+        return finding(what, Verdict::Warning, why);
     }
     finding(what, Verdict::Ok, format!("{}, as it was learned or more", name(own)))
 }
@@ -191,16 +194,20 @@ fn divergence(text: &TextScore, predicted: Option<f64>, max_kl: Option<f64>) -> 
     let (limit, of) = match (max_kl, predicted) {
         (Some(limit), _) => (limit, "--max-kl".to_owned()),
         (None, Some(kl)) => {
-            ((PREDICTION_FACTOR * kl).max(NOISE), format!("twice the predicted {kl:.4}"))
+            let limit = PREDICTION_FACTOR * kl;
+            let of = if limit < NOISE { "noise: predicted is" } else { "twice the predicted" };
+            (limit.max(NOISE), format!("{of} {kl:.4}"))
         }
         (None, None) => (MAX_KL, "the mask predicts none".to_owned()),
     };
-    let error = text.divergence.kl_standard_error.unwrap_or(0.0);
+    let error = text.divergence.kl_standard_error;
     let kl = text.divergence.kl;
-    // What is above the limit by chance alone is let pass.
-    let verdict = if kl - 2.0 * error > limit { Verdict::Failed } else { Verdict::Ok };
+    // What is above the limit by chance alone is let pass; what is no number never is.
+    let passes = kl - 2.0 * error.unwrap_or(0.0) <= limit;
+    let verdict = if passes { Verdict::Ok } else { Verdict::Failed };
+    let error = error.map_or(String::new(), |error| format!(" ± {error:.4}"));
     let why = format!(
-        "KL {kl:.4} ± {error:.4}, limit {limit:.4} ({of}); perplexity {:.2} → {:.2} ({:+.1} %)",
+        "KL {kl:.4}{error}, limit {limit:.4} ({of}); perplexity {:.2} → {:.2} ({:+.1} %)",
         text.dense_perplexity,
         text.lean_perplexity,
         100.0 * text.perplexity_change()
@@ -228,6 +235,7 @@ fn print(args: &Args, report: &Report) -> anyhow::Result<()> {
         let verdict = match verdict {
             Verdict::Ok => "ok",
             Verdict::Unknown => "unknown",
+            Verdict::Warning => "warning",
             Verdict::Failed => "FAILED",
         };
         output::line(format!("{verdict:<8} {what:<9} {why}"))?;
@@ -274,6 +282,8 @@ mod tests {
         assert_eq!(verdict(0.0009, 0.0, Some(0.0001), None), Verdict::Ok);
         assert_eq!(verdict(0.049, 0.0, None, None), Verdict::Ok);
         assert_eq!(verdict(0.051, 0.0, None, None), Verdict::Failed);
+        assert_eq!(verdict(f64::NAN, 0.0, Some(0.01), None), Verdict::Failed);
+        assert_eq!(verdict(0.021, f64::NAN, Some(0.01), None), Verdict::Failed);
         assert_eq!(verdict(0.021, 0.0, Some(0.01), Some(0.03)), Verdict::Ok);
         assert_eq!(verdict(0.019, 0.0, Some(0.01), Some(0.015)), Verdict::Failed);
     }

@@ -7,7 +7,7 @@ use leank::{
     files::{Format, ReadOptions, ScalingFactors, read_mask, write_mask},
 };
 
-use crate::{masks, output, parse};
+use crate::{output, parse, target};
 
 /// Convert a mask between .safetensors, .pth, .npy, and from .tsv.
 ///
@@ -24,16 +24,19 @@ pub(crate) struct Args {
     #[arg(long, value_name = "LAYERS,KV_HEADS,HEAD_DIM", value_parser = parse::mask_shape)]
     shape: Option<ModelShape>,
     /// Share of K to prune, for a .tsv; 0.7 by default.
-    #[arg(long, requires = "shape", value_parser = parse::share)]
+    #[arg(long, value_parser = parse::share)]
     ratio: Option<f64>,
     /// Kept counts are multiples of this, for a .tsv; 32 by default.
-    #[arg(long, requires = "shape")]
+    #[arg(long)]
     align: Option<usize>,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    masks::check_target(&args.to)?;
+    target::check_mask("TO", &args.to, [])?;
     let mask = read_mask(&args.from, &ReadOptions { scaling: scaling(args)? })?;
+    if mask.precisions().is_some() {
+        target::check_says_formats("TO", &args.to)?;
+    }
     write_mask(&args.to, &mask)?;
     let summary = mask.summary();
     output::line(format!(
@@ -57,10 +60,12 @@ fn scaling(args: &Args) -> anyhow::Result<Option<ScalingFactors>> {
             "{} holds scaling factors: give the model's --shape LAYERS,KV_HEADS,HEAD_DIM",
             args.from.display()
         ),
-        Some(_) if !is_tsv => anyhow::bail!(
-            "{} is a mask already: --shape, --ratio and --align are for the scaling factors of a .tsv",
-            args.from.display()
-        ),
+        _ if !is_tsv && (args.shape.is_some() || args.ratio.is_some() || args.align.is_some()) => {
+            anyhow::bail!(
+                "{} is a mask already: --shape, --ratio and --align are for the scaling factors of a .tsv",
+                args.from.display()
+            )
+        }
         shape => Ok(shape.map(|shape| ScalingFactors {
             shape,
             ratio: args.ratio.unwrap_or(0.7),

@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use leank::files::write_atomic;
 use serde::{Deserialize, de::DeserializeOwned};
 
-use crate::output;
+use crate::{output, target};
 
 /// The model: see `leank/demo/README.md`.
 const MODEL: [(&str, &[u8]); 3] = [
@@ -97,7 +97,8 @@ struct Generated {
 
 /// `globals` are the flags of every command, as this one got them.
 pub(crate) fn run(args: &Args, globals: Vec<OsString>) -> anyhow::Result<()> {
-    output::make_folder("--out", &args.out)?;
+    target::make_folder("--out", &args.out)?;
+    check_own(&args.out)?;
     let tour = Tour { args, globals };
     tour.unpack()?;
     tour.learn()?;
@@ -105,6 +106,20 @@ pub(crate) fn run(args: &Args, globals: Vec<OsString>) -> anyhow::Result<()> {
     let timed = tour.time()?;
     tour.report()?;
     print(args, &measured, &timed)
+}
+
+/// Refuses a folder that holds something else than an earlier demo.
+fn check_own(folder: &Path) -> anyhow::Result<()> {
+    let is_empty = std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
+    let is_ours = |(name, bytes): &(&str, &[u8])| {
+        std::fs::read(folder.join("model").join(name)).is_ok_and(|found| found == *bytes)
+    };
+    anyhow::ensure!(
+        is_empty || MODEL.iter().all(is_ours),
+        "--out: {}: holds something else than a demo of this leank; give a new folder, or remove it",
+        folder.display()
+    );
+    Ok(())
 }
 
 struct Tour<'a> {
@@ -123,7 +138,7 @@ impl Tour<'_> {
 
     /// The model and the texts, as files that every command can read.
     fn unpack(&self) -> anyhow::Result<()> {
-        output::make_folder("--out", &self.path("model"))?;
+        target::make_folder("--out", &self.path("model"))?;
         for (name, bytes) in MODEL {
             write_atomic(&self.path("model").join(name), bytes)?;
         }

@@ -8,7 +8,7 @@ use leank::{
     train::dump::{DumpWriter, Existing, Probe},
 };
 
-use crate::{model, output, parse, progress::Progress, record, texts};
+use crate::{model, output, parse, progress::Progress, record, target, texts};
 
 /// Record what a model's attention sees on your text, for `leank learn`.
 ///
@@ -61,6 +61,10 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let existing = if args.overwrite { Existing::Replace } else { Existing::default() };
     DumpWriter::check_target(&args.out, existing)?;
+    if let Some(path) = &args.save_tokens {
+        let inputs = args.text.iter().map(PathBuf::as_path).chain([args.model.path()]);
+        target::check_file("--save-tokens", path, inputs)?;
+    }
     let texts = texts::read(&args.text)?;
     let model = args.model.load()?;
     let mut inputs = record::inputs("model", &[args.model.path().to_owned()])?;

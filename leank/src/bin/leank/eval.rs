@@ -14,7 +14,7 @@ use leank::{
 };
 use serde::Serialize;
 
-use crate::{masks, model, output, plan::CacheArgs, progress::Progress, record, texts};
+use crate::{masks, model, output, plan::CacheArgs, progress::Progress, record, target, texts};
 
 /// Measure what a mask costs and saves, by decoding through the lean cache.
 ///
@@ -110,6 +110,10 @@ impl<'a> Entry<'a> {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    if let Some(path) = &args.save_tokens {
+        let inputs = args.text.iter().chain(&args.mask).map(PathBuf::as_path);
+        target::check_file("--save-tokens", path, inputs.chain([args.model.path()]))?;
+    }
     let texts = texts::read(&args.text)?;
     let read = record::inputs("text", &args.text)?;
     let masks = args.mask.iter().map(|path| masks::read(path));
@@ -141,6 +145,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             eprintln!("warning: {path} was learned from {names}: on other text it will cost more");
         }
     }
+    for (path, report) in args.mask.iter().zip(&reports) {
+        if !report.is_finite() {
+            eprintln!(
+                "warning: {}: what it gives is not finite: the model's values may be too large for the cache \
+                 ({}); try --dtype bf16 or f32",
+                path.display(),
+                args.cache.dtype(),
+            );
+        }
+    }
     let entries = args
         .mask
         .iter()
@@ -166,8 +180,15 @@ fn print(args: &Args, entries: &[Entry]) -> anyhow::Result<()> {
     }
     output::line(table)?;
     if let Some(text) = &entries[0].report.text {
+        let over_the_first = match several {
+            true => "over the first: less that of the first mask, on the same positions;\n",
+            false => "",
+        };
         output::line(format!(
-            "\n{} sequences × {} positions at a context of {}; perplexity of the dense model {:.3}.\nKL in nats per token against the dense model, ± its standard error; over the first: less that of\nthe first mask, on the same positions; middle: bytes of lean blocks against dense ones; whole-KV\nratio as measured on the caches, windows included. Scales and padding count in both.",
+            "\n{} sequences × {} positions at a context of {}; perplexity of the dense model {:.3}.\n\
+             KL in nats per token against the dense model, ± its standard error;\n\
+             {over_the_first}middle: bytes of lean blocks against dense ones; whole-KV ratio as measured on the\n\
+             caches, windows included. Scales and padding count in both.",
             text.sequences,
             text.positions / text.sequences.max(1),
             args.context,

@@ -59,7 +59,11 @@ struct Report {
     decoded: usize,
     tokens_per_second: f64,
     cache_bytes: u64,
+    /// Against the tokens of a dense cache: above 1 while the first blocks are not full.
     whole_kv_ratio: f64,
+    /// Whether tokens lie between the windows, where the cache is lean.
+    #[serde(skip)]
+    has_middle: bool,
     /// Formats of lean blocks, in words.
     formats: String,
 }
@@ -167,6 +171,9 @@ impl<'a> Generation<'a> {
 
     fn report(self, text: String, decoded: usize, seconds: f64) -> Report {
         let memory = self.cache.memory();
+        let config = self.cache.config();
+        let whole = config.windows.sink.saturating_add(config.windows.recent);
+        let has_middle = self.prompt_tokens + decoded > whole.saturating_add(config.block);
         // Sliding layers take the same either way.
         let beside = self.sliding.bytes(self.cache.config().dtype);
         let (bytes, dense) = (memory.used_bytes() + beside, memory.dense_bytes + beside);
@@ -178,6 +185,7 @@ impl<'a> Generation<'a> {
             tokens_per_second: decoded as f64 / seconds.max(f64::MIN_POSITIVE),
             cache_bytes: bytes,
             whole_kv_ratio: bytes as f64 / (dense as f64).max(1.0),
+            has_middle,
             formats: self.formats,
         }
     }
@@ -185,15 +193,18 @@ impl<'a> Generation<'a> {
 
 impl Report {
     fn print(&self) {
+        let lean = if self.has_middle {
+            format!("whole-KV ratio {:.3}, lean blocks of {}", self.whole_kv_ratio, self.formats)
+        } else {
+            "nothing between the windows yet".to_owned()
+        };
         eprintln!(
-            "prompt {} tokens in {:.2} s; {} tokens decoded at {:.1} tokens/s; cache {}, whole-KV ratio {:.3}, lean blocks of {}",
+            "prompt {} tokens in {:.2} s; {} tokens decoded at {:.1} tokens/s; cache {}, {lean}",
             self.prompt_tokens,
             self.prompt_seconds,
             self.decoded,
             self.tokens_per_second,
             output::bytes(self.cache_bytes),
-            self.whole_kv_ratio,
-            self.formats,
         );
     }
 }

@@ -24,7 +24,7 @@ use crate::{
     masks, output,
     parse::{self, Align},
     progress::Progress,
-    record,
+    record, target,
 };
 
 /// Points of a front: one per thousandth of the dense middle's bytes.
@@ -113,6 +113,8 @@ struct Report {
     /// Live heads by format in lean blocks.
     heads_by_format: BTreeMap<String, usize>,
     predicted_kl: Option<f64>,
+    #[serde(skip)]
+    method: Method,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -121,17 +123,25 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         (None, share) => share.map(Budget::Bytes),
     };
     if let Some(out) = &args.out {
-        masks::check_target(out)?;
+        // Layers of the dump have the extension of masks.
+        let files = std::fs::read_dir(&args.dump).into_iter().flatten().flatten();
+        let files = files.map(|entry| entry.path());
+        let is_layer = |path: &PathBuf| {
+            path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"layer-"))
+        };
+        let layers: Vec<_> = files.filter(is_layer).collect();
+        target::check_mask("--out", out, layers.iter().map(PathBuf::as_path))?;
         if args.formats.is_coded() {
-            masks::check_says_formats(out)?;
+            target::check_says_formats("--out", out)?;
         }
     }
     if let Some(name) = &args.pareto {
         check_front(args, name)?;
     }
+    let what = if args.dump.exists() { "is a file" } else { "no such folder" };
     anyhow::ensure!(
         args.dump.is_dir(),
-        "{}: no such folder; a dump is the folder that `leank dump --out` writes",
+        "{}: {what}; a dump is the folder that `leank dump --out` writes",
         args.dump.display()
     );
     let dump = Dump::open(&args.dump)?;
@@ -234,6 +244,7 @@ fn write(
         heads: summary.heads,
         heads_by_format: masks::heads_by_format(&mask),
         predicted_kl: mask.info().predicted_kl,
+        method: args.method,
     };
     if args.json { output::json(&report) } else { print(&report) }
 }
@@ -319,8 +330,10 @@ fn step(args: &Args) -> usize {
 }
 
 fn print(report: &Report) -> anyhow::Result<()> {
-    let predicted = report.predicted_kl.map_or(String::new(), |kl| {
-        format!("; predicted KL {kl:.4}, right within a factor of about two")
+    let predicted = report.predicted_kl.map_or(String::new(), |kl| match report.method {
+        // Its losses are large, beyond what the prediction is made for.
+        Method::Static => format!("; predicted KL {kl:.4}, too low where it is large"),
+        _ => format!("; predicted KL {kl:.4}, right within a factor of about two"),
     });
     output::line(format!(
         "{}: kept K {}, V {}, bytes of the middle {}; formats {}; dead heads {} of {}{predicted}",

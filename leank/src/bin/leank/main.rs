@@ -22,6 +22,7 @@ mod record;
 mod report;
 mod setup;
 mod shard;
+mod target;
 mod texts;
 mod version;
 
@@ -38,15 +39,15 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEn
 ///   leank learn dump --k-ratio 0.7 --out mask.safetensors
 ///   leank eval  --model m.gguf --mask mask.safetensors --text c.txt
 ///
-/// Exit codes: 0 done, 1 it failed (the reason is on standard error), 2 wrong arguments, 3 (`check`
-/// alone) the mask does not suit.
+/// Exit codes: 0 done, 1 it failed (the reason is on standard error), 2 the command line cannot be
+/// understood, 3 (`check` alone) the mask does not suit.
 #[derive(Parser)]
 #[command(version, verbatim_doc_comment, propagate_version = true, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
     /// Threads to use; as many as the machine has by default.
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(long, global = true, value_name = "N", value_parser = parse::threads)]
     threads: Option<std::num::NonZeroUsize>,
     /// How progress is told on standard error. json: one object a line, with what is done and the
     /// seconds left; an error is an event too.
@@ -110,8 +111,16 @@ fn parse_arguments() -> Cli {
     if std::env::args_os().any(|word| word == "--version") {
         command = command.long_version(version::long());
     }
-    let mut matches = command.get_matches();
+    // A number below zero is told that it is out of range, not that there is no such option.
+    let mut matches = command.mut_subcommands(with_negative_numbers).get_matches();
     Cli::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.exit())
+}
+
+fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    command.mut_args(|arg| {
+        let takes_values = arg.get_action().takes_values();
+        if takes_values { arg.allow_negative_numbers(true) } else { arg }
+    })
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {

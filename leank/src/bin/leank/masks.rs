@@ -29,6 +29,7 @@ impl Padding {
 
 /// Reads a mask. Scaling factors are none yet.
 pub(crate) fn read(path: &Path) -> anyhow::Result<ModelMask> {
+    anyhow::ensure!(!path.is_dir(), "{}: is a folder; a mask is a file", path.display());
     if Format::from_path(path)? == Format::Tsv {
         let path = path.display();
         anyhow::bail!(
@@ -37,34 +38,6 @@ pub(crate) fn read(path: &Path) -> anyhow::Result<ModelMask> {
         );
     }
     Ok(read_mask(path, &Default::default())?)
-}
-
-/// Refuses a path that no mask can be written to, before work is done for it.
-pub(crate) fn check_target(path: &Path) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        Format::from_path(path)? != Format::Tsv,
-        "{}: scaling factors are only read; write the mask as .safetensors, .pth or .npy",
-        path.display()
-    );
-    anyhow::ensure!(!path.is_dir(), "{}: is a folder; give the name of a file", path.display());
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    anyhow::ensure!(
-        folder.is_none_or(Path::is_dir),
-        "{}: there is no such folder to write it to; make it first",
-        path.display()
-    );
-    Ok(())
-}
-
-/// Refuses a path for a mask that has formats, or may get some, where the file cannot say them.
-pub(crate) fn check_says_formats(path: &Path) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        Format::from_path(path)? == Format::Native,
-        "{}: only .safetensors says in how many bits K and V of a head are stored; write the mask as \
-         .safetensors, or leave --formats at k16,v16",
-        path.display()
-    );
-    Ok(())
 }
 
 /// Formats of the live heads of a layer in lean blocks; `None` for dead heads.

@@ -25,17 +25,6 @@ pub(crate) fn about(path: &Path, error: impl Into<anyhow::Error>) -> anyhow::Err
     if error.to_string().starts_with(&path) { error } else { error.context(path) }
 }
 
-/// Makes the folder of an option where it is missing.
-pub(crate) fn make_folder(option: &str, path: &Path) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        path.is_dir() || !path.exists(),
-        "{option}: {}: is a file; give the name of a folder",
-        path.display()
-    );
-    std::fs::create_dir_all(path)
-        .map_err(|error| anyhow::anyhow!("{option}: {}: {error}", path.display()))
-}
-
 /// Prints a value as JSON.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     line(serde_json::to_string_pretty(value)?)

@@ -1,6 +1,10 @@
 //! Arguments of our own kinds.
 
-use std::ops::{Range, RangeInclusive};
+use std::{
+    num::NonZeroUsize,
+    ops::{Range, RangeInclusive},
+    thread::available_parallelism,
+};
 
 use leank::{ModelShape, blocks::MAX_TOKENS};
 
@@ -11,6 +15,27 @@ pub(crate) fn share(text: &str) -> Result<f64, String> {
         return Ok(share);
     }
     Err(format!("{share} is not in 0..=1"))
+}
+
+/// A KL in nats.
+pub(crate) fn nats(text: &str) -> Result<f64, String> {
+    let nats: f64 = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
+    if nats.is_finite() && nats >= 0.0 {
+        return Ok(nats);
+    }
+    Err(format!("{nats} is no KL: it is 0 or more, and finite"))
+}
+
+/// A number of threads that can be started in no time.
+pub(crate) fn threads(text: &str) -> Result<NonZeroUsize, String> {
+    let threads: NonZeroUsize =
+        text.parse().map_err(|_| format!("`{text}` is not a number of threads, 1 or more"))?;
+    let cores = available_parallelism().map_or(1, NonZeroUsize::get);
+    let most = cores.saturating_mul(4).max(64);
+    if threads.get() <= most {
+        return Ok(threads);
+    }
+    Err(format!("this machine runs {cores} at the same time; take at most {most}"))
 }
 
 /// Lengths: `2048`, or `1024..3584` with both ends.
@@ -120,6 +145,8 @@ mod tests {
         assert_eq!(bytes("10"), Ok(10));
         assert_eq!(context("131072"), Ok(131_072));
         assert!(context("4294967297").is_err() && context("-1").is_err());
+        assert!(nats("0").is_ok() && nats("nan").is_err() && nats("-1").is_err());
+        assert!(threads("1").is_ok() && threads("0").is_err() && threads("1000000").is_err());
         assert!(bytes("1 parsec").is_err() && bytes("-1").is_err());
         assert!(mask_shape("32,8,128").is_ok() && mask_shape("32,8").is_err());
     }

@@ -71,6 +71,11 @@ impl CacheArgs {
         mask.info().predicted_kl.filter(|_| self.formats.is_none())
     }
 
+    /// Type of the stored elements.
+    pub(crate) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     /// A lean cache for the model, with a mask that must be for it; `path` is the mask's file.
     pub(crate) fn lean_config(
         &self,

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap_complete::Shell;
 use leank::files::write_atomic;
 
-use crate::output;
+use crate::{output, target};
 
 /// Print completions for a shell.
 ///
@@ -34,7 +34,7 @@ pub(crate) fn completions(args: &Completions, mut command: clap::Command) -> any
 }
 
 pub(crate) fn man(args: &Man, mut command: clap::Command) -> anyhow::Result<()> {
-    output::make_folder("man", &args.folder)?;
+    target::make_folder("man", &args.folder)?;
     command = command.disable_help_subcommand(true);
     command.build();
     let commands = command.get_subcommands();

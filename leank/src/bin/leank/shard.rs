@@ -8,7 +8,7 @@ use leank::{
 };
 use serde::Serialize;
 
-use crate::{masks, output};
+use crate::{masks, output, target};
 
 /// Split a mask over the ranks of a tensor-parallel group.
 ///
@@ -84,12 +84,26 @@ fn write(
     partition: &HeadPartition,
     report: &Report,
 ) -> anyhow::Result<()> {
-    output::make_folder("--out", folder)?;
+    target::make_folder("--out", folder)?;
     for rank in 0..partition.world() {
         let path = folder.join(format!("rank-{rank}.safetensors"));
         write_mask(&path, &mask.shard(partition, rank)?)?;
     }
+    remove_further_ranks(folder, partition.world())?;
     Ok(write_atomic(&folder.join("partition.json"), &serde_json::to_vec_pretty(report)?)?)
+}
+
+/// An earlier split over more ranks must not look like a part of this one.
+fn remove_further_ranks(folder: &Path, world: usize) -> anyhow::Result<()> {
+    for rank in world.. {
+        let path = folder.join(format!("rank-{rank}.safetensors"));
+        match std::fs::remove_file(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
+            Err(error) => anyhow::bail!("{}: of an earlier split: {error}", path.display()),
+        }
+    }
+    Ok(())
 }
 
 fn print(args: &Args, report: &Report) -> anyhow::Result<()> {

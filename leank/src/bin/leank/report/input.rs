@@ -183,19 +183,3 @@ fn curves(dump: &Dump, mask: &ModelMask, options: LearnOptions) -> anyhow::Resul
         recent = windows.recent,
     )
 }
-
-/// Refuses a path that no file can be written to, before work is done for it.
-pub(crate) fn check_target(path: &Path) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        !path.is_dir(),
-        "--out: {}: is a folder; give the name of a file",
-        path.display()
-    );
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    anyhow::ensure!(
-        folder.is_none_or(Path::is_dir),
-        "--out: {}: there is no such folder to write it to; make it first",
-        path.display()
-    );
-    Ok(())
-}

@@ -21,7 +21,7 @@ use leank::files::write_atomic;
 use self::{input::Input, section::Section};
 use crate::{
     figure::{Figure, png},
-    output,
+    output, target,
 };
 
 /// Show on one page whether to trust a mask: what it keeps, what that costs, what it saves.
@@ -62,7 +62,8 @@ enum Format {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    input::check_target(&args.out)?;
+    let inputs = [&args.mask].into_iter().chain(&args.dump).chain(&args.eval).chain(&args.compare);
+    target::check_file("--out", &args.out, inputs.map(PathBuf::as_path))?;
     let input = Input::read(args)?;
     let sections = sections(&input);
     let html = page::page(&input, &sections).into_string();
@@ -92,7 +93,7 @@ fn sections(input: &Input) -> Vec<Section> {
 }
 
 fn write_figures(folder: &Path, format: Format, figures: &[&Figure]) -> anyhow::Result<()> {
-    output::make_folder("--figures", folder)?;
+    target::make_folder("--figures", folder)?;
     for figure in figures {
         let (extension, bytes) = match format {
             Format::Svg => ("svg", figure.standalone().into_bytes()),
