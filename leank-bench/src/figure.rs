@@ -16,14 +16,25 @@ const COLUMNS: usize = 2;
 /// Colours that the colour-blind can tell apart (Okabe & Ito 2008).
 const DENSE: RGBColor = RGBColor(0, 114, 178);
 const LEAN: RGBColor = RGBColor(213, 94, 0);
-const LIMIT: RGBColor = RGBColor(120, 120, 120);
+
+/// Plotters writes one theme and no dashes. Styles win over its attributes, and colours tell what is what.
+const STYLE: &str = r##"<style>
+polyline[stroke="#0072B2"][stroke-width="1"], polyline[stroke="#D55E00"][stroke-width="1"] { stroke-dasharray: 4 3 }
+@media (prefers-color-scheme: dark) {
+  text { fill: #ecebe6 } [fill="#FFFFFF"] { fill: #15171b } [stroke="#FFFFFF"] { stroke: #15171b }
+  [stroke="#000000"] { stroke: #a7abb3 } [stroke="#E1E1E1"], [stroke="#C8C8C8"] { stroke: #343841 }
+  [stroke="#0072B2"] { stroke: #5aaee6 } [fill="#0072B2"] { fill: #5aaee6 }
+  [stroke="#D55E00"] { stroke: #f08a3c } [fill="#D55E00"] { fill: #f08a3c }
+}
+</style>
+"##;
 
 /// One line of a panel: context and milliseconds per call.
 type Line = Vec<(f64, f64)>;
 
 /// Draws a report as SVG, a panel per shape, type and number of threads, both axes logarithmic:
-/// cost that grows with the context is a line of slope one. Thin lines are where time would be if
-/// reading at the measured bandwidth were all.
+/// cost that grows with the context is a line of slope one. Thin dashed lines are where time would be
+/// if reading at the measured bandwidth were all. Dark where the viewer asks for it.
 ///
 /// # Errors
 /// [`Error::Option`] for a report with a single context, [`Error::Figure`] where it cannot be
@@ -55,6 +66,8 @@ pub fn draw(report: &Report) -> Result<String> {
         }
         root.present().map_err(figure)?;
     }
+    let body = svg.find('\n').map_or(0, |end| end + 1);
+    svg.insert_str(body, STYLE);
     Ok(svg)
 }
 
@@ -121,12 +134,10 @@ fn panel<DB: DrawingBackend>(
             .draw_series(LineSeries::new(ms, colour.stroke_width(2)))?
             .label(name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
-        let limits = chart.draw_series(LineSeries::new(limit, LIMIT.stroke_width(1)))?;
-        if name == "dense" {
-            limits
-                .label("reading alone")
-                .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], LIMIT.stroke_width(1)));
-        }
+        chart
+            .draw_series(LineSeries::new(limit, colour.stroke_width(1)))?
+            .label(format!("{name}, reading alone"))
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(1)));
     }
     chart
         .configure_series_labels()
@@ -195,12 +206,26 @@ mod tests {
     #[test]
     fn a_figure_names_what_it_shows() {
         let svg = draw(&report(&[1024, 2048, 4096])).unwrap();
-        for text in ["A bf16, 1 thread", "A bf16, 2 threads", "dense", "lean", "reading alone"] {
+        for text in ["A bf16, 1 thread", "A bf16, 2 threads", "\ndense\n", "\nlean\n"] {
             assert!(svg.contains(text), "{text} is missing");
         }
+        // Which of the thin lines is which: two panels, each with its legend.
+        assert_eq!(svg.matches("dense, reading alone").count(), 2);
+        assert_eq!(svg.matches("lean, reading alone").count(), 2);
         assert!(svg.contains("context length (tokens)") && svg.contains("ms per call"));
         // Three points of two caches in two panels.
         assert_eq!(svg.matches("<circle").count(), 12);
+    }
+
+    #[test]
+    fn every_colour_has_a_dark_one() {
+        let svg = draw(&report(&[1024, 2048])).unwrap();
+        let (style, drawn) = svg.split_once("</style>").unwrap();
+        for colour in drawn.split("=\"#").skip(1).filter_map(|rest| rest.get(..6)) {
+            // Letters are black, all of them, and named by their element.
+            assert!(style.contains(&format!("#{colour}")) || colour == "000000", "{colour}");
+        }
+        assert!(style.ends_with("}\n}\n"), "{style}");
     }
 
     #[test]

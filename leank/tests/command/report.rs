@@ -160,6 +160,14 @@ fn a_report_shows_what_it_is_given() {
     let same = eval[0]["text"]["kl"].as_f64().unwrap() / eval[0]["predicted_kl"].as_f64().unwrap();
     assert!(page.has(&format!("The measured KL is {same:.2} times the predicted one")), "{same}");
     assert!(page.has("mask (this mask)") && !page.has("other (this mask)"));
+    let html = String::from_utf8(world.read("report.html")).unwrap();
+    let scatter = html.split("id=\"predicted-measured\"").nth(1).unwrap();
+    let scatter = scatter.split("</svg>").next().unwrap();
+    let circles: Vec<_> = scatter.split("<circle class=\"").skip(1).collect();
+    assert!(
+        circles.len() == 2 && circles[1].starts_with("f1\""),
+        "nothing lies on this mask's point"
+    );
     assert!(page.has("sink 4, recent 8") && page.has("text.txt"), "what it was learned from");
     assert!(!page.has("Not in this report"));
     // Figures stand alone as XML.
@@ -168,6 +176,7 @@ fn a_report_shows_what_it_is_given() {
         let document = roxmltree::Document::parse(&svg).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert!(document.root_element().has_tag_name(("http://www.w3.org/2000/svg", "svg")));
         assert!(!svg.contains("var(--"), "{name} has colours of its own");
+        assert!(svg.contains("prefers-color-scheme:dark"), "{name} has no dark theme");
     }
     // And again, byte by byte.
     let page = world.read("report.html");
@@ -304,6 +313,68 @@ fn reports_that_cannot_be_made() {
     other.done(&format!("{LEARN} --k-ratio 0.5 --out mask.safetensors"));
     world.write("wide.safetensors", other.read("mask.safetensors"));
     world.fails(&format!("{report} --compare wide.safetensors"), &["--compare", "4 KV heads"]);
-    world.fails("report --mask wide.safetensors --dump dump", &["wide.safetensors", "KV heads"]);
+    // The mask is what the report is about: the dump is wrong, and named first.
+    let of_another = ["--dump: dump: is of another model than wide.safetensors", "4 KV heads"];
+    world.fails("report --mask wide.safetensors --dump dump", &of_another);
+    reworded(&world, "base.safetensors", |info| {
+        let mut fingerprint = info.fingerprint.clone().unwrap();
+        fingerprint.rope_base = 77.0;
+        MaskInfo { fingerprint: Some(fingerprint), ..info }
+    });
+    let of_another = ["--dump: dump: is of another model", "the RoPE base is ", "not 77;"];
+    world.fails("report --mask base.safetensors --dump dump", &of_another);
     assert!(!world.path("report.html").exists());
+}
+
+#[test]
+fn evaluations_that_say_nothing_about_the_mask() {
+    let world = world();
+    let warnings = |files: &str| -> String {
+        let outcome = world.run(&format!("report --mask mask.safetensors --eval {files}"));
+        assert_eq!(outcome.code, Some(0), "{outcome:?}");
+        outcome.stderr
+    };
+    assert_eq!(warnings("eval.json"), "");
+    world.write("none.json", "[]");
+    assert_eq!(warnings("none.json"), "warning: --eval: none.json: holds no evaluation\n");
+    assert_eq!(warnings("none.json eval.json").lines().count(), 1);
+    let all: serde_json::Value = serde_json::from_slice(&world.read("eval.json")).unwrap();
+    world.write("other.json", serde_json::json!([all[1]]).to_string());
+    let said = warnings("other.json");
+    assert!(said.starts_with("warning: --eval: other.json: no evaluation of this mask"), "{said}");
+    assert!(Page::read(&world, "report.html").has("None of the evaluations is of this mask"));
+    assert_eq!(warnings("other.json eval.json"), "", "one of them is");
+    // NaN is written as null.
+    let mut nan = all.clone();
+    nan[0]["text"]["kl"] = serde_json::Value::Null;
+    world.write("nan.json", nan.to_string());
+    assert_eq!(warnings("nan.json"), "");
+    let page = Page::read(&world, "report.html");
+    assert!(page.has("The measured KL is not finite") && !page.has("None of the evaluations"));
+    // Without a text.
+    nan[0]["text"] = serde_json::Value::Null;
+    world.write("tasks.json", nan.to_string());
+    assert_eq!(warnings("tasks.json"), "");
+    assert!(Page::read(&world, "report.html").has("no KL was measured"));
+    std::fs::remove_file(world.path("report.html")).unwrap();
+    // Numbers that no measurement gives.
+    let report = "report --mask mask.safetensors --eval bad.json";
+    for (at, field) in [(0, "predicted_kl"), (1, "kept_k")] {
+        let mut bad = all.clone();
+        bad[at][field] = (-0.5).into();
+        world.write("bad.json", bad.to_string());
+        let place = format!("{field} of evaluation {at} is -0.5");
+        world.fails(report, &["--eval: bad.json", &place]);
+    }
+    for field in ["kl", "kl_standard_error", "dense_perplexity", "lean_perplexity"] {
+        let mut bad = all.clone();
+        bad[1]["text"][field] = (-1).into();
+        world.write("bad.json", bad.to_string());
+        world.fails(report, &["--eval: bad.json", &format!("text.{field} of evaluation 1 is -1")]);
+    }
+    let mut bad = all;
+    bad[0]["text"]["kl"] = "much".into();
+    let infinite = serde_json::to_string_pretty(&bad).unwrap().replace("\"much\"", "1e999");
+    world.write("bad.json", infinite);
+    world.fails(report, &["--eval: bad.json", "kl: number out of range"]);
 }

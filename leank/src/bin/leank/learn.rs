@@ -8,7 +8,7 @@ use std::{
 };
 
 use leank::{
-    Layer, ModelShape, Precision, Windows,
+    HeadPrecision, Layer, ModelShape, Precision, Windows,
     files::{write_atomic, write_mask},
     train::{
         self,
@@ -291,7 +291,31 @@ fn write_front(
 
 fn line(offer: &Offer, front: &[FrontPoint]) -> Line {
     let point = |point: &FrontPoint| (point.bytes, point.allocation.predicted_kl());
-    Line { name: offer.to_string(), points: front.iter().map(point).collect() }
+    Line { name: offer_words(offer), points: front.iter().map(point).collect() }
+}
+
+/// What is offered, for a legend.
+fn offer_words(offer: &Offer) -> String {
+    if !offer.is_coded() {
+        return "pruned only".into();
+    }
+    let words = |of: fn(HeadPrecision) -> Precision| {
+        let mut bits: Vec<String> = Vec::new();
+        for precision in offer.precisions().map(of) {
+            let own = precision.bits().to_string();
+            if !bits.contains(&own) {
+                bits.push(own);
+            }
+        }
+        match &bits[..] {
+            [first @ .., last] if !first.is_empty() => format!("{} and {last}", first.join(", ")),
+            _ => bits.concat(),
+        }
+    };
+    match (words(|head| head.k), words(|head| head.v)) {
+        (k, v) if k == v => format!("{k} bits"),
+        (k, v) => format!("K in {k} bits, V in {v}"),
+    }
 }
 
 /// Tab-separated, a point a line; bits are means over what is kept.
@@ -345,4 +369,22 @@ fn print(report: &Report) -> anyhow::Result<()> {
         report.dead_heads,
         report.heads,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_legend_says_what_is_offered() {
+        for (formats, words) in [
+            ("k16,v16", "pruned only"),
+            ("k16,k8,k4,v16,v8,v4", "16, 8 and 4 bits"),
+            ("k8,k4,v8,v4", "8 and 4 bits"),
+            ("k8,v8", "8 bits"),
+            ("k8,k4,v4", "K in 8 and 4 bits, V in 4"),
+        ] {
+            assert_eq!(offer_words(&formats.parse().unwrap()), words);
+        }
+    }
 }

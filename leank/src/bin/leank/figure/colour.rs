@@ -70,8 +70,14 @@ pub(crate) fn page_style() -> String {
     )
 }
 
-/// The rules of figures with the colours of the light theme.
+/// The rules of figures with the colours of both themes: the viewer says which.
 pub(crate) fn standalone_style() -> String {
+    let (light, dark) = (light_style(), rules(|colour| colour.dark.to_owned()));
+    format!("{light}@media (prefers-color-scheme:dark){{{dark}}}")
+}
+
+/// The rules of figures with the colours of the light theme.
+pub(crate) fn light_style() -> String {
     let font = "text{font-family:system-ui,'Segoe UI','Helvetica Neue',sans-serif;}";
     format!("{font}{}", rules(|colour| colour.light.to_owned()))
 }

@@ -38,8 +38,8 @@ pub(crate) fn front(lines: &[Line], loss: &str) -> Figure {
             @let points = line.points.iter().copied().filter(|point| point.1 >= least);
             path class={ "l" (at) } stroke-width="2" d=(plot.path(points)) {}
             @let y = 42.0 + 18.0 * at as f64;
-            path class={ "l" (at) } stroke-width="2" d={ "M400 " (round(y)) "h28" } {}
-            text x="436" y=(round(y + 4.0)) { (line.name) }
+            path class={ "l" (at) } stroke-width="2" d={ "M380 " (round(y)) "h28" } {}
+            text x="416" y=(round(y + 4.0)) { (line.name) }
         }
     };
     let names: Vec<_> = lines.iter().map(|line| line.name.as_str()).collect();
@@ -64,6 +64,7 @@ mod tests {
         };
         let svg =
             front(&[line("k16,v16", 1.0), line("all", 0.1)], "predicted KL (nats)").standalone();
+        assert!(svg.contains("@media (prefers-color-scheme:dark){"), "no dark theme");
         for text in ["k16,v16", "all", "predicted KL (nats)", "share of a dense one"] {
             assert!(svg.contains(text), "{text} is missing");
         }

@@ -46,8 +46,17 @@ impl Figure {
         }
     }
 
-    /// A file of its own: an SVG document in the light theme, with its title.
+    /// A file of its own: an SVG document, with its title, that is dark where its viewer asks for it.
     pub(crate) fn standalone(&self) -> String {
+        self.document(&colour::standalone_style())
+    }
+
+    /// The document in the light theme.
+    pub(crate) fn standalone_light(&self) -> String {
+        self.document(&colour::light_style())
+    }
+
+    fn document(&self, colours: &str) -> String {
         let (width, height) =
             (self.size.0 + 2.0 * MARGIN, self.size.1 + TITLE_HEIGHT + 2.0 * MARGIN);
         let document = html! {
@@ -55,7 +64,7 @@ impl Figure {
                 viewBox={ "0 0 " (width) " " (height) } {
                 title { (self.title) }
                 desc { (self.description) }
-                style { (maud::PreEscaped(colour::standalone_style())) }
+                style { (maud::PreEscaped(colours)) }
                 rect.paper width=(width) height=(height) {}
                 text.heading x=(MARGIN) y=(MARGIN + 18.0) { (self.title) }
                 g transform={ "translate(" (MARGIN) " " (MARGIN + TITLE_HEIGHT) ")" } { (self.body) }

@@ -23,7 +23,7 @@ pub(crate) fn render(figure: &Figure) -> anyhow::Result<Vec<u8>> {
     fonts.set_sans_serif_family(&font_family);
     let options = Options { fontdb: Arc::new(fonts), font_family, ..Options::default() };
     let what = || format!("{}: the figure cannot be drawn as PNG", figure.id);
-    let tree = Tree::from_str(&figure.standalone(), &options).with_context(what)?;
+    let tree = Tree::from_str(&figure.standalone_light(), &options).with_context(what)?;
     let size = tree.size();
     let pixels = |length: f32| (length * SCALE).ceil() as u32;
     let mut pixmap = Pixmap::new(pixels(size.width()), pixels(size.height()))

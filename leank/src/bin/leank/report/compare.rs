@@ -184,7 +184,9 @@ fn difference(own: &Named, other: &Named, grid: &Grid, rope: Option<Rope>) -> Fi
             ("cell-only-this", "this mask alone", -2.0, 4.0),
             ("cell-only-other", "the other alone", 2.0, 4.0),
         ].into_iter().enumerate() {
-            @let x = f64::from(grid.left) + [0.0, 100.0, 260.0][at];
+            // The third below the first: a phone shows all of them.
+            @let x = f64::from(grid.left) + [0.0, 100.0, 0.0][at];
+            @let y = y + [0.0, 0.0, 18.0][at];
             path class=(class) stroke-width=(width) d={ "M" (x) " " (y + shift) "h36" } {}
             text x=(x + 44.0) y=(y + 4.0) { (name) }
         }
@@ -193,7 +195,7 @@ fn difference(own: &Named, other: &Named, grid: &Grid, rope: Option<Rope>) -> Fi
         id: "difference-map",
         title: "Where the two masks differ".into(),
         description: format!("Channels kept by {}, by {}, by both.", own.name, other.name),
-        size: (grid.right().max(480.0) + 12.0, y + 18.0),
+        size: (grid.right().max(320.0) + 12.0, y + 36.0),
         body,
     }
 }

@@ -19,6 +19,8 @@ use crate::figure::{
 /// Panels side by side, and the size of one.
 const COLUMNS: usize = 5;
 const PANEL: (f64, f64) = (176.0, 132.0);
+/// Names of heads side by side: as many as a phone is wide.
+const LEGEND_COLUMNS: usize = 4;
 /// More heads than this are no longer drawn.
 const MAX_HEADS: usize = 4096;
 /// What is drawn of losses: so many powers of ten below the largest.
@@ -82,9 +84,13 @@ fn by_layer(mask: &ModelMask, learned: &Learned, unit: &str) -> Figure {
     let all: f64 = sums.iter().sum();
     let band = (800.0 / mask.layers() as f64).clamp(4.0, 26.0);
     let right = 60.0 + band * mask.layers() as f64;
+    let legend = legend_height(mask);
     let plot = Plot {
         x: Scale::linear((0.0, mask.layers() as f64), (60.0, right)),
-        y: Scale::linear((0.0, if most > 0.0 { most * 1.04 } else { 1.0 }), (220.0, 56.0)),
+        y: Scale::linear(
+            (0.0, if most > 0.0 { most * 1.04 } else { 1.0 }),
+            (legend + 208.0, legend + 44.0),
+        ),
     };
     let every = (16.0 / band).ceil().max(1.0) as usize;
     let names = (0..mask.layers()).step_by(every);
@@ -95,7 +101,7 @@ fn by_layer(mask: &ModelMask, learned: &Learned, unit: &str) -> Figure {
     };
     let y = Axis::new(unit, plot.y.ticks(4), numbers::tick);
     let body = html! {
-        (legend(mask, 60.0, 12.0))
+        (self::legend(mask, 60.0))
         (plot.axes(&x, &y))
         @for (layer, own) in layers.iter().enumerate() {
             (bar(&plot, layer, own, all, band))
@@ -108,7 +114,7 @@ fn by_layer(mask: &ModelMask, learned: &Learned, unit: &str) -> Figure {
             "The layer that costs most is layer {}.",
             sums.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(layer, _)| layer)
         ),
-        size: (right.max(420.0) + 16.0, 262.0),
+        size: (right.max(420.0) + 16.0, legend + 250.0),
         body,
     }
 }
@@ -139,17 +145,24 @@ fn bar(plot: &Plot, layer: usize, heads: &[Option<f64>], all: f64, band: f64) ->
     }
 }
 
+/// Height of the [`legend`]'s lines.
+fn legend_height(mask: &ModelMask) -> f64 {
+    let lines = if mask.kv_heads() <= LINES { mask.kv_heads().div_ceil(LEGEND_COLUMNS) } else { 1 };
+    12.0 + 16.0 * (lines - 1) as f64
+}
+
 /// Colours of heads; many heads share them, and are not named.
-fn legend(mask: &ModelMask, left: f64, y: f64) -> Markup {
+fn legend(mask: &ModelMask, left: f64) -> Markup {
     html! {
         @if mask.kv_heads() <= LINES {
             @for head in 0..mask.kv_heads() {
-                @let x = left + 66.0 * head as f64;
+                @let x = left + 66.0 * (head % LEGEND_COLUMNS) as f64;
+                @let y = 12.0 + 16.0 * (head / LEGEND_COLUMNS) as f64;
                 rect class={ "f" (head) } x=(x) y=(y - 9.0) width="10" height="10" {}
                 text x=(x + 15.0) y=(y) { "head " (head) }
             }
         } @else {
-            text.soft x=(left) y=(y) { "colours: KV head modulo " (LINES) }
+            text.soft x=(left) y="12" { "colours: KV head modulo " (LINES) }
         }
     }
 }
@@ -163,11 +176,12 @@ fn panels(mask: &ModelMask, learned: &Learned, unit: &str) -> Figure {
         y: Scale::log((most * 10f64.powf(-DECADES), most * 1.3), (PANEL.1 - 34.0, 0.0)),
     };
     let rows = mask.layers().div_ceil(COLUMNS);
-    let (left, top) = (52.0, 52.0);
+    let (left, legend) = (52.0, legend_height(mask));
+    let top = legend + 40.0;
     let columns = mask.layers().min(COLUMNS) as f64;
     let body = html! {
-        (legend(mask, left, 12.0))
-        text.soft x="0" y="34" { (unit) }
+        (self::legend(mask, left))
+        text.soft x="0" y=(legend + 22.0) { (unit) }
         @for layer in 0..mask.layers() {
             @let (column, row) = (layer % COLUMNS, layer / COLUMNS);
             @let place = (left + column as f64 * PANEL.0, top + row as f64 * PANEL.1);

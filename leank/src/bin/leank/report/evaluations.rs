@@ -76,6 +76,25 @@ impl Evaluation {
             && self.heads_by_format == masks::heads_by_format(mask)
     }
 
+    /// The first number that no measurement gives, with its name. JSON has none that are not finite.
+    fn impossible(&self) -> Option<(&'static str, f64)> {
+        // A KL of 0 may come out a rounding below.
+        const ROUNDING: f64 = -1e-6;
+        let text = |of: fn(&Text) -> Option<f64>| self.text.as_ref().and_then(of);
+        let all = [
+            ("kept_k", Some(self.kept_k)),
+            ("middle_bytes", self.middle_bytes),
+            ("predicted_kl", self.predicted_kl),
+            ("whole_kv_ratio", self.whole_kv_ratio),
+            ("text.kl", text(|text| text.kl)),
+            ("text.kl_standard_error", text(|text| text.kl_standard_error)),
+            ("text.dense_perplexity", text(|text| text.dense_perplexity)),
+            ("text.lean_perplexity", text(|text| text.lean_perplexity)),
+            ("text.top1_agreement", text(|text| text.top1_agreement)),
+        ];
+        all.into_iter().find_map(|(name, value)| Some((name, value.filter(|x| *x < ROUNDING)?)))
+    }
+
     /// Tokens of context at the last position.
     pub(crate) fn context(&self) -> Option<usize> {
         self.cache.tokens.checked_div(self.text.as_ref()?.sequences)
@@ -96,10 +115,25 @@ impl Text {
     }
 }
 
-/// All evaluations of the files, in order.
-pub(crate) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Evaluation>> {
-    let files = paths.iter().map(|path| read_one(path)).collect::<anyhow::Result<Vec<_>>>()?;
-    Ok(files.into_iter().flatten().collect())
+/// All evaluations of the files, in order. Warns where nothing in them is about this mask.
+pub(crate) fn read(paths: &[PathBuf], own: &ModelMask) -> anyhow::Result<Vec<Evaluation>> {
+    let mut all = Vec::new();
+    for path in paths {
+        let found = read_one(path)?;
+        if found.is_empty() {
+            eprintln!("warning: --eval: {}: holds no evaluation", path.display());
+        }
+        all.extend(found);
+    }
+    if !all.is_empty() && !all.iter().any(|evaluation| evaluation.is_of(own)) {
+        let names: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+        eprintln!(
+            "warning: --eval: {}: no evaluation of this mask as it is in its file; measure it with \
+             `leank eval --json`",
+            names.join(", ")
+        );
+    }
+    Ok(all)
 }
 
 fn read_one(path: &Path) -> anyhow::Result<Vec<Evaluation>> {
@@ -112,12 +146,34 @@ fn read_one(path: &Path) -> anyhow::Result<Vec<Evaluation>> {
         "--eval: {}: larger than any evaluation; give what `leank eval --json` printed",
         path.display()
     );
-    serde_json::from_slice(&json).map_err(|error| {
-        anyhow::anyhow!(
-            "--eval: {}: {error}; give what `leank eval --json` printed",
-            path.display()
-        )
-    })
+    let refused = |why: &dyn std::fmt::Display| {
+        anyhow::anyhow!("--eval: {}: {why}; give what `leank eval --json` printed", path.display())
+    };
+    let all: Vec<Evaluation> = serde_json::from_slice(&json).map_err(|error| {
+        match field_before(&json, error.line(), error.column()) {
+            // The parser does not say which: 1e999.
+            Some(field) if error.is_syntax() && error.to_string().contains("out of range") => {
+                refused(&format_args!("{field}: {error}"))
+            }
+            _ => refused(&error),
+        }
+    })?;
+    for (at, evaluation) in all.iter().enumerate() {
+        if let Some((field, value)) = evaluation.impossible() {
+            return Err(refused(&format_args!(
+                "{field} of evaluation {at} is {value}; it cannot be below 0"
+            )));
+        }
+    }
+    Ok(all)
+}
+
+/// The last name in quotes before a place in a JSON text.
+fn field_before(json: &[u8], line: usize, column: usize) -> Option<String> {
+    let before = json.split(|&byte| byte == b'\n').take(line.checked_sub(1)?);
+    let start: usize = before.map(|line| line.len() + 1).sum();
+    let text = String::from_utf8_lossy(json.get(..start + column)?);
+    Some(shown(text.rsplit('"').nth(1)?))
 }
 
 #[cfg(test)]

@@ -137,6 +137,15 @@ fn measured(input: &Input) -> Finding {
             Mark::Open,
             "The KL was measured, but the mask predicts none to compare it with.",
         ),
+        (None, _) if own.is_some_and(|own| own.text.is_some()) => Finding::new(
+            Mark::Look,
+            "The measured KL is not finite: decoding through the lean cache, or the dense model itself, \
+             gave numbers that are none.",
+        ),
+        (None, _) if own.is_some() => Finding::new(
+            Mark::Open,
+            "The evaluation of this mask read no text: no KL was measured.",
+        ),
         (None, _) if !input.evaluations.is_empty() => Finding::new(
             Mark::Open,
             "None of the evaluations is of this mask as it is in its file.",

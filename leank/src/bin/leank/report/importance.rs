@@ -115,17 +115,17 @@ fn heat_map(
              below says the same in words.",
             numbers::percent(summary.kept_k)
         ),
-        size: (grid.right().max(560.0) + 12.0, grid.bottom() + 84.0),
+        size: (grid.right().max(320.0) + 12.0, grid.bottom() + 104.0),
         body,
     }
 }
 
-/// The ramp with its ends, and the two kinds of cells.
+/// The ramp with its ends, and below it the two kinds of cells: a phone shows all of it.
 fn legend(range: Option<(f64, f64)>, left: u32, top: f64) -> Markup {
     let width = 6.0;
     let ramp_width = width * colour::LEVELS as f64;
     let left = f64::from(left);
-    let kinds = if range.is_some() { left + ramp_width + 80.0 } else { left };
+    let (line, text) = if range.is_some() { (38.0, 42.0) } else { (5.0, 9.0) };
     let class =
         |level: usize| if range.is_some() { format!("h{level}") } else { "cell-kept".into() };
     html! {
@@ -141,10 +141,10 @@ fn legend(range: Option<(f64, f64)>, left: u32, top: f64) -> Markup {
                 text.soft x=(left + ramp_width) y="24" text-anchor="end" { "≥ " (numbers::power(most)) }
                 text.soft x=(left + ramp_width + 8.0) y="9" { "score" }
             }
-            path class=(class(22)) stroke-width="9" d={ "M" (kinds) " 5h36" } {}
-            text x=(kinds + 44.0) y="9" { "kept" }
-            path class=(class(9)) stroke-width="2" d={ "M" (kinds + 92.0) " 5h36" } {}
-            text x=(kinds + 136.0) y="9" { "pruned" }
+            path class=(class(22)) stroke-width="9" d={ "M" (left) " " (line) "h36" } {}
+            text x=(left + 44.0) y=(text) { "kept" }
+            path class=(class(9)) stroke-width="2" d={ "M" (left + 92.0) " " (line) "h36" } {}
+            text x=(left + 136.0) y=(text) { "pruned" }
         }
     }
 }

@@ -55,7 +55,7 @@ impl Input {
         }
         let learned = args.dump.as_deref().map(|dump| Learned::read(dump, args, &own.mask));
         let learned = learned.transpose()?;
-        let evaluations = evaluations::read(&args.eval)?;
+        let evaluations = evaluations::read(&args.eval, &own.mask)?;
         Ok(Self { own, other, learned, evaluations })
     }
 
@@ -119,7 +119,7 @@ impl Learned {
         let dump = Dump::open(path)?;
         let (manifest, info) = (dump.manifest().clone(), mask.info());
         mask.check_model(&manifest.fingerprint)
-            .map_err(|error| output::about(&args.mask, error))?;
+            .map_err(|error| of_another_model(path, &args.mask, mask, &manifest, &error))?;
         let windows = info.windows.unwrap_or_default();
         let curves = match method(info) {
             Method::LeanK => None,
@@ -151,6 +151,28 @@ impl Learned {
         let pairs = curves.heads.iter().zip(mask.heads());
         pairs.filter(|(curve, own)| curve.kept(own.kept_count()) != own.kept()).count()
     }
+}
+
+/// The mask is what the report is about: where the two do not fit, it is the dump that is wrong.
+fn of_another_model(
+    dump: &Path,
+    mask_path: &Path,
+    mask: &ModelMask,
+    manifest: &Manifest,
+    error: &leank::Error,
+) -> anyhow::Error {
+    let (of_dump, of_mask) = match error {
+        leank::Error::OtherModel { field, expected, found, .. } => {
+            (format!("{field} is {expected}"), found.clone())
+        }
+        _ => (format!("it has {}", manifest.shape), mask.to_string()),
+    };
+    anyhow::anyhow!(
+        "--dump: {}: is of another model than {}: {of_dump}, not {of_mask}; give the dump that the mask \
+         was learned from",
+        dump.display(),
+        mask_path.display()
+    )
 }
 
 fn method(info: &MaskInfo) -> Method {

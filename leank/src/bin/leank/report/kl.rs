@@ -78,11 +78,22 @@ fn scatter(points: &[Point<'_>]) -> Figure {
         (least * 2.0, least),
         (least, least),
     ];
+    // This mask's own last: nothing may lie on it. Its label is placed first: it has the best place.
+    let mut points: Vec<&Point<'_>> = points.iter().collect();
+    points.sort_by_key(|own| own.own);
+    let names: Vec<String> = points.iter().map(|own| label(own)).collect();
+    let at = |own: &Point<'_>| (plot.x.at(own.predicted), plot.y.at(own.measured));
+    let marks: Vec<(f64, f64)> = points.iter().map(|own| at(own)).collect();
+    let places = label_places(&marks, &names, (plot.x.ends(), plot.y.ends()));
     let body = html! {
         path.band d={ (plot.path(band)) "Z" } {}
         (plot.axes(&x, &y))
         path.mute d=(plot.path(ends)) {}
-        @for own in points { (mark(&plot, own)) }
+        @for own in &points { (error_bar(&plot, own)) }
+        @for (own, place) in points.iter().zip(&marks) { (mark(own, *place)) }
+        @for (name, (x, y, anchor)) in names.iter().zip(places) {
+            text.halo stroke-width="3" x=(round(x)) y=(round(y)) text-anchor=(anchor) { (name) }
+        }
     };
     Figure {
         id: "predicted-measured",
@@ -93,27 +104,76 @@ fn scatter(points: &[Point<'_>]) -> Figure {
     }
 }
 
-fn mark(plot: &Plot, own: &Point<'_>) -> Markup {
-    let (x, y) = (round(plot.x.at(own.predicted)), round(plot.y.at(own.measured)));
+fn label(own: &Point<'_>) -> String {
+    own.evaluation.name().chars().take(28).collect()
+}
+
+fn error_bar(plot: &Plot, own: &Point<'_>) -> Markup {
     let (low, high) = (own.measured - own.error, own.measured + own.error);
-    let class = if own.own { "f1" } else { "paper s0" };
-    let right = x < 380.0;
     html! {
-        g {
+        path.axis stroke-width="1.4"
+            d={ "M" (round(plot.x.at(own.predicted))) " " (round(plot.y.at(low))) "V" (round(plot.y.at(high))) } {}
+    }
+}
+
+fn mark(own: &Point<'_>, (x, y): (f64, f64)) -> Markup {
+    let class = if own.own { "f1" } else { "paper s0" };
+    html! {
+        circle class=(class) stroke-width="2" cx=(round(x)) cy=(round(y)) r="5" {
             title {
                 (own.evaluation.name()) ": predicted " (numbers::significant(own.predicted)) ", measured "
                 (numbers::significant(own.measured))
             }
-            path.axis stroke-width="1.4"
-                d={ "M" (x) " " (round(plot.y.at(low))) "V" (round(plot.y.at(high))) } {}
-            circle class=(class) stroke-width="2" cx=(x) cy=(y) r="5" {}
-            text.halo stroke-width="3" y=(y + 4.0)
-                x=(if right { x + 10.0 } else { x - 10.0 })
-                text-anchor=(if right { "start" } else { "end" }) {
-                (own.evaluation.name().chars().take(28).collect::<String>())
-            }
         }
     }
+}
+
+/// Where labels stand, by x, y of the baseline and anchor: beside their marks, above or below where
+/// another label or mark is in the way. The last mark's label chooses first. `ends` are those of the
+/// plot's axes.
+fn label_places(
+    marks: &[(f64, f64)],
+    names: &[String],
+    ends: ((f64, f64), (f64, f64)),
+) -> Vec<(f64, f64, &'static str)> {
+    /// Least and most x, least and most y.
+    type Area = (f64, f64, f64, f64);
+    const HEIGHT: f64 = 13.0;
+    let ((left, right), (bottom, top)) = ends;
+    let shared = |a: &Area, b: &Area| {
+        (a.1.min(b.1) - a.0.max(b.0)).max(0.0) * (a.3.min(b.3) - a.2.max(b.2)).max(0.0)
+    };
+    // A letter of 11 pixels is some 6.5 wide.
+    let width = |name: &str| name.chars().count() as f64 * 6.5;
+    let mut taken: Vec<Area> =
+        marks.iter().map(|(x, y)| (x - 6.0, x + 6.0, y - 6.0, y + 6.0)).collect();
+    let mut places = vec![(0.0, 0.0, "start"); marks.len()];
+    for (at, (&(x, y), name)) in marks.iter().zip(names).enumerate().rev() {
+        let mut best: Option<(f64, Area, &'static str)> = None;
+        for step in [0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0, -4.0] {
+            for anchor in ["start", "end"] {
+                let (from, to) = match anchor {
+                    "start" => (x + 10.0, x + 10.0 + width(name)),
+                    _ => (x - 10.0 - width(name), x - 10.0),
+                };
+                let middle = y + step * HEIGHT;
+                let area = (from, to, middle - HEIGHT / 2.0, middle + HEIGHT / 2.0);
+                let covered: f64 = taken.iter().map(|other| shared(&area, other)).sum();
+                let inside = (left, right + 12.0, top, bottom);
+                let outside = (to - from) * HEIGHT - shared(&area, &inside);
+                let wrong = covered + outside;
+                if best.is_none_or(|(least, ..)| wrong < least - 1e-6) {
+                    best = Some((wrong, area, anchor));
+                }
+            }
+        }
+        if let Some((_, area, anchor)) = best {
+            let x = if anchor == "start" { area.0 } else { area.1 };
+            places[at] = (x, area.3 - 2.5, anchor);
+            taken.push(area);
+        }
+    }
+    places
 }
 
 fn table(input: &Input) -> Markup {
@@ -137,7 +197,7 @@ fn table(input: &Input) -> Markup {
                     th scope="col" { "ratio" }
                     th scope="col" { "perplexity" }
                     th scope="col" { "same top-1" }
-                    th scope="col" { "whole-KV ratio" }
+                    th scope="col" { "whole\u{2011}KV ratio" }
                     @for task in &tasks { th scope="col" { (numbers::shown(task)) } }
                 } }
                 tbody { @for own in &input.evaluations { (row(input, own, &tasks)) } }
@@ -154,17 +214,20 @@ fn row(input: &Input, own: &Evaluation, tasks: &[&str]) -> Markup {
         text.and_then(|text| Some(text.kl? / own.predicted_kl?)).filter(|ratio| ratio.is_finite());
     html! {
         tr.own[own.is_of(&input.own.mask)] {
-            th.left scope="row" {
+            th.left.two-lines scope="row" {
                 bdi { (own.name()) }
-                @if own.is_of(&input.own.mask) { " (this mask)" }
+                @if own.is_of(&input.own.mask) { " " span.note { "(this mask)" } }
             }
             td { (own.context().map_or("–".into(), |tokens| tokens.to_string())) }
             td { (share(own.middle_bytes)) }
             td { (number(own.predicted_kl)) }
-            td {
-                (number(text.and_then(|text| text.kl)))
+            td.two-lines {
+                @match text.map(|text| text.kl) {
+                    Some(None) => "not finite",
+                    kl => (number(kl.flatten())),
+                }
                 @if let Some(error) = text.and_then(|text| text.kl_standard_error) {
-                    " ± " (numbers::significant(error))
+                    " " span.note { "±\u{a0}" (numbers::significant(error)) }
                 }
             }
             td { @if let Some(ratio) = ratio { "×" (format!("{ratio:.2}")) } @else { "–" } }
@@ -172,9 +235,9 @@ fn row(input: &Input, own: &Evaluation, tasks: &[&str]) -> Markup {
             td { (share(text.and_then(|text| text.top1_agreement))) }
             td { (number(own.whole_kv_ratio)) }
             @for name in tasks {
-                td {
+                td.two-lines {
                     @if let Some(task) = own.tasks.iter().find(|task| task.task == *name) {
-                        (task.lean_right) " of " (task.items) " (dense " (task.dense_right) ")"
+                        (task.lean_right) "\u{a0}of\u{a0}" (task.items) " " span.note { "dense " (task.dense_right) }
                     } @else { "–" }
                 }
             }
@@ -190,5 +253,35 @@ pub(crate) fn change(share: Option<f64>) -> String {
             format!("{sign}{:.2}\u{a0}%", share.abs() * 100.0)
         }
         _ => "–".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ENDS: ((f64, f64), (f64, f64)) = ((64.0, 484.0), (404.0, 34.0));
+
+    fn places(marks: &[(f64, f64)], names: &[&str]) -> Vec<(f64, f64, &'static str)> {
+        let names: Vec<String> = names.iter().map(|&name| name.into()).collect();
+        label_places(marks, &names, ENDS)
+    }
+
+    #[test]
+    fn labels_do_not_cover_each_other_and_the_last_has_the_best_place() {
+        // All at one point: the label beside it is the last mark's.
+        let all = places(&[(200.0, 200.0); 6], &["bits", "k50", "k80", "norms", "other", "own"]);
+        assert_eq!(all[5], (210.0, 204.0, "start"));
+        for (at, a) in all.iter().enumerate() {
+            for b in &all[at + 1..] {
+                assert!(a.2 != b.2 || (a.1 - b.1).abs() >= 13.0, "{all:?}");
+            }
+        }
+        // Far apart: all beside their marks, on the left where there is no room on the right.
+        let apart = places(&[(100.0, 100.0), (480.0, 300.0)], &["a", "a-long-name"]);
+        assert_eq!(apart, [(110.0, 104.0, "start"), (470.0, 304.0, "end")]);
+        // Never on another's mark.
+        let near = places(&[(225.0, 200.0), (200.0, 200.0)], &["a", "long-name"]);
+        assert_ne!(near[1], (210.0, 204.0, "start"));
     }
 }
