@@ -100,7 +100,8 @@ fn tiny() -> (tempfile::TempDir, DecodeCpuOptions) {
 #[test]
 fn every_cache_gives_the_same_logits() {
     let (_folder, options) = tiny();
-    for precision in [Precision::AsStored, Precision::F32] {
+    // As stored, activations are rounded to 16 bits, and a sum that differs in its last bit may round otherwise.
+    for (precision, bound) in [(Precision::AsStored, 1e-3), (Precision::F32, 1e-4)] {
         let model = Model::load(&options.model, LoadOptions::with_precision(precision)).unwrap();
         let shape = model.config().shape;
         assert_eq!(shape, SHAPE);
@@ -117,7 +118,7 @@ fn every_cache_gives_the_same_logits() {
             let others = [concat.step(token).unwrap(), interleaved.step(token).unwrap()];
             for (name, got) in ["concatenated", "interleaved"].into_iter().zip(others) {
                 for (got, want) in got.iter().zip(&want) {
-                    let near = (got - want).abs() < 1e-4 * (1.0 + want.abs());
+                    let near = (got - want).abs() < bound * (1.0 + want.abs());
                     assert!(near, "{name}, position {position}: {got} and {want}");
                 }
             }
