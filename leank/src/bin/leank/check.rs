@@ -11,7 +11,12 @@ use leank::{
 };
 use serde::Serialize;
 
-use crate::{masks, model, output, plan::CacheArgs, progress::Progress, record, texts};
+use crate::{
+    masks, model, output,
+    plan::{CacheArgs, least_context},
+    progress::Progress,
+    record, texts,
+};
 
 /// The KL that is let pass where the mask predicts none.
 const MAX_KL: f64 = 0.05;
@@ -114,12 +119,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut measured = None;
     if findings[0].verdict != Verdict::Failed {
         let config = args.cache.lean_config(&model, &args.mask, mask)?;
-        let whole = config.windows.sink.saturating_add(config.windows.recent);
+        let least = least_context(&config);
         anyhow::ensure!(
-            whole.saturating_add(config.block) <= args.context,
+            least <= args.context,
             "--context: sink, recent window and one block are {} tokens, so that nothing is pruned in a \
              context of {}; take a longer one",
-            whole.saturating_add(config.block),
+            least,
             args.context
         );
         findings.push(windows(&config));

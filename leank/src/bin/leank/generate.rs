@@ -12,7 +12,10 @@ use leank::{
 };
 use serde::Serialize;
 
-use crate::{masks, model, output, plan::CacheArgs};
+use crate::{
+    masks, model, output,
+    plan::{CacheArgs, least_context},
+};
 
 /// Continue a prompt, token by token, and report speed and cache bytes.
 ///
@@ -171,9 +174,7 @@ impl<'a> Generation<'a> {
 
     fn report(self, text: String, decoded: usize, seconds: f64) -> Report {
         let memory = self.cache.memory();
-        let config = self.cache.config();
-        let whole = config.windows.sink.saturating_add(config.windows.recent);
-        let has_middle = self.prompt_tokens + decoded > whole.saturating_add(config.block);
+        let has_middle = self.prompt_tokens + decoded > least_context(self.cache.config());
         // Sliding layers take the same either way.
         let beside = self.sliding.bytes(self.cache.config().dtype);
         let (bytes, dense) = (memory.used_bytes() + beside, memory.dense_bytes + beside);

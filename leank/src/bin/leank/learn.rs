@@ -13,7 +13,7 @@ use leank::{
     train::{
         self,
         allocate::{AllocateOptions, Budget, FrontPoint, Offer, front},
-        dump::{Dump, Probe},
+        dump::{Dump, Probe, layer_file_name},
         learn::{LearnOptions, Learned, Method, learn, learn_mask, measure_layers},
     },
 };
@@ -113,8 +113,6 @@ struct Report {
     /// Live heads by format in lean blocks.
     heads_by_format: BTreeMap<String, usize>,
     predicted_kl: Option<f64>,
-    #[serde(skip)]
-    method: Method,
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -124,12 +122,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     };
     if let Some(out) = &args.out {
         // Layers of the dump have the extension of masks.
-        let files = std::fs::read_dir(&args.dump).into_iter().flatten().flatten();
-        let files = files.map(|entry| entry.path());
-        let is_layer = |path: &PathBuf| {
-            path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"layer-"))
-        };
-        let layers: Vec<_> = files.filter(is_layer).collect();
+        let layers = (0..).map(|layer| args.dump.join(layer_file_name(Layer(layer))));
+        let layers: Vec<_> = layers.take_while(|path| path.exists()).collect();
         target::check_mask("--out", out, layers.iter().map(PathBuf::as_path))?;
         if args.formats.is_coded() {
             target::check_says_formats("--out", out)?;
@@ -185,9 +179,8 @@ fn check_front(args: &Args, name: &Path) -> anyhow::Result<()> {
         "--pareto: {} allocates by quantile and has no front; use e2 or e1",
         args.method
     );
-    let folder = name.parent().filter(|folder| !folder.as_os_str().is_empty());
     anyhow::ensure!(
-        name.file_name().is_some() && folder.is_none_or(Path::is_dir),
+        name.file_name().is_some() && target::has_folder(name),
         "--pareto: {} is not a name in a folder that is there; NAME.tsv and NAME.svg are written",
         name.display()
     );
@@ -244,9 +237,8 @@ fn write(
         heads: summary.heads,
         heads_by_format: masks::heads_by_format(&mask),
         predicted_kl: mask.info().predicted_kl,
-        method: args.method,
     };
-    if args.json { output::json(&report) } else { print(&report) }
+    if args.json { output::json(&report) } else { print(args.method, &report) }
 }
 
 fn show(progress: &Progress, now: train::Progress<'_>) {
@@ -353,8 +345,8 @@ fn step(args: &Args) -> usize {
     args.step.unwrap_or(own)
 }
 
-fn print(report: &Report) -> anyhow::Result<()> {
-    let predicted = report.predicted_kl.map_or(String::new(), |kl| match report.method {
+fn print(method: Method, report: &Report) -> anyhow::Result<()> {
+    let predicted = report.predicted_kl.map_or(String::new(), |kl| match method {
         // Its losses are large, beyond what the prediction is made for.
         Method::Static => format!("; predicted KL {kl:.4}, too low where it is large"),
         _ => format!("; predicted KL {kl:.4}, right within a factor of about two"),

@@ -174,6 +174,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.json { output::json(&report) } else { print(&report) }
 }
 
+/// Tokens of both windows and one block: a shorter context has no lean block.
+pub(crate) fn least_context(config: &CacheConfig) -> usize {
+    let Windows { sink, recent } = config.windows;
+    sink.saturating_add(recent).saturating_add(config.block)
+}
+
 /// A shape for bytes alone: query heads do not matter to them.
 pub(crate) fn shape(mask: &ModelMask) -> leank::Result<ModelShape> {
     ModelShape::new(mask.layers(), mask.kv_heads(), mask.kv_heads(), mask.head_dim())

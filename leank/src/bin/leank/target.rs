@@ -12,9 +12,8 @@ pub(crate) fn check_file<'a>(
 ) -> anyhow::Result<()> {
     let shown = path.display();
     anyhow::ensure!(!path.is_dir(), "{option}: {shown}: is a folder; give the name of a file");
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     anyhow::ensure!(
-        folder.is_none_or(Path::is_dir),
+        has_folder(path),
         "{option}: {shown}: there is no such folder to write it to; make it first"
     );
     let Ok(own) = path.canonicalize() else { return Ok(()) };
@@ -50,6 +49,12 @@ pub(crate) fn check_says_formats(option: &str, path: &Path) -> anyhow::Result<()
         path.display()
     );
     Ok(())
+}
+
+/// Whether the folder that a file is to be written to is there.
+pub(crate) fn has_folder(path: &Path) -> bool {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    folder.is_none_or(Path::is_dir)
 }
 
 /// Makes the folder of an option where it is missing.
