@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 use bytemuck::cast;
 use candle_core::quantized::GgmlDType;
 
-use super::{BLOCK, f16, six_bits};
+use super::{BLOCK, f16, factor_and_offset};
 
 static AVX2: LazyLock<bool> =
     LazyLock::new(|| is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"));
@@ -241,16 +241,17 @@ fn q8_0(block: &[u8; 34], [x]: &[Activations; 1], sum: &mut Sum) {
     sum.add(bytemuck::pod_read_unaligned(&block[2..]), x, f16(block[0], block[1]));
 }
 
-/// Factors and offsets of the parts of a block whose first 16 bytes hold them; adds the offsets.
+/// Factors of the parts of a block whose first 16 bytes hold them; adds what their offsets give.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn factors(head: &[u8], x: &[Activations; 8], sum: &mut Sum) -> [f32; 8] {
-    let (factor, offset) = (f16(head[0], head[1]), -f16(head[2], head[3]));
-    let (factors, offsets) = six_bits(&head[4..16]);
-    for (small, x) in offsets.iter().zip(x) {
-        sum.add_offset(offset * f32::from(*small), x);
+    let mut factors = [0.0; 8];
+    for (part, (factor, x)) in factors.iter_mut().zip(x).enumerate() {
+        let offset;
+        (*factor, offset) = factor_and_offset(head, part);
+        sum.add_offset(offset, x);
     }
-    factors.map(|small| factor * f32::from(small))
+    factors
 }
 
 #[inline]

@@ -113,26 +113,17 @@ fn q8_0(block: &[u8; 34], _: usize) -> Block {
     Block { factor: f16(block[0], block[1]), offset: 0.0, low, high }
 }
 
-/// Factors and offsets of a block's parts, of 6 bits each, in units of the whole's.
-#[inline(always)]
-fn six_bits(scales: &[u8]) -> ([u8; 8], [u8; 8]) {
-    let (mut factors, mut offsets) = ([0; 8], [0; 8]);
-    for j in 0..4 {
-        let (factor, offset, both) = (scales[j], scales[j + 4], scales[j + 8]);
-        factors[j] = factor & 63;
-        offsets[j] = offset & 63;
-        factors[j + 4] = both & 15 | factor >> 6 << 4;
-        offsets[j + 4] = both >> 4 | offset >> 6 << 4;
-    }
-    (factors, offsets)
-}
-
-/// The factor and the offset of a part, with those of the whole in the block's first 4 bytes.
+/// Factor and offset of a part, of 6 bits each, in units of the whole's, which the block begins with.
 #[inline(always)]
 fn factor_and_offset(head: &[u8], part: usize) -> (f32, f32) {
-    let (factors, offsets) = six_bits(&head[4..16]);
-    let (factor, offset) = (f32::from(factors[part]), f32::from(offsets[part]));
-    (f16(head[0], head[1]) * factor, -f16(head[2], head[3]) * offset)
+    let scales = &head[4..16];
+    let (factor, offset) = if part < 4 {
+        (scales[part] & 63, scales[part + 4] & 63)
+    } else {
+        let both = scales[part + 4];
+        (both & 15 | scales[part - 4] >> 6 << 4, both >> 4 | scales[part] >> 6 << 4)
+    };
+    (f16(head[0], head[1]) * f32::from(factor), -f16(head[2], head[3]) * f32::from(offset))
 }
 
 #[inline(always)]
