@@ -87,7 +87,7 @@ impl Executor for Backwards {
 
 mod backwards {
     use super::*;
-    fn cpu() -> Cpu {
+    pub(super) fn cpu() -> Cpu {
         Cpu::with_executor(Arc::new(Backwards)).with_prefetch(Prefetch::Everything)
     }
 
@@ -97,7 +97,7 @@ mod backwards {
 mod pool {
     use super::*;
 
-    fn cpu() -> Cpu {
+    pub(super) fn cpu() -> Cpu {
         let threads = NonZeroUsize::new(3).expect("3");
         let pool = Pool::with_spin(threads, Duration::from_micros(20)).expect("three threads");
         Cpu::with_executor(Arc::new(pool)).with_prefetch(Prefetch::Jumps)
@@ -110,4 +110,12 @@ mod pool {
 mod rayon {
     use super::*;
     leank_testkit::conformance!(OnCpu(Cpu::with_executor(Arc::new(leank_cpu::Rayon))));
+}
+
+/// How many threads share the work, and in which order, does not show in a bit.
+#[test]
+fn executors_are_twins() {
+    let serial = OnCpu(Cpu::with_executor(Arc::new(Serial)));
+    leank_testkit::twins_agree(&serial, &OnCpu(backwards::cpu()));
+    leank_testkit::twins_agree(&serial, &OnCpu(pool::cpu()));
 }

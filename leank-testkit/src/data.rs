@@ -54,9 +54,41 @@ pub enum Kind {
     Query,
 }
 
+/// What activations are like.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Nature {
+    /// As [`activation`] makes them.
+    Usual,
+    /// Queries so large that logits reach ±10⁴.
+    Loud,
+    /// The keys of a sequence are one key: the logits of its tokens are equal.
+    Equal,
+    /// One key in a hundred is a hundred times as large, so that one token has all the weight.
+    Dominant,
+    /// One kind is multiplied by this, which makes most of it subnormal in f16 or in every type.
+    Faint(Kind, f32),
+}
+
+impl Nature {
+    /// One activation.
+    pub(crate) fn activation(self, seed: u64, kind: Kind, at: [usize; 4]) -> f32 {
+        let [sequence, layer, position, element] = at;
+        let plain = activation(seed, kind, at);
+        match self {
+            Self::Loud if kind == Kind::Query => plain * 500.0,
+            Self::Equal if kind == Kind::Key => {
+                activation(seed, kind, [sequence, layer, 0, element])
+            }
+            Self::Dominant if kind == Kind::Key && position % 97 == 5 => plain * 100.0,
+            Self::Faint(faint, factor) if kind == faint => plain * factor,
+            _ => plain,
+        }
+    }
+}
+
 /// One activation, about N(0, 1), with some channels of K and q much larger than others, as RoPE
 /// models have them.
-pub(crate) fn activation(seed: u64, kind: Kind, at: [usize; 4]) -> f32 {
+fn activation(seed: u64, kind: Kind, at: [usize; 4]) -> f32 {
     let [sequence, layer, position, element] = at;
     let mut hash = seed ^ (kind as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     for part in [sequence, layer, position, element] {

@@ -45,10 +45,11 @@ pub use life::{
     sequences_live_by_the_oracle, tokens_taken_back_leave_no_trace,
 };
 pub use properties::{
-    calls_out_of_order_are_refused, cancelled_steps_leave_no_trace, chunks_do_not_matter,
-    neighbours_do_not_matter, non_finite_values_are_packed_as_defined,
-    non_finite_values_stay_where_they_are, oracle_agrees, out_of_memory_changes_nothing,
-    planner_agrees, pool_order_does_not_matter, wrong_shapes_are_refused,
+    a_million_tokens_agree, calls_out_of_order_are_refused, cancelled_steps_leave_no_trace,
+    chunks_do_not_matter, extremes_agree, neighbours_do_not_matter,
+    non_finite_values_are_packed_as_defined, non_finite_values_stay_where_they_are, oracle_agrees,
+    out_of_memory_changes_nothing, planner_agrees, pool_order_does_not_matter, twins_agree,
+    wrong_shapes_are_refused,
 };
 
 use leank_core::{Backend, Dtype, Layer, LeanFormat, Result};
@@ -97,7 +98,7 @@ pub trait Subject {
         2e-5
     }
 
-    /// Random cases per property; fewer where proptest's `PROPTEST_CASES` says so.
+    /// Random cases per property; or as many as proptest's `PROPTEST_CASES` says.
     fn cases(&self) -> u32 {
         192
     }
@@ -128,6 +129,8 @@ macro_rules! conformance {
     (with $run:expr) => {
         $crate::conformance!(@each ($run)
             oracle_agrees
+            extremes_agree
+            a_million_tokens_agree
             chunks_do_not_matter
             neighbours_do_not_matter
             pool_order_does_not_matter

@@ -1,8 +1,10 @@
 //! The properties themselves.
 
+use std::{cell::Cell, env};
+
 use leank_core::{
-    Backend, Cache, CacheConfig, Dtype, Error, Layer, LeanFormat, Planner, StepEntry,
-    oracle::Attention,
+    Backend, Cache, CacheConfig, Dtype, Error, Layer, LeanFormat, ModelShape, Planner, StepEntry,
+    Windows, oracle::Attention,
 };
 use proptest::{
     prelude::*,
@@ -11,8 +13,9 @@ use proptest::{
 };
 
 use crate::{
-    Case, Kind, Load, Rows, Subject,
+    Case, HeadKind, Kind, Load, Rows, Subject,
     case::cases,
+    data::Nature,
     world::{Outputs, Stain, World},
 };
 
@@ -27,7 +30,10 @@ pub(crate) fn for_cases_and<S: Subject, T: std::fmt::Debug>(
     property: impl Fn(&Case, T),
 ) {
     let config = Config {
-        cases: subject.cases().min(Config::default().cases),
+        cases: match env::var_os("PROPTEST_CASES") {
+            Some(_) => Config::default().cases,
+            None => subject.cases(),
+        },
         failure_persistence: None,
         ..Config::default()
     };
@@ -65,6 +71,71 @@ pub fn oracle_agrees<S: Subject>(subject: &S) {
     for tokens in [2047, 2048, 4500] {
         long_context(subject, tokens);
     }
+}
+
+/// The same for activations at the edges: logits of ±10⁴, equal logits, one token with all the weight,
+/// subnormal K, V and queries. Bounds grow with what a logit adds up.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn extremes_agree<S: Subject>(subject: &S) {
+    let kind = prop::sample::select(vec![Kind::Key, Kind::Value, Kind::Query]);
+    let faint = (kind, prop::sample::select(vec![1e-6, 1e-40]));
+    let nature = prop_oneof![
+        Just(Nature::Loud),
+        Just(Nature::Equal),
+        Just(Nature::Dominant),
+        faint.prop_map(|(kind, factor)| Nature::Faint(kind, factor)),
+    ];
+    let nearest = Cell::new(0.0f64);
+    for_cases_and(subject, nature, |case, nature| {
+        let mut world = World::new(subject, case);
+        world.nature = nature;
+        for step in &case.steps {
+            world.checked_step(step);
+        }
+        nearest.set(nearest.get().max(world.nearest.get()));
+    });
+    eprintln!("the largest error is {:.2} of its bound", nearest.get());
+}
+
+/// A context of 2²⁰ tokens: sums of as many weights are as exact.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn a_million_tokens_agree<S: Subject>(subject: &S) {
+    let shape = ModelShape::new(1, 2, 1, 16).expect("in range");
+    for &dtype in subject.dtypes() {
+        let case = Case {
+            heads: vec![HeadKind::Some { seed: 1, alignment: 8 }],
+            shape,
+            windows: Windows::default(),
+            block: 64,
+            dtype,
+            formats: None,
+            scale: None,
+            soft_cap: None,
+            sequences: 1,
+            steps: Vec::new(),
+            seed: 3,
+        };
+        let mut world = World::new(subject, &case);
+        world.step(&[Load { sequence: 0, tokens: 1 << 20, attend: false }]).expect("valid");
+        world.checked_step(&[Load { sequence: 0, tokens: 1, attend: true }]);
+    }
+}
+
+/// Another subject, an executor of the same backend say, gives the same bits.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn twins_agree<S: Subject, T: Subject>(subject: &S, twin: &T) {
+    for_cases(subject, |case| {
+        let (mut one, mut other) = (World::new(subject, case), World::new(twin, case));
+        for step in &case.steps {
+            same(&one.step(step).expect("valid"), &other.step(step).expect("valid"));
+        }
+    });
 }
 
 /// Thousands of tokens, which random cases seldom reach.

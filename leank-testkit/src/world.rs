@@ -1,13 +1,16 @@
 //! A cache under test together with what is known about it.
 
-use std::collections::HashMap;
+use std::{cell::Cell, collections::HashMap};
 
 use leank_core::{
-    Backend, Cache, CacheConfig, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
+    Backend, Cache, CacheConfig, Dtype, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
     StepEntry, Tensor, blocks::is_lean, oracle::Attention, quant::round_trip,
 };
 
-use crate::{CacheOf, Case, Kind, Load, Rows, Subject, data::activation, rounding_error};
+use crate::{CacheOf, Case, Kind, Load, Rows, Subject, data::Nature, rounding_error};
+
+/// Up to here `scale · Σ_c |q_c k_c|` goes with usual activations, and bounds need not grow.
+const USUAL_TERMS: f64 = 100.0;
 
 /// A cache and its sequences. A sequence has a *name*, which decides its activations, so that two
 /// worlds can hold the same tokens.
@@ -20,6 +23,10 @@ pub(crate) struct World<'s, S: Subject> {
     pub(crate) histories: HashMap<usize, History>,
     /// One activation that is another one.
     pub(crate) stain: Option<Stain>,
+    /// What activations are like.
+    pub(crate) nature: Nature,
+    /// Largest error so far against the oracle on stored values, as a share of its bound.
+    pub(crate) nearest: Cell<f64>,
     seed: u64,
 }
 
@@ -57,8 +64,17 @@ impl<'s, S: Subject> World<'s, S> {
 
     pub(crate) fn with_config(subject: &'s S, case: &Case, config: CacheConfig) -> Self {
         let cache = subject.backend().create(config.clone()).expect("the case is valid");
-        let (sequences, histories, seed) = (Vec::new(), HashMap::new(), case.seed);
-        let mut world = Self { subject, config, cache, sequences, histories, stain: None, seed };
+        let mut world = Self {
+            subject,
+            config,
+            cache,
+            sequences: Vec::new(),
+            histories: HashMap::new(),
+            stain: None,
+            nature: Nature::Usual,
+            nearest: Cell::new(0.0),
+            seed: case.seed,
+        };
         for name in 0..case.sequences {
             world.add(name);
         }
@@ -107,7 +123,7 @@ impl<'s, S: Subject> World<'s, S> {
         let at = [layer, position, element];
         match self.stain {
             Some(stain) if (stain.kind, stain.name, stain.at) == (kind, name, at) => stain.value,
-            _ => activation(self.seed, kind, [name, layer, position, element]),
+            _ => self.nature.activation(self.seed, kind, [name, layer, position, element]),
         }
     }
 
@@ -181,7 +197,8 @@ impl<'s, S: Subject> World<'s, S> {
             self.config.shape.kv_head_indices().map(|head| self.bounds(layer, head)).collect();
         let stored = self.oracle(layer, name, positions.clone(), true);
         let arithmetic = |head: usize| bounds[head].arithmetic;
-        self.compare(&got, &stored, arithmetic, "the oracle on stored values");
+        let share = self.compare(&got, &stored, arithmetic, "the oracle on stored values");
+        self.nearest.set(self.nearest.get().max(share));
         if self.stain.is_some() {
             return;
         }
@@ -204,30 +221,37 @@ impl<'s, S: Subject> World<'s, S> {
         Bounds { arithmetic, storage: arithmetic.max(largest(formats.map(rounding_error))) }
     }
 
-    /// Compares rows `[query heads, head_dim]`; `bound` is that of a KV head.
+    /// Compares rows `[query heads, head_dim]`; `bound` is that of a KV head. Returns the largest error as
+    /// a share of what it may be.
     fn compare(
         &self,
         got: &[f32],
         expected: &Expected,
         bound: impl Fn(usize) -> f64,
         against: &str,
-    ) {
+    ) -> f64 {
         let shape = self.config.shape;
         assert_eq!(got.len(), expected.output.len());
+        let mut nearest = 0.0;
         for (i, (&got, &want)) in got.iter().zip(&expected.output).enumerate() {
             if expected.stained && !want.is_finite() {
                 let same = got.is_nan() && want.is_nan() || f64::from(got) == want;
                 assert!(same, "element {i}: {got}, {against} says {want}");
                 continue;
             }
-            let bound = bound(i / shape.head_dim % shape.query_heads / shape.group());
-            let error = (f64::from(got) - want).abs() / expected.largest;
+            let head = i / shape.head_dim % shape.query_heads / shape.group();
+            // Errors of a logit are shares of what it adds up.
+            let bound = bound(head) * (expected.terms[head] / USUAL_TERMS).max(1.0);
+            let most = bound * expected.largest + f64::from(f32::MIN_POSITIVE).max(expected.finest);
+            let error = (f64::from(got) - want).abs();
             // Written so that NaN fails.
             assert!(
-                error <= bound,
-                "element {i}: {got}, {against} says {want} (error {error:.2e} > {bound:.0e})"
+                error <= most,
+                "element {i}: {got}, {against} says {want} (error {error:.2e} > {most:.1e})"
             );
+            nearest = f64::max(nearest, error / most);
         }
+        nearest
     }
 
     /// What the oracle says; on values as they are stored, or as they were given.
@@ -270,7 +294,32 @@ impl<'s, S: Subject> World<'s, S> {
         };
         let largest = values.iter().fold(0.0f64, |most, v| most.max(v.abs()));
         let output = attention.output_packed(packed);
-        Expected { output, largest, stained: self.stain.is_some() }
+        // Rounding to a type's least subnormal number.
+        let finest = if stored || self.config.dtype != Dtype::F16 { 0.0 } else { 2f64.powi(-25) };
+        let terms = self.terms(&attention);
+        Expected { output, largest, terms, finest, stained: self.stain.is_some() }
+    }
+
+    /// Of each KV head the largest `scale · Σ_c |q_c k_c|`: what usual activations have is not looked up.
+    fn terms(&self, attention: &Attention<'_>) -> Vec<f64> {
+        let shape = self.config.shape;
+        if self.nature == Nature::Usual {
+            return vec![0.0; shape.kv_heads];
+        }
+        let rows =
+            |data, heads, own| <[f64]>::chunks_exact(data, shape.head_dim).skip(own).step_by(heads);
+        let of_head = |head: KvHead| {
+            let mut most = 0.0;
+            for own in head.0 * shape.group()..(head.0 + 1) * shape.group() {
+                for q in rows(attention.queries, shape.query_heads, own) {
+                    for k in rows(attention.keys, shape.kv_heads, head.0) {
+                        most = f64::max(most, q.iter().zip(k).map(|(q, k)| (q * k).abs()).sum());
+                    }
+                }
+            }
+            attention.scale.abs() * most
+        };
+        shape.kv_head_indices().map(of_head).collect()
     }
 
     /// Makes of K or V of a sequence, `[tokens, KV heads, head_dim]`, what the cache holds in a step
@@ -317,6 +366,10 @@ struct Expected {
     output: Vec<f64>,
     /// Largest |v|.
     largest: f64,
+    /// Of each KV head the largest `scale · Σ_c |q_c k_c|`.
+    terms: Vec<f64>,
+    /// How far values may be off whatever their size.
+    finest: f64,
     /// Whether it may be NaN or infinite.
     stained: bool,
 }
