@@ -2,12 +2,9 @@
 
 use std::collections::HashMap;
 
-use leank_core::{
-    Backend, Cache, CacheConfig, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
-    StepEntry, Tensor, blocks::is_lean, oracle::Attention, quant::round_trip,
-};
+use leank_core::{Backend, Cache, CacheConfig, Layer, Result, SequenceId, StepEntry};
 
-use crate::{CacheOf, Case, Kind, Load, Rows, Subject, data::activation, rounding_error};
+use crate::{CacheOf, Case, Kind, Load, Reference, Rows, Subject, activations};
 
 /// A cache and its sequences. A sequence has a *name*, which decides its activations, so that two
 /// worlds can hold the same tokens.
@@ -85,29 +82,31 @@ impl<'s, S: Subject> World<'s, S> {
     /// Rows of the step's tokens in one layer.
     pub(crate) fn rows(&self, kind: Kind, layer: Layer, loads: &[Load]) -> Rows {
         let shape = self.config.shape;
-        let heads = if kind == Kind::Query { shape.query_heads } else { shape.kv_heads };
-        let mut data = Vec::new();
+        let heads = kind.heads(&shape);
+        let tokens = loads.iter().map(|load| load.tokens).sum();
+        let mut data = vec![0.0; tokens * heads * shape.head_dim];
+        let mut rows = data.chunks_exact_mut(heads * shape.head_dim);
         for load in loads {
-            let start = self.len(load.sequence);
-            for position in start..start + load.tokens {
-                let name = self.sequences[load.sequence].1;
-                let element = |e| self.value(kind, name, [layer.0, position, e]);
-                data.extend((0..heads * shape.head_dim).map(element));
+            let (start, name) = (self.len(load.sequence), self.sequences[load.sequence].1);
+            for (position, row) in (start..start + load.tokens).zip(&mut rows) {
+                self.row(kind, name, [layer.0, position], row);
             }
         }
-        let tokens = loads.iter().map(|load| load.tokens).sum();
         Rows { data, tokens, heads, head_dim: shape.head_dim }
     }
 
-    /// One activation of a sequence, at a layer, a position and an index into its row.
-    fn value(&self, kind: Kind, mut name: usize, [layer, position, element]: [usize; 3]) -> f32 {
+    /// The activations of a sequence at a layer and a position.
+    fn row(&self, kind: Kind, mut name: usize, [layer, position]: [usize; 2], row: &mut [f32]) {
         while let Some(history) = self.histories.get(&name).filter(|it| position < it.tokens) {
             name = history.from;
         }
-        let at = [layer, position, element];
-        match self.stain {
-            Some(stain) if (stain.kind, stain.name, stain.at) == (kind, name, at) => stain.value,
-            _ => activation(self.seed, kind, [name, layer, position, element]),
+        let place = [name, layer, position];
+        row.iter_mut().zip(activations(self.seed, kind, place)).for_each(|(x, new)| *x = new);
+        if let Some(Stain { at: [of, token, element], value, .. }) =
+            self.stain.filter(|stain| (stain.kind, stain.name) == (kind, name))
+            && [of, token] == [layer, position]
+        {
+            row[element] = value;
         }
     }
 
@@ -176,147 +175,16 @@ impl<'s, S: Subject> World<'s, S> {
             .filter(|(l, n, p, _)| *l == layer && *n == name && positions.contains(p))
             .flat_map(|(_, _, _, row)| row.iter().copied())
             .collect();
-        // A head's outputs depend on its own formats only.
-        let bounds: Vec<_> =
-            self.config.shape.kv_head_indices().map(|head| self.bounds(layer, head)).collect();
-        let stored = self.oracle(layer, name, positions.clone(), true);
-        let arithmetic = |head: usize| bounds[head].arithmetic;
-        self.compare(&got, &stored, arithmetic, "the oracle on stored values");
-        if self.stain.is_some() {
-            return;
-        }
-        let exact = self.oracle(layer, name, positions, false);
-        self.compare(&got, &exact, |head| bounds[head].storage, "the oracle on exact values");
-    }
-
-    /// How far outputs of a KV head's group may be off.
-    fn bounds(&self, layer: Layer, head: KvHead) -> Bounds {
-        let HeadFormat { k, v } = self.config.format(layer, head);
-        let formats = [k, v, LeanFormat::Plain(self.config.dtype)];
-        let largest = |bounds: [f64; 3]| bounds.into_iter().fold(0.0, f64::max);
-        // Errors of a logit add up over the channels.
-        let channels = (self.config.shape.head_dim as f64 / 128.0).max(1.0);
-        let errors = formats.map(|format| match format {
-            LeanFormat::Plain(dtype) => self.subject.arithmetic_error(dtype),
-            _ => self.subject.coded_arithmetic_error(),
-        });
-        let arithmetic = channels * largest(errors);
-        Bounds { arithmetic, storage: arithmetic.max(largest(formats.map(rounding_error))) }
-    }
-
-    /// Compares rows `[query heads, head_dim]`; `bound` is that of a KV head.
-    fn compare(
-        &self,
-        got: &[f32],
-        expected: &Expected,
-        bound: impl Fn(usize) -> f64,
-        against: &str,
-    ) {
-        let shape = self.config.shape;
-        assert_eq!(got.len(), expected.output.len());
-        for (i, (&got, &want)) in got.iter().zip(&expected.output).enumerate() {
-            if expected.stained && !want.is_finite() {
-                let same = got.is_nan() && want.is_nan() || f64::from(got) == want;
-                assert!(same, "element {i}: {got}, {against} says {want}");
-                continue;
-            }
-            let bound = bound(i / shape.head_dim % shape.query_heads / shape.group());
-            let error = (f64::from(got) - want).abs() / expected.largest;
-            // Written so that NaN fails.
-            assert!(
-                error <= bound,
-                "element {i}: {got}, {against} says {want} (error {error:.2e} > {bound:.0e})"
-            );
+        let reference = Reference {
+            config: &self.config,
+            row: &|kind, layer: Layer, position, row: &mut [f32]| {
+                self.row(kind, name, [layer.0, position], row);
+            },
+            packed: self.packed(name),
+        };
+        let finite = self.stain.is_none();
+        if let Err(why) = reference.check(self.subject, layer, positions, &got, finite) {
+            panic!("{why}");
         }
     }
-
-    /// What the oracle says; on values as they are stored, or as they were given.
-    fn oracle(
-        &self,
-        layer: Layer,
-        name: usize,
-        positions: std::ops::Range<usize>,
-        stored: bool,
-    ) -> Expected {
-        let shape = self.config.shape;
-        let packed = self.packed(name);
-        let tokens = |kind: Kind, tensor: Tensor| -> Vec<f64> {
-            let width = shape.kv_heads * shape.head_dim;
-            let value = |i: usize| self.value(kind, name, [layer.0, i / width, i % width]);
-            let mut values: Vec<f32> = (0..positions.end * width).map(value).collect();
-            if stored {
-                self.store(layer, tensor, (positions.start, packed), &mut values);
-            }
-            values.into_iter().map(f64::from).collect()
-        };
-        let q_width = shape.query_heads * shape.head_dim;
-        let query = |i: usize| {
-            let position = positions.start + i / q_width;
-            f64::from(self.value(Kind::Query, name, [layer.0, position, i % q_width]))
-        };
-        let queries: Vec<f64> = (0..positions.len() * q_width).map(query).collect();
-        let (keys, values) = (tokens(Kind::Key, Tensor::K), tokens(Kind::Value, Tensor::V));
-        let attention = Attention {
-            masks: self.config.mask.layer(layer),
-            query_heads: shape.query_heads,
-            windows: self.config.windows,
-            block: self.config.block,
-            scale: f64::from(self.config.scale()),
-            soft_cap: self.config.soft_cap.map(f64::from),
-            start: positions.start,
-            keys: &keys,
-            values: &values,
-            queries: &queries,
-        };
-        let largest = values.iter().fold(0.0f64, |most, v| most.max(v.abs()));
-        let output = attention.output_packed(packed);
-        Expected { output, largest, stained: self.stain.is_some() }
-    }
-
-    /// Makes of K or V of a sequence, `[tokens, KV heads, head_dim]`, what the cache holds in a step
-    /// whose first query stands at `start`; `packed` as in a [`History`].
-    fn store(
-        &self,
-        layer: Layer,
-        tensor: Tensor,
-        (start, packed): (usize, usize),
-        values: &mut [f32],
-    ) {
-        let CacheConfig { shape, block, windows, dtype, .. } = self.config;
-        values.iter_mut().for_each(|x| *x = dtype.round(*x));
-        let width = shape.kv_heads * shape.head_dim;
-        let stays_lean = windows.sink.div_ceil(block)..packed;
-        for (index, rows) in values.chunks_mut(block * width).enumerate() {
-            if !(stays_lean.contains(&index) || is_lean(index, block, windows, start)) {
-                continue;
-            }
-            for head in shape.kv_head_indices() {
-                let part = head.0 * shape.head_dim..(head.0 + 1) * shape.head_dim;
-                let mut own: Vec<f32> =
-                    rows.chunks(width).flat_map(|row| &row[part.clone()]).copied().collect();
-                let format = self.config.format(layer, head).of(tensor);
-                round_trip(format, tensor, shape.head_dim, &mut own);
-                let own = own.chunks(shape.head_dim);
-                rows.chunks_mut(width).zip(own).for_each(|(row, own)| {
-                    row[part.clone()].copy_from_slice(own);
-                });
-            }
-        }
-    }
-}
-
-/// Largest errors of a KV head's outputs, as shares of the largest |v|.
-struct Bounds {
-    /// Against the oracle on stored values.
-    arithmetic: f64,
-    /// Against the oracle on exact ones.
-    storage: f64,
-}
-
-struct Expected {
-    output: Vec<f64>,
-    /// Largest |v|.
-    largest: f64,
-    /// Whether it may be NaN or infinite.
-    stained: bool,
 }
