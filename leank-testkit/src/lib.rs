@@ -7,7 +7,7 @@
 //! result depends on the tokens and on where the step begins, and on nothing else.
 //!
 //! Tests of other kinds find here what its cases are held against: [`Reference`], which compares outputs
-//! with the oracle.
+//! with the oracle, and [`blocks`], the naive model of block bookkeeping.
 //!
 //! ```
 //! use leank_core::{Backend, Cache, CacheConfig, HostView, HostViewMut, Layer, Result};
@@ -35,6 +35,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod blocks;
 mod case;
 mod data;
 mod life;
