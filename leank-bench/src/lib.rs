@@ -35,6 +35,7 @@
 //! - [`decode_cpu`]: whole decode steps of a model on the CPU, beside candle's caches and llama.cpp.
 //! - [`decode_gpu`]: whole decode steps on it, by the [`decoder`], and their tokens beside the CPU's.
 //! - [`accuracy`]: the error against f64, on random data and on a model's activations.
+//! - [`soak`]: hours of simulated users on caches whose books and outputs are checked all the while.
 //! - [`steps`]: many short sequences against a long one, and a busy core.
 //!
 //! Criterion benches of single operations are in `benches/`.
@@ -52,6 +53,7 @@ pub mod decoder;
 mod error;
 pub mod figure;
 pub mod setting;
+pub mod soak;
 pub mod stats;
 pub mod steps;
 pub mod table;

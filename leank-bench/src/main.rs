@@ -3,6 +3,7 @@
 
 mod decode_cpu_args;
 mod decode_gpu_args;
+mod soak_args;
 
 use std::{
     any::Any,
@@ -31,6 +32,7 @@ use leank_cpu::{Cpu, DEFAULT_SPIN, Isa, Pool};
 
 use decode_cpu_args::DecodeCpuArgs;
 use decode_gpu_args::DecodeGpuArgs;
+use soak_args::SoakArgs;
 
 /// Measure what a lean cache is worth on this machine.
 ///
@@ -48,6 +50,7 @@ enum Command {
     Cuda(CudaArgs),
     DecodeCpu(DecodeCpuArgs),
     DecodeGpu(DecodeGpuArgs),
+    Soak(SoakArgs),
     Steps(StepsArgs),
     Error(ErrorArgs),
     #[command(hide = true)]
@@ -416,6 +419,7 @@ fn main() -> ExitCode {
         Command::Cuda(args) => args.run(),
         Command::DecodeCpu(args) => args.run(),
         Command::DecodeGpu(args) => args.run(),
+        Command::Soak(args) => args.run(),
         Command::Steps(args) => args.run(),
         Command::Error(args) => args.run(),
         Command::Spin => {

@@ -1,7 +1,7 @@
 //! Test activations: a pure function of who they belong to, so that the same token has the same
 //! K, V and q however and whenever it is fed.
 
-use leank_core::{HostView, HostViewMut, ViewShape};
+use leank_core::{HostView, HostViewMut, ModelShape, ViewShape};
 
 /// Activations in host memory, `[tokens, heads, head_dim]` without gaps.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,7 +57,7 @@ pub enum Kind {
 /// What activations are like.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Nature {
-    /// As [`activation`] makes them.
+    /// As [`activations`] makes them.
     Usual,
     /// Queries so large that logits reach ±10⁴.
     Loud,
@@ -70,35 +70,42 @@ pub(crate) enum Nature {
 }
 
 impl Nature {
-    /// One activation.
-    pub(crate) fn activation(self, seed: u64, kind: Kind, at: [usize; 4]) -> f32 {
-        let [sequence, layer, position, element] = at;
-        let plain = activation(seed, kind, at);
-        match self {
-            Self::Loud if kind == Kind::Query => plain * 500.0,
-            Self::Equal if kind == Kind::Key => {
-                activation(seed, kind, [sequence, layer, 0, element])
-            }
-            Self::Dominant if kind == Kind::Key && position % 97 == 5 => plain * 100.0,
-            Self::Faint(faint, factor) if kind == faint => plain * factor,
-            _ => plain,
-        }
+    /// Writes the activations of a place, like [`activations`].
+    pub(crate) fn write(self, seed: u64, kind: Kind, place: [usize; 3], row: &mut [f32]) {
+        let [sequence, layer, position] = place;
+        let (position, factor) = match self {
+            Self::Loud if kind == Kind::Query => (position, 500.0),
+            Self::Equal if kind == Kind::Key => (0, 1.0),
+            Self::Dominant if kind == Kind::Key && position % 97 == 5 => (position, 100.0),
+            Self::Faint(faint, factor) if kind == faint => (position, factor),
+            _ => (position, 1.0),
+        };
+        let new = activations(seed, kind, [sequence, layer, position]);
+        row.iter_mut().zip(new).for_each(|(x, new)| *x = factor * new);
     }
 }
 
-/// One activation, about N(0, 1), with some channels of K and q much larger than others, as RoPE
-/// models have them.
-fn activation(seed: u64, kind: Kind, at: [usize; 4]) -> f32 {
-    let [sequence, layer, position, element] = at;
-    let mut hash = seed ^ (kind as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    for part in [sequence, layer, position, element] {
-        hash = mix(hash ^ part as u64);
+impl Kind {
+    /// Heads that have one.
+    pub(crate) fn heads(self, shape: &ModelShape) -> usize {
+        if self == Self::Query { shape.query_heads } else { shape.kv_heads }
     }
-    // The sum of four uniforms is near enough to a normal.
-    let uniform = |shift: u32| ((hash >> shift) & 0xffff) as f32 / 65_536.0 - 0.5;
-    let normal = (uniform(0) + uniform(16) + uniform(32) + uniform(48)) * 1.732;
-    let large = kind != Kind::Value && mix(seed ^ element as u64).is_multiple_of(7);
-    if large { normal * 3.0 } else { normal }
+}
+
+/// The activations of a sequence's token in a layer: element by element a pure function of the seed,
+/// the kind and the place `[sequence, layer, position]`. About N(0, 1), with some channels of K and q
+/// much larger than others, as RoPE models have them. It never ends.
+pub fn activations(seed: u64, kind: Kind, place: [usize; 3]) -> impl Iterator<Item = f32> + use<> {
+    let start = seed ^ (kind as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let row = place.into_iter().fold(start, |hash, part| mix(hash ^ part as u64));
+    (0u64..).map(move |element| {
+        let hash = mix(row ^ element);
+        // The sum of four uniforms is near enough to a normal.
+        let uniform = |shift: u32| ((hash >> shift) & 0xffff) as f32 / 65_536.0 - 0.5;
+        let normal = (uniform(0) + uniform(16) + uniform(32) + uniform(48)) * 1.732;
+        let large = kind != Kind::Value && mix(seed ^ element).is_multiple_of(7);
+        if large { normal * 3.0 } else { normal }
+    })
 }
 
 /// SplitMix64.

@@ -6,6 +6,9 @@
 //! the f64 oracle of `leank-core`, or checks one of the invariances of its definition: that a
 //! result depends on the tokens and on where the step begins, and on nothing else.
 //!
+//! Tests of other kinds find here what its cases are held against: [`Reference`], which compares outputs
+//! with the oracle, and [`blocks`], the naive model of block bookkeeping.
+//!
 //! ```
 //! use leank_core::{Backend, Cache, CacheConfig, HostView, HostViewMut, Layer, Result};
 //! use leank_testkit::{Rows, Subject};
@@ -32,14 +35,16 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod blocks;
 mod case;
 mod data;
 mod life;
 mod properties;
+mod reference;
 mod world;
 
 pub use case::{Case, HeadKind, Load};
-pub use data::{Kind, Rows};
+pub use data::{Kind, Rows, activations};
 pub use life::{
     forks_go_on_as_twins, saved_sequences_come_back, sequences_change_between_steps_only,
     sequences_live_by_the_oracle, tokens_taken_back_leave_no_trace,
@@ -51,6 +56,7 @@ pub use properties::{
     out_of_memory_changes_nothing, planner_agrees, pool_order_does_not_matter, twins_agree,
     wrong_shapes_are_refused,
 };
+pub use reference::Reference;
 
 use leank_core::{Backend, Dtype, Layer, LeanFormat, Result};
 

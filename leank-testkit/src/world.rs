@@ -2,15 +2,9 @@
 
 use std::{cell::Cell, collections::HashMap};
 
-use leank_core::{
-    Backend, Cache, CacheConfig, Dtype, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
-    StepEntry, Tensor, blocks::is_lean, oracle::Attention, quant::round_trip,
-};
+use leank_core::{Backend, Cache, CacheConfig, Layer, Result, SequenceId, StepEntry};
 
-use crate::{CacheOf, Case, Kind, Load, Rows, Subject, data::Nature, rounding_error};
-
-/// Up to here `scale · Σ_c |q_c k_c|` goes with usual activations, and bounds need not grow.
-const USUAL_TERMS: f64 = 100.0;
+use crate::{CacheOf, Case, Kind, Load, Reference, Rows, Subject, data::Nature};
 
 /// A cache and its sequences. A sequence has a *name*, which decides its activations, so that two
 /// worlds can hold the same tokens.
@@ -25,7 +19,7 @@ pub(crate) struct World<'s, S: Subject> {
     pub(crate) stain: Option<Stain>,
     /// What activations are like.
     pub(crate) nature: Nature,
-    /// Largest error so far against the oracle on stored values, as a share of its bound.
+    /// Largest error so far, as a share of its bound.
     pub(crate) nearest: Cell<f64>,
     seed: u64,
 }
@@ -101,29 +95,31 @@ impl<'s, S: Subject> World<'s, S> {
     /// Rows of the step's tokens in one layer.
     pub(crate) fn rows(&self, kind: Kind, layer: Layer, loads: &[Load]) -> Rows {
         let shape = self.config.shape;
-        let heads = if kind == Kind::Query { shape.query_heads } else { shape.kv_heads };
-        let mut data = Vec::new();
+        let heads = kind.heads(&shape);
+        let tokens = loads.iter().map(|load| load.tokens).sum();
+        let mut data = vec![0.0; tokens * heads * shape.head_dim];
+        let mut rows = data.chunks_exact_mut(heads * shape.head_dim);
         for load in loads {
-            let start = self.len(load.sequence);
-            for position in start..start + load.tokens {
-                let name = self.sequences[load.sequence].1;
-                let element = |e| self.value(kind, name, [layer.0, position, e]);
-                data.extend((0..heads * shape.head_dim).map(element));
+            let (start, name) = (self.len(load.sequence), self.sequences[load.sequence].1);
+            for (position, row) in (start..start + load.tokens).zip(&mut rows) {
+                self.row(kind, name, [layer.0, position], row);
             }
         }
-        let tokens = loads.iter().map(|load| load.tokens).sum();
         Rows { data, tokens, heads, head_dim: shape.head_dim }
     }
 
-    /// One activation of a sequence, at a layer, a position and an index into its row.
-    fn value(&self, kind: Kind, mut name: usize, [layer, position, element]: [usize; 3]) -> f32 {
+    /// The activations of a sequence at a layer and a position.
+    fn row(&self, kind: Kind, mut name: usize, [layer, position]: [usize; 2], row: &mut [f32]) {
         while let Some(history) = self.histories.get(&name).filter(|it| position < it.tokens) {
             name = history.from;
         }
-        let at = [layer, position, element];
-        match self.stain {
-            Some(stain) if (stain.kind, stain.name, stain.at) == (kind, name, at) => stain.value,
-            _ => self.nature.activation(self.seed, kind, [name, layer, position, element]),
+        let place = [name, layer, position];
+        self.nature.write(self.seed, kind, place, row);
+        if let Some(Stain { at: [of, token, element], value, .. }) =
+            self.stain.filter(|stain| (stain.kind, stain.name) == (kind, name))
+            && [of, token] == [layer, position]
+        {
+            row[element] = value;
         }
     }
 
@@ -192,184 +188,17 @@ impl<'s, S: Subject> World<'s, S> {
             .filter(|(l, n, p, _)| *l == layer && *n == name && positions.contains(p))
             .flat_map(|(_, _, _, row)| row.iter().copied())
             .collect();
-        // A head's outputs depend on its own formats only.
-        let bounds: Vec<_> =
-            self.config.shape.kv_head_indices().map(|head| self.bounds(layer, head)).collect();
-        let stored = self.oracle(layer, name, positions.clone(), true);
-        let arithmetic = |head: usize| bounds[head].arithmetic;
-        let share = self.compare(&got, &stored, arithmetic, "the oracle on stored values");
-        self.nearest.set(self.nearest.get().max(share));
-        if self.stain.is_some() {
-            return;
-        }
-        let exact = self.oracle(layer, name, positions, false);
-        self.compare(&got, &exact, |head| bounds[head].storage, "the oracle on exact values");
-    }
-
-    /// How far outputs of a KV head's group may be off.
-    fn bounds(&self, layer: Layer, head: KvHead) -> Bounds {
-        let HeadFormat { k, v } = self.config.format(layer, head);
-        let formats = [k, v, LeanFormat::Plain(self.config.dtype)];
-        let largest = |bounds: [f64; 3]| bounds.into_iter().fold(0.0, f64::max);
-        // Errors of a logit add up over the channels.
-        let channels = (self.config.shape.head_dim as f64 / 128.0).max(1.0);
-        let errors = formats.map(|format| match format {
-            LeanFormat::Plain(dtype) => self.subject.arithmetic_error(dtype),
-            _ => self.subject.coded_arithmetic_error(),
-        });
-        let arithmetic = channels * largest(errors);
-        Bounds { arithmetic, storage: arithmetic.max(largest(formats.map(rounding_error))) }
-    }
-
-    /// Compares rows `[query heads, head_dim]`; `bound` is that of a KV head. Returns the largest error as
-    /// a share of what it may be.
-    fn compare(
-        &self,
-        got: &[f32],
-        expected: &Expected,
-        bound: impl Fn(usize) -> f64,
-        against: &str,
-    ) -> f64 {
-        let shape = self.config.shape;
-        assert_eq!(got.len(), expected.output.len());
-        let mut nearest = 0.0;
-        for (i, (&got, &want)) in got.iter().zip(&expected.output).enumerate() {
-            if expected.stained && !want.is_finite() {
-                let same = got.is_nan() && want.is_nan() || f64::from(got) == want;
-                assert!(same, "element {i}: {got}, {against} says {want}");
-                continue;
-            }
-            let head = i / shape.head_dim % shape.query_heads / shape.group();
-            // Errors of a logit are shares of what it adds up.
-            let bound = bound(head) * (expected.terms[head] / USUAL_TERMS).max(1.0);
-            let most = bound * expected.largest + f64::from(f32::MIN_POSITIVE).max(expected.finest);
-            let error = (f64::from(got) - want).abs();
-            // Written so that NaN fails.
-            assert!(
-                error <= most,
-                "element {i}: {got}, {against} says {want} (error {error:.2e} > {most:.1e})"
-            );
-            nearest = f64::max(nearest, error / most);
-        }
-        nearest
-    }
-
-    /// What the oracle says; on values as they are stored, or as they were given.
-    fn oracle(
-        &self,
-        layer: Layer,
-        name: usize,
-        positions: std::ops::Range<usize>,
-        stored: bool,
-    ) -> Expected {
-        let shape = self.config.shape;
-        let packed = self.packed(name);
-        let tokens = |kind: Kind, tensor: Tensor| -> Vec<f64> {
-            let width = shape.kv_heads * shape.head_dim;
-            let value = |i: usize| self.value(kind, name, [layer.0, i / width, i % width]);
-            let mut values: Vec<f32> = (0..positions.end * width).map(value).collect();
-            if stored {
-                self.store(layer, tensor, (positions.start, packed), &mut values);
-            }
-            values.into_iter().map(f64::from).collect()
+        let reference = Reference {
+            config: &self.config,
+            row: &|kind, layer: Layer, position, row: &mut [f32]| {
+                self.row(kind, name, [layer.0, position], row);
+            },
+            packed: self.packed(name),
         };
-        let q_width = shape.query_heads * shape.head_dim;
-        let query = |i: usize| {
-            let position = positions.start + i / q_width;
-            f64::from(self.value(Kind::Query, name, [layer.0, position, i % q_width]))
-        };
-        let queries: Vec<f64> = (0..positions.len() * q_width).map(query).collect();
-        let (keys, values) = (tokens(Kind::Key, Tensor::K), tokens(Kind::Value, Tensor::V));
-        let attention = Attention {
-            masks: self.config.mask.layer(layer),
-            query_heads: shape.query_heads,
-            windows: self.config.windows,
-            block: self.config.block,
-            scale: f64::from(self.config.scale()),
-            soft_cap: self.config.soft_cap.map(f64::from),
-            start: positions.start,
-            keys: &keys,
-            values: &values,
-            queries: &queries,
-        };
-        let largest = values.iter().fold(0.0f64, |most, v| most.max(v.abs()));
-        let output = attention.output_packed(packed);
-        // Rounding to a type's least subnormal number.
-        let finest = if stored || self.config.dtype != Dtype::F16 { 0.0 } else { 2f64.powi(-25) };
-        let terms = self.terms(&attention);
-        Expected { output, largest, terms, finest, stained: self.stain.is_some() }
-    }
-
-    /// Of each KV head the largest `scale · Σ_c |q_c k_c|`: what usual activations have is not looked up.
-    fn terms(&self, attention: &Attention<'_>) -> Vec<f64> {
-        let shape = self.config.shape;
-        if self.nature == Nature::Usual {
-            return vec![0.0; shape.kv_heads];
-        }
-        let rows =
-            |data, heads, own| <[f64]>::chunks_exact(data, shape.head_dim).skip(own).step_by(heads);
-        let of_head = |head: KvHead| {
-            let mut most = 0.0;
-            for own in head.0 * shape.group()..(head.0 + 1) * shape.group() {
-                for q in rows(attention.queries, shape.query_heads, own) {
-                    for k in rows(attention.keys, shape.kv_heads, head.0) {
-                        most = f64::max(most, q.iter().zip(k).map(|(q, k)| (q * k).abs()).sum());
-                    }
-                }
-            }
-            attention.scale.abs() * most
-        };
-        shape.kv_head_indices().map(of_head).collect()
-    }
-
-    /// Makes of K or V of a sequence, `[tokens, KV heads, head_dim]`, what the cache holds in a step
-    /// whose first query stands at `start`; `packed` as in a [`History`].
-    fn store(
-        &self,
-        layer: Layer,
-        tensor: Tensor,
-        (start, packed): (usize, usize),
-        values: &mut [f32],
-    ) {
-        let CacheConfig { shape, block, windows, dtype, .. } = self.config;
-        values.iter_mut().for_each(|x| *x = dtype.round(*x));
-        let width = shape.kv_heads * shape.head_dim;
-        let stays_lean = windows.sink.div_ceil(block)..packed;
-        for (index, rows) in values.chunks_mut(block * width).enumerate() {
-            if !(stays_lean.contains(&index) || is_lean(index, block, windows, start)) {
-                continue;
-            }
-            for head in shape.kv_head_indices() {
-                let part = head.0 * shape.head_dim..(head.0 + 1) * shape.head_dim;
-                let mut own: Vec<f32> =
-                    rows.chunks(width).flat_map(|row| &row[part.clone()]).copied().collect();
-                let format = self.config.format(layer, head).of(tensor);
-                round_trip(format, tensor, shape.head_dim, &mut own);
-                let own = own.chunks(shape.head_dim);
-                rows.chunks_mut(width).zip(own).for_each(|(row, own)| {
-                    row[part.clone()].copy_from_slice(own);
-                });
-            }
+        let finite = self.stain.is_none();
+        match reference.check(self.subject, layer, positions, &got, finite) {
+            Ok(share) => self.nearest.set(self.nearest.get().max(share)),
+            Err(why) => panic!("{why}"),
         }
     }
-}
-
-/// Largest errors of a KV head's outputs, as shares of the largest |v|.
-struct Bounds {
-    /// Against the oracle on stored values.
-    arithmetic: f64,
-    /// Against the oracle on exact ones.
-    storage: f64,
-}
-
-struct Expected {
-    output: Vec<f64>,
-    /// Largest |v|.
-    largest: f64,
-    /// Of each KV head the largest `scale · Σ_c |q_c k_c|`.
-    terms: Vec<f64>,
-    /// How far values may be off whatever their size.
-    finest: f64,
-    /// Whether it may be NaN or infinite.
-    stained: bool,
 }

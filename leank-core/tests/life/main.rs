@@ -1,7 +1,6 @@
 //! Sequences that are extended, forked, truncated and released in any order, against a naive model:
 //! every sequence owns a list of reference-counted blocks, and blocks hold token numbers.
 
-mod model;
 mod world;
 
 use leank_core::{

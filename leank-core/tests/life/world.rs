@@ -1,16 +1,11 @@
 //! A ledger, storage that follows its steps, and the model beside them.
 
-use std::{
-    collections::{HashMap, HashSet},
-    rc::Rc,
-};
+use std::{collections::HashMap, rc::Rc};
 
 use leank_core::{
-    Block, BlockCount, CacheConfig, CacheLayout, Error, LayoutRules, Ledger, SequenceId, Step,
-    StepEntry,
+    Block, CacheConfig, CacheLayout, Error, LayoutRules, Ledger, SequenceId, Step, StepEntry,
 };
-
-use crate::model::{self, Plan, Rules, Sequence};
+use leank_testkit::blocks::{self as model, Books, Plan, Sequence};
 
 /// Most tokens of all sequences together.
 const MAX_TOKENS: usize = 600;
@@ -20,7 +15,7 @@ const GARBAGE: u32 = u32::MAX;
 pub(crate) struct World {
     config: CacheConfig,
     layout: CacheLayout,
-    rules: Rules,
+    books: Books,
     ledger: Ledger,
     sequences: Vec<(SequenceId, Sequence)>,
     /// Token numbers per block.
@@ -33,7 +28,7 @@ impl World {
         let layout = CacheLayout::new(config, rules).unwrap();
         Self {
             ledger: Ledger::new(&layout, config.windows, config.limit),
-            rules: Rules { block: config.block, windows: config.windows },
+            books: Books::new(config, rules).unwrap(),
             config: config.clone(),
             layout,
             sequences: Vec::new(),
@@ -70,13 +65,8 @@ impl World {
         let Some((id, sequence)) = self.sequences.get_mut(at) else { return };
         let len = sequence.tokens.len();
         let tokens = len - back % (len + 1);
-        let block = self.rules.block;
-        let allowed = |tokens: &usize| {
-            tokens.is_multiple_of(block)
-                || sequence.blocks.get(tokens / block).is_none_or(|block| !block.lean)
-        };
-        let below = (0..=tokens).rev().find(allowed).unwrap();
-        let above = (tokens..=len).find(allowed).unwrap();
+        let rules = self.books.rules;
+        let (below, above) = rules.nearest_lengths(sequence, tokens);
         assert_eq!(self.ledger.nearest_lengths(*id, tokens).unwrap(), (below, above));
         assert!(self.ledger.nearest_lengths(*id, len + 1).is_err());
         let result = self.ledger.truncate(*id, tokens);
@@ -85,8 +75,7 @@ impl World {
             return;
         }
         result.unwrap();
-        sequence.tokens.truncate(tokens);
-        sequence.blocks.truncate(tokens.div_ceil(block));
+        rules.truncate(sequence, tokens);
     }
 
     pub(crate) fn step(&mut self, picks: &[(usize, usize, bool)], cancel: bool) {
@@ -107,9 +96,11 @@ impl World {
         }
         let named: Vec<_> =
             chosen.iter().map(|&at| &self.sequences[at].1).zip(entries.iter().copied()).collect();
-        let plans = self.rules.plan(&named);
-        let needed = self.reserved(&plans);
-        let fits = needed.bytes(&self.layout) <= self.config.limit.unwrap_or(u64::MAX);
+        let rules = self.books.rules;
+        let plans = rules.plan(&named);
+        let used = self.books.used(self.models());
+        let needed = self.books.reserved(self.models(), &plans);
+        let fits = self.books.missing(needed) == 0;
         let before = (self.ledger.memory(), self.tables());
         let step = match self.ledger.plan(&entries) {
             Ok(step) => step.clone(),
@@ -124,9 +115,10 @@ impl World {
             Err(other) => panic!("{other}"),
         };
         assert!(fits, "accepted although it does not fit");
+        self.books.reserve(used, needed);
         assert_eq!(self.ledger.memory().blocks, needed);
         for (&at, plan) in chosen.iter().zip(&plans) {
-            self.rules.place(&self.sequences[at].1, plan);
+            rules.place(&self.sequences[at].1, plan);
             let (id, sequence) = &self.sequences[at];
             self.check_copy(&step, *id, sequence, plan);
         }
@@ -148,14 +140,8 @@ impl World {
         }
     }
 
-    /// Blocks that are reserved while these plans are under way.
-    fn reserved(&self, plans: &[Plan]) -> BlockCount {
-        let all = || {
-            let held = self.sequences.iter().flat_map(|(_, sequence)| &sequence.blocks);
-            let planned = plans.iter().flat_map(|plan| plan.during.iter().chain(plan.lean_forms()));
-            held.chain(planned)
-        };
-        BlockCount { full: model::count(all(), false), lean: model::count(all(), true) }
+    fn models(&self) -> impl Iterator<Item = &Sequence> + Clone {
+        self.sequences.iter().map(|(_, sequence)| sequence)
     }
 
     fn check_copy(&self, step: &Step, id: SequenceId, sequence: &Sequence, plan: &Plan) {
@@ -163,7 +149,10 @@ impl World {
         assert_eq!(copy.is_some(), plan.copied, "copied exactly when shared");
         if let Some(copy) = copy {
             let len = sequence.tokens.len();
-            assert_eq!((copy.index, copy.tokens), (len / self.rules.block, len % self.rules.block));
+            assert_eq!(
+                (copy.index, copy.tokens),
+                (len / self.books.rules.block, len % self.books.rules.block)
+            );
             assert_eq!(self.ledger.table(id).unwrap()[copy.index], Block::Full(copy.to));
         }
     }
@@ -178,7 +167,7 @@ impl World {
             self.storage.remove(block).expect("reclaimed without storage");
         }
         for &block in &step.allocate {
-            let fresh = self.storage.insert(block, vec![GARBAGE; self.rules.block]);
+            let fresh = self.storage.insert(block, vec![GARBAGE; self.books.rules.block]);
             assert!(fresh.is_none(), "{block:?} allocated twice");
         }
         for copy in &step.copies {
@@ -197,9 +186,9 @@ impl World {
             self.next_token += planned.tokens as u32;
             let table = self.ledger.table(planned.id).unwrap();
             for (position, &token) in (planned.start..).zip(&tokens) {
-                let block = table[position / self.rules.block];
+                let block = table[position / self.books.rules.block];
                 let rows = self.storage.get_mut(&block).expect("written without storage");
-                rows[position % self.rules.block] = token;
+                rows[position % self.books.rules.block] = token;
             }
             written.push(tokens);
         }
@@ -231,24 +220,13 @@ impl World {
                 assert_eq!(*in_ledger.entry(address).or_insert(block), block);
                 assert_eq!(*in_model.entry(block).or_insert(address), address);
                 // And they hold this sequence's tokens.
-                let tokens = sequence.tokens.chunks(self.rules.block).nth(index).unwrap();
+                let tokens = sequence.tokens.chunks(self.books.rules.block).nth(index).unwrap();
                 assert_eq!(self.storage[&block][..tokens.len()], *tokens);
             }
         }
-        let all = || self.sequences.iter().flat_map(|(_, sequence)| &sequence.blocks);
-        let blocks =
-            BlockCount { full: model::count(all(), false), lean: model::count(all(), true) };
         let memory = self.ledger.memory();
-        assert_eq!(memory.blocks, blocks);
-        assert_eq!(memory.used_bytes(), blocks.bytes(&self.layout));
+        assert_eq!(memory, self.books.memory(self.models()));
         assert!(memory.allocated_bytes >= memory.used_bytes());
         assert!(memory.allocated_bytes <= self.config.limit.unwrap_or(u64::MAX));
-        let tokens: usize = self.sequences.iter().map(|(_, sequence)| sequence.tokens.len()).sum();
-        assert_eq!(memory.tokens, tokens as u64);
-        // Shared tokens count once; those that were copied count twice.
-        let all = self.sequences.iter().flat_map(|(_, sequence)| &sequence.tokens);
-        let distinct = all.collect::<HashSet<_>>().len() as u64;
-        let stored = memory.dense_bytes / self.layout.dense_token_bytes as u64;
-        assert!(distinct <= stored && stored <= memory.tokens, "{distinct} {memory:?}");
     }
 }
