@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use leank_core::{
-    Backend, Cache, CacheConfig, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
+    Backend, Cache, CacheConfig, Error, HeadFormat, KvHead, Layer, LeanFormat, Result, SequenceId,
     StepEntry, Tensor, blocks::is_lean, oracle::Attention, quant::round_trip,
 };
 
@@ -20,6 +20,8 @@ pub(crate) struct World<'s, S: Subject> {
     pub(crate) histories: HashMap<usize, History>,
     /// One activation that is another one.
     pub(crate) stain: Option<Stain>,
+    /// How often the system refused memory.
+    pub(crate) refused: usize,
     seed: u64,
 }
 
@@ -56,9 +58,18 @@ impl<'s, S: Subject> World<'s, S> {
     }
 
     pub(crate) fn with_config(subject: &'s S, case: &Case, config: CacheConfig) -> Self {
-        let cache = subject.backend().create(config.clone()).expect("the case is valid");
+        let (mut refused, stain) = (0, None);
+        let create = || subject.backend().create(config.clone());
+        let created = create().or_else(|error| match error {
+            Error::SystemMemory { .. } => {
+                refused += 1;
+                create()
+            }
+            error => Err(error),
+        });
+        let cache = created.expect("the case is valid");
         let (sequences, histories, seed) = (Vec::new(), HashMap::new(), case.seed);
-        let mut world = Self { subject, config, cache, sequences, histories, stain: None, seed };
+        let mut world = Self { subject, config, cache, sequences, histories, stain, refused, seed };
         for name in 0..case.sequences {
             world.add(name);
         }
@@ -116,9 +127,31 @@ impl<'s, S: Subject> World<'s, S> {
         self.histories.get(&name).map_or(0, |history| history.packed)
     }
 
+    /// Makes a call that takes memory. Where the system refuses it, nothing may have changed, and the call
+    /// is made again.
+    pub(crate) fn insist<T>(
+        &mut self,
+        mut call: impl FnMut(&mut CacheOf<S>) -> Result<T>,
+    ) -> Result<T> {
+        let before = self.cache.memory();
+        match call(&mut self.cache) {
+            Err(Error::SystemMemory { bytes, .. }) => {
+                assert!(bytes > 0, "of nothing");
+                self.refused += 1;
+            }
+            result => return result,
+        }
+        let after = self.cache.memory();
+        assert_eq!((after.blocks, after.tokens), (before.blocks, before.tokens));
+        let commit = self.cache.commit();
+        assert!(matches!(commit, Err(Error::Order { .. })), "a step is under way: {commit:?}");
+        call(&mut self.cache)
+    }
+
     /// Plans the step and appends to and attends from every layer, without committing.
     pub(crate) fn begin(&mut self, loads: &[Load]) -> Result<Outputs> {
-        self.cache.plan(&self.entries(loads))?;
+        let entries = self.entries(loads);
+        self.insist(|cache| cache.plan(&entries))?;
         let mut outputs = Vec::new();
         for layer in self.config.shape.layer_indices() {
             let (k, v) = (self.rows(Kind::Key, layer, loads), self.rows(Kind::Value, layer, loads));
