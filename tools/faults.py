@@ -91,7 +91,7 @@ class World:
         return [str(self.leank), *command.split(), "--quiet"]
 
     def run(self, command):
-        subprocess.run(self.words(command), cwd=self.here, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(self.words(command), cwd=self.here, check=True, capture_output=True)
 
     def fresh(self, commands):
         """The folder as these commands leave it."""
@@ -104,11 +104,15 @@ class World:
             self.run(command)
 
     def files(self):
-        """What every file holds; a journal in a finished dump does no harm."""
+        """What is there; a journal in a finished dump does no harm."""
         found = {}
         for path in sorted(self.here.rglob("*")):
             name = str(path.relative_to(self.here))
-            if not path.is_symlink() and path.is_file() and name != "dump/written.txt":
+            if path.is_symlink() or name == "dump/written.txt":
+                continue
+            if path.is_dir():
+                found[name] = "a folder"
+            else:
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
@@ -119,9 +123,7 @@ class Trial:
     def __init__(self, world, scenario):
         self.world, self.scenario = world, scenario
         world.fresh(scenario.before)
-        self.kept = world.folder / "kept"
-        if self.kept.exists():
-            shutil.rmtree(self.kept)
+        self.kept = world.folder / f"before {scenario.name}"
         shutil.copytree(world.here, self.kept, symlinks=True)
         self.old = world.files()
         began = time.monotonic()
@@ -148,11 +150,12 @@ class Trial:
             if name in self.new and name not in found and not self.group(name):
                 wrong.append(f"{name} is lost")
         for group in self.scenario.groups:
-            states = [{n: d for n, d in files.items() if n.startswith(group)} for files in (found, self.old, self.new)]
+            own = [n for n in self.old.keys() | self.new.keys() if n.startswith(group)]
+            states = [{n: files.get(n) for n in own} for files in (found, self.old, self.new)]
             # Without its listing a split is none.
             unlisted = group == "split/" and "split/partition.json" not in found
             if states[0] not in states[1:] and not unlisted:
-                wrong.append(f"{group} is a mixture: {sorted(states[0])}")
+                wrong.append(f"{group} is a mixture: {states[0]}")
         self.report(fault, wrong)
 
     def group(self, name):
@@ -160,19 +163,14 @@ class Trial:
 
     def again(self, fault):
         """The next run ends as if nothing had been."""
-        command = self.scenario.command
-        # It was killed when all was done.
-        if command.startswith(DUMP) and "overwrite" not in command and "dump/manifest.json" in self.world.files():
-            command += " --overwrite"
-            if self.world.files() == self.new:
-                return
-        ended = subprocess.run(self.world.words(command), cwd=self.world.here, capture_output=True, text=True)
+        if self.world.files() == self.new:
+            return
+        words = self.world.words(self.scenario.command)
+        ended = subprocess.run(words, cwd=self.world.here, capture_output=True, text=True)
         wrong = [f"the next run failed: {ended.stderr}"] if ended.returncode else []
         found = self.world.files()
         differ = sorted(n for n in found.keys() | self.new.keys() if found.get(n) != self.new.get(n))
-        # The command line that made it is part of a dump.
-        if command == self.scenario.command and differ:
-            wrong.append(f"after the next run these differ: {differ}")
+        wrong += [f"after the next run these differ: {differ}"] if differ else []
         self.report(fault, wrong)
 
     def report(self, fault, wrong):
@@ -197,19 +195,18 @@ def kills(world, args, scenarios):
     """kill -9 at random moments of a run, again and again until a run ends by itself."""
     rng = random.Random(args.seed)
     counts = collections.Counter()
-    trials = {}
+    trials = [Trial(world, scenario) for scenario in scenarios]
     while sum(counts.values()) < args.times:
-        scenario = min(scenarios, key=lambda scenario: counts[scenario.name])
-        trial = trials.get(scenario.name) or Trial(world, scenario)
-        if len(trials) < len(scenarios) and scenario.name not in trials:
-            trials[scenario.name] = trial
-        else:
-            trial = Trial(world, scenario)
+        trial = min(trials, key=lambda trial: counts[trial.scenario.name])
+        scenario = trial.scenario
         trial.reset()
         # A chain of kills; what one left is what the next begins with.
         for _ in range(1 + args.times // (4 * len(scenarios))):
+            if world.files() == trial.new:
+                break
             moment = rng.uniform(0, trial.seconds)
-            child = subprocess.Popen(world.words(scenario.command), cwd=world.here, stderr=subprocess.PIPE)
+            words = world.words(scenario.command)
+            child = subprocess.Popen(words, cwd=world.here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             try:
                 child.wait(moment)
                 if child.returncode:
