@@ -117,10 +117,17 @@ class Dump:
     def __init__(self, out, manifest):
         self.out, self.manifest = out, manifest
         out.parent.mkdir(parents=True, exist_ok=True)
-        self.dir = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.growing-", dir=out.parent))
+        prefix = f".{out.name}.growing-"
+        sweep(out, prefix)
+        self.dir = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
         os.chmod(self.dir, 0o755)
         text = json.dumps(manifest, indent=1).encode()
-        (self.dir / "manifest.json").write_bytes(text)
+        # Locked until this process ends, however it does.
+        self.lock = open(self.dir / "manifest.json", "xb")
+        lock(self.lock)
+        self.lock.write(text)
+        self.lock.flush()
+        os.fsync(self.lock.fileno())
         self.id = hashlib.sha256(text).hexdigest()
         shape = manifest["shape"]
         self.sums = [{} for _ in range(shape["layers"])]
@@ -188,13 +195,62 @@ class Dump:
                 file.write(self.header(layer))
                 file.flush()
                 os.fsync(file.fileno())
+        sync_names(self.dir)
         if replace and self.out.exists():
-            aside = self.dir.with_name(self.dir.name + "-replaced")
+            aside = self.dir.with_name(self.dir.name + REPLACED)
             os.rename(self.out, aside)
-            os.rename(self.dir, self.out)
+            try:
+                os.rename(self.dir, self.out)
+            except OSError:
+                os.rename(aside, self.out)
+                raise
             shutil.rmtree(aside)
         else:
             os.rename(self.dir, self.out)
+        sync_names(self.out.parent)
+
+
+REPLACED = "-replaced"
+
+
+def lock(file):
+    """Whether nobody else has it; on systems without these locks what is left over stays."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (ImportError, OSError):
+        return False
+
+
+def sync_names(folder):
+    """Makes the names in a folder durable; only Unix can."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def sweep(out, prefix):
+    """Removes what killed runs left of dumps for `out`; an old dump that was moved aside goes back."""
+    for path in [path for path in out.parent.iterdir() if path.name.startswith(prefix)]:
+        growing = path.with_name(path.name.removesuffix(REPLACED))
+        try:
+            with open(growing / "manifest.json", "r+b") as manifest:
+                left = lock(manifest)
+                if left and path == growing:
+                    shutil.rmtree(path)
+        except OSError:
+            left = not growing.exists()
+        if not left or path == growing:
+            continue
+        if out.exists():
+            shutil.rmtree(path)
+        else:
+            os.rename(path, out)
 
 
 def sliding_layers(config):
@@ -458,8 +514,11 @@ def main():
                 dump.write(layer, i, tensors)
             print(f"{i + 1} of {len(sequences)} sequences", file=sys.stderr)
         dump.finish(args.overwrite)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(dump.dir, ignore_errors=True)
+        if isinstance(error, OSError):
+            # Writing does not name the file.
+            raise SystemExit(f"{error.filename or args.out}: writing the dump: {error.strerror or error}") from error
         raise
     print(f"{args.out}: {manifest['model_id']}, {len(sequences)} sequences × {positions} positions")
 

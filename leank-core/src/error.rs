@@ -125,8 +125,9 @@ pub enum Error {
     },
 }
 
-/// The mend for the system's reasons that have one.
-fn mend(error: &io::Error) -> &'static str {
+/// The mend for the system's reasons that have one, to stand behind the reason in a message.
+#[must_use]
+pub fn mend(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             "; free some space, or choose another place"

@@ -53,7 +53,7 @@ pub use blocks::{
     Block, BlockCopy, BlockCount, Ledger, Memory, Pack, SequenceId, Step, StepEntry, StepSequence,
 };
 pub use config::{CacheConfig, DEFAULT_BLOCK, MAX_BLOCK};
-pub use error::{Error, Result};
+pub use error::{Error, Result, mend};
 pub use format::{Dtype, HeadFormat, HeadPrecision, LeanFormat, Precision, Tensor, widen_f16};
 pub use layout::{CacheLayout, LayerLayout, LayoutRules, LeanHead};
 pub use mask::{ChannelMask, Fingerprint, MaskInfo, MaskSummary, ModelMask, Sliding};

@@ -268,8 +268,14 @@ impl ModelMask {
     }
 
     /// A mask that keeps everything: a dense cache.
+    ///
+    /// # Panics
+    /// For a shape that [`ModelShape::validate`] refuses.
     #[must_use]
     pub fn dense(shape: &ModelShape) -> Self {
+        if let Err(error) = shape.validate() {
+            panic!("{error}");
+        }
         let head = ChannelMask::all(shape.head_dim);
         Self {
             layers: shape.layers,

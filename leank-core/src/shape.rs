@@ -50,6 +50,10 @@ pub struct ModelShape {
 pub const MAX_HEAD_DIM: usize = 1 << 12;
 /// Largest number of layers, and of heads per layer, that is taken for a real model.
 pub(crate) const MAX_LAYERS_OR_HEADS: usize = 1 << 14;
+/// Most KV heads of all layers, and most channels of these: what a mask takes memory for. 100 layers of 96
+/// KV heads of 128 channels are a 27th of either.
+const MAX_KV_HEADS: usize = 1 << 18;
+const MAX_CHANNELS: usize = 1 << 25;
 
 impl ModelShape {
     /// A validated shape.
@@ -85,6 +89,16 @@ impl ModelShape {
                     "model shape",
                     format!("{name} is {n}, not in 1..={max}"),
                 ));
+            }
+        }
+        let all = layers * kv_heads;
+        for (name, n, max) in [
+            ("KV heads of all layers", all, MAX_KV_HEADS),
+            ("channels of all KV heads", all.saturating_mul(head_dim), MAX_CHANNELS),
+        ] {
+            if n > max {
+                let why = format!("{n} {name}, more than {max}: no model is that large");
+                return Err(Error::invalid("model shape", why));
             }
         }
         if !query_heads.is_multiple_of(kv_heads) {
@@ -168,5 +182,22 @@ mod tests {
         {
             assert!(ModelShape::new(bad.0, bad.1, bad.2, bad.3).is_err(), "{bad:?}");
         }
+    }
+
+    /// Each number alone is one that a model might have; a mask of them all would take terabytes.
+    #[test]
+    fn a_mask_of_any_shape_fits_into_memory() {
+        let shape = |layers, heads, head_dim| {
+            let shape = ModelShape { layers, query_heads: heads, kv_heads: heads, head_dim };
+            crate::CacheConfig::dense(shape)
+        };
+        for (layers, heads, head_dim) in
+            [(1 << 14, 1 << 14, 1 << 12), (1 << 14, 1 << 14, 1), (1 << 14, 16, 256)]
+        {
+            let error = shape(layers, heads, head_dim).unwrap_err();
+            assert!(matches!(error, Error::Invalid { what: "model shape", .. }), "{error}");
+            assert!(error.to_string().contains("no model is that large"), "{error}");
+        }
+        shape(100, 96, 128).unwrap();
     }
 }

@@ -507,3 +507,73 @@ fn only_between_steps_and_for_sequences_that_are_there() {
     }
     assert!(matches!(save(&cache, sequence, &mut Full), Err(Error::Io { .. })));
 }
+
+/// Takes and gives a few bytes at a time, is interrupted now and then, and fails after so many calls.
+struct Flaky<T> {
+    inner: T,
+    left: usize,
+}
+
+impl<T> Flaky<T> {
+    fn call(&mut self) -> io::Result<()> {
+        self.left = self.left.checked_sub(1).ok_or(io::Error::other("the disk failed"))?;
+        let interrupted = self.left.is_multiple_of(5);
+        if interrupted { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) }
+    }
+}
+
+impl Write for Flaky<Vec<u8>> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.call()?;
+        self.inner.write(&bytes[..bytes.len().min(7)])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.left = self.left.checked_sub(1).ok_or(io::Error::other("the disk failed"))?;
+        Ok(())
+    }
+}
+
+impl io::Read for Flaky<&[u8]> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.call()?;
+        let most = bytes.len().min(7);
+        io::Read::read(&mut self.inner, &mut bytes[..most])
+    }
+}
+
+#[test]
+fn streams_that_fail_anywhere_are_told() {
+    let (mut cache, bytes) = sample();
+    let sequence = cache.restore(&bytes).unwrap();
+    let memory = cache.ledger.memory();
+    let failed = |result: Result<()>| match result {
+        Ok(()) => false,
+        Err(Error::Io { source, .. }) => {
+            assert_eq!(source.to_string(), "the disk failed");
+            true
+        }
+        Err(other) => panic!("{other}"),
+    };
+    let save = |left| {
+        let mut out = Flaky { inner: Vec::new(), left };
+        let read = |rows: &Rows, bytes: &mut [u8]| cache.store.read_rows(rows, bytes);
+        let saved = saved::save(&cache.ledger, &cache.config, sequence, read, &mut out);
+        assert!(bytes.starts_with(&out.inner), "after {left} calls");
+        assert_eq!(cache.ledger.memory(), memory);
+        (failed(saved), out.inner == bytes)
+    };
+    let calls = (0..).find(|&left| save(left) == (false, true)).unwrap();
+    assert!(calls > bytes.len() / 7, "{calls} calls");
+    let restore = |left| {
+        let mut fresh = Cache::new(&cache.config);
+        let mut input = Flaky { inner: &bytes[..], left };
+        let Cache { config, ledger, store } = &mut fresh;
+        let restored = saved::restore(ledger, config, store, &mut input);
+        let failed = failed(restored.map(drop));
+        assert!(!failed || fresh.is_untouched(), "after {left} calls");
+        !failed
+    };
+    let calls = (0..).find(|&left| restore(left)).unwrap();
+    assert!(calls > bytes.len() / 7, "{calls} calls");
+}

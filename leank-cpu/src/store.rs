@@ -127,16 +127,17 @@ impl Slots {
         Self { bytes, heads: heads.collect(), slabs: Vec::new(), places: Vec::new() }
     }
 
-    /// Makes room for block `id`.
-    fn cover(&mut self, id: usize) -> Option<()> {
+    /// Makes room for block `id`; fails with the bytes that the system refused.
+    fn cover(&mut self, id: usize) -> std::result::Result<(), usize> {
         while self.places.len() <= id {
             let most = (SLAB / self.bytes.max(1)).max(1);
             let blocks = self.places.len().clamp(1, most);
-            self.slabs.push(Slab::try_new(blocks * self.bytes)?);
+            let bytes = blocks * self.bytes;
+            self.slabs.push(Slab::try_new(bytes).ok_or(bytes)?);
             let slab = self.slabs.len() - 1;
             self.places.extend((0..blocks).map(|index| Place { slab, index, blocks }));
         }
-        Some(())
+        Ok(())
     }
 
     /// Slab and bytes of a head in a block.
@@ -257,12 +258,10 @@ impl Store {
     pub(crate) fn allocate(&mut self, block: Block) -> Result<()> {
         let (kind, id) = self.kind_mut(block);
         for slots in kind {
-            if slots.cover(id as usize).is_none() {
-                return Err(Error::SystemMemory {
-                    what: "blocks of the cache",
-                    bytes: slots.bytes as u64,
-                });
-            }
+            slots.cover(id as usize).map_err(|bytes| Error::SystemMemory {
+                what: "blocks of the cache",
+                bytes: bytes as u64,
+            })?;
         }
         Ok(())
     }
@@ -310,5 +309,20 @@ impl Store {
                 slots.head_mut(id, head).fill(0xff); // NaN in every element type
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// More than any machine can address, on the heap and in a mapping.
+    #[test]
+    fn memory_that_is_not_there_is_refused() {
+        assert!(Slab::try_new(1 << 60).is_none());
+        let heads = [Head { offset: 0, bytes: 1 << 60 }];
+        let mut slots = Slots::new(1 << 60, heads.into_iter());
+        assert_eq!(slots.cover(0), Err(1 << 60));
+        assert_eq!((slots.places.len(), slots.slabs.len()), (0, 0));
     }
 }

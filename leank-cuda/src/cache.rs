@@ -279,11 +279,16 @@ impl CudaCache {
 
     /// A driver's answer as an error of ours, which poisons the cache.
     fn check<T>(&self, action: &'static str, answer: Driver<T>) -> Result<T> {
-        answer.map_err(|error| {
-            let error = device_error(self.stream.context(), action, error);
+        answer
+            .map_err(|error| device_error(self.stream.context(), action, error))
+            .inspect_err(|error| self.heed(error))
+    }
+
+    /// Poisons the cache where its device failed.
+    fn heed(&self, error: &Error) {
+        if let Error::Device { .. } = error {
             self.poisoned.get_or_init(|| error.to_string());
-            error
-        })
+        }
     }
 
     /// Storage, tables and copies of the step that was planned.
@@ -406,7 +411,8 @@ impl Cache for CudaCache {
         self.ledger.plan(entries)?;
         self.progress.begin();
         self.launched = false;
-        self.follow_plan().inspect_err(|_| {
+        self.follow_plan().inspect_err(|error| {
+            self.heed(error);
             self.ledger.cancel();
         })
     }
@@ -541,13 +547,13 @@ impl Cache for CudaCache {
         let mut restoring = Restoring { store, stream, image, dirty: None, poison: *poison };
         let restored = saved::restore(ledger, config, &mut restoring, input);
         let written = restoring.flush();
-        if let Err(error @ Error::Device { .. }) = &restored {
-            self.poisoned.get_or_init(|| error.to_string());
+        for error in [restored.as_ref().err(), written.as_ref().err()].into_iter().flatten() {
+            self.heed(error);
         }
         let sequence = restored?;
         if let Err(error) = written {
             self.ledger.release(sequence)?;
-            return self.check("writing a block", Err(error));
+            return Err(error);
         }
         Ok(sequence)
     }

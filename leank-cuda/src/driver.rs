@@ -36,6 +36,8 @@ impl Buffer {
     /// Memory that nothing was written to, at a multiple of 256 bytes.
     pub(crate) fn new(context: &Arc<CudaContext>, bytes: usize) -> Driver<Self> {
         context.bind_to_thread()?;
+        #[cfg(test)]
+        crate::faults::pass(crate::faults::Call::Allocate)?;
         // SAFETY: the context is current. Any bytes are valid: what kernels read unwritten they mask.
         let allocation = unsafe { result::malloc_sync(bytes.max(1)) }?;
         let context = Arc::clone(context);
@@ -78,6 +80,8 @@ impl Buffer {
             return Ok(());
         }
         self.context.bind_to_thread()?;
+        #[cfg(test)]
+        crate::faults::pass(crate::faults::Call::Copy)?;
         let at = self.address + range.start as u64;
         // SAFETY: the range was checked to be in this allocation, which is freed only after the
         // device is done with it.
@@ -94,6 +98,8 @@ impl Buffer {
             return Ok(());
         }
         self.context.bind_to_thread()?;
+        #[cfg(test)]
+        crate::faults::pass(crate::faults::Call::Copy)?;
         let at = self.address + offset as u64;
         // SAFETY: the target was checked to be in this allocation; `bytes` lives until the
         // stream is waited for below.
@@ -111,6 +117,8 @@ impl Buffer {
             return Ok(());
         }
         self.context.bind_to_thread()?;
+        #[cfg(test)]
+        crate::faults::pass(crate::faults::Call::Copy)?;
         let at = self.address + offset as u64;
         // SAFETY: the source was checked to be in this allocation; `bytes` lives until the
         // stream is waited for below.
@@ -156,6 +164,8 @@ unsafe impl Sync for Pinned {}
 impl Pinned {
     fn new(context: &Arc<CudaContext>, bytes: usize) -> Driver<Self> {
         context.bind_to_thread()?;
+        #[cfg(test)]
+        crate::faults::pass(crate::faults::Call::Allocate)?;
         let copied = context.new_event(None)?;
         // SAFETY: the context is current.
         let memory: *mut u8 = unsafe { result::malloc_host(bytes, 0) }?.cast();
@@ -210,6 +220,8 @@ impl Staging {
         for (offset, part) in parts {
             memory[*offset..offset + part.len()].copy_from_slice(part);
         }
+        #[cfg(test)]
+        crate::faults::pass(crate::faults::Call::Copy)?;
         // SAFETY: both ends hold `bytes` bytes; the pinned memory is not touched before the event.
         unsafe { result::memcpy_htod_async(to.address, memory, stream.cu_stream()) }?;
         pinned.copied.record(stream)
@@ -286,6 +298,8 @@ impl Kernel {
             return Ok(());
         }
         stream.context().bind_to_thread()?;
+        #[cfg(test)]
+        crate::faults::pass(crate::faults::Call::Launch)?;
         let mut pointers = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
         let mut attribute = CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,

@@ -36,6 +36,10 @@
 //! multiprocessor; `attend` walks over them and merges what it split (`kernels/attend.cu`).
 #![deny(unsafe_code)]
 
+// The tests' subject, which tests of faults share, names the crate as its users do.
+#[cfg(test)]
+extern crate self as leank_cuda;
+
 #[allow(unsafe_code, reason = "launches kernels")]
 mod cache;
 #[allow(unsafe_code, reason = "calls NVRTC")]
@@ -43,6 +47,8 @@ mod compile;
 mod cubins;
 #[allow(unsafe_code, reason = "calls the driver")]
 mod driver;
+#[cfg(test)]
+mod faults;
 mod kernels;
 mod probe;
 #[allow(unsafe_code, reason = "structs that kernels read as bytes")]

@@ -8,7 +8,7 @@ use leank_core::{
     saved::{BlockStore, Rows, Tensor},
 };
 
-use crate::{driver::Driver, store::Store, tiles::HeadPlace};
+use crate::{store::Store, tiles::HeadPlace};
 
 /// One layer of one block, in host memory.
 pub(crate) struct BlockImage<'a> {
@@ -124,9 +124,9 @@ pub(crate) struct Restoring<'a> {
 
 impl Restoring<'_> {
     /// Writes what is held back.
-    pub(crate) fn flush(&mut self) -> Driver<()> {
+    pub(crate) fn flush(&mut self) -> Result<()> {
         let Some((block, layer)) = self.dirty.take() else { return Ok(()) };
-        self.store.write(self.stream, block, layer, &self.image.bytes)
+        self.store.write(self.stream, block, layer, &self.image.bytes).map_err(failed)
     }
 }
 
@@ -150,7 +150,7 @@ impl BlockStore for Restoring<'_> {
 
     fn write_rows(&mut self, rows: &Rows, bytes: &[u8]) -> Result<()> {
         if !self.image.is_of(rows) {
-            self.flush().map_err(failed)?;
+            self.flush()?;
             self.image.begin(rows);
         }
         self.image.put(rows, bytes);

@@ -45,22 +45,38 @@ struct Run {
 }
 
 #[derive(Debug)]
-struct Slab {
+struct Slab<B> {
     bytes: u64,
     /// Blocks that have storage.
     stored: usize,
     /// Taken while some block has storage.
-    buffer: Option<Buffer>,
+    buffer: Option<B>,
+}
+
+/// What a slab lies in: device memory, but in tests of the bookkeeping.
+trait Storage {
+    fn address(&self) -> u64;
+    fn bytes(&self) -> usize;
+}
+
+impl Storage for Buffer {
+    fn address(&self) -> u64 {
+        self.address()
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes()
+    }
 }
 
 /// The blocks of one kind.
 #[derive(Debug)]
-struct Slots {
+struct Slots<B = Buffer> {
     lean: bool,
     /// Bytes of a block, layer by layer.
     layers: Vec<u64>,
     bytes: u64,
-    slabs: Vec<Slab>,
+    slabs: Vec<Slab<B>>,
     places: Vec<Place>,
 }
 
@@ -91,14 +107,14 @@ fn slab_blocks(blocks: usize, bytes: u64) -> u64 {
     candidates.min_by(|a, b| left(a).total_cmp(&left(b))).unwrap_or(most)
 }
 
-impl Slots {
+impl<B: Storage> Slots<B> {
     fn new(lean: bool, layers: Vec<u64>) -> Self {
         let bytes = layers.iter().sum();
         Self { lean, layers, bytes, slabs: Vec::new(), places: Vec::new() }
     }
 
-    /// Gives storage to block `id`.
-    fn allocate(&mut self, context: &Arc<CudaContext>, id: usize) -> Driver<()> {
+    /// Gives storage to block `id`; `take` takes bytes of memory.
+    fn allocate(&mut self, id: usize, take: impl FnOnce(usize) -> Driver<B>) -> Driver<()> {
         while self.places.len() <= id {
             let slab = self.slabs.len();
             let (runs, bytes) = runs(slab_blocks(self.places.len(), self.bytes), self.bytes);
@@ -111,7 +127,7 @@ impl Slots {
         let place = &mut self.places[id];
         let slab = &mut self.slabs[place.slab];
         if slab.buffer.is_none() {
-            slab.buffer = Some(Buffer::aligned(context, slab.bytes as usize)?);
+            slab.buffer = Some(take(slab.bytes as usize)?);
         }
         slab.stored += usize::from(!std::mem::replace(&mut place.stored, true));
         Ok(())
@@ -133,7 +149,7 @@ impl Slots {
     }
 
     /// The slab of a block, and where a layer of it begins in it.
-    fn find(&self, id: u32, layer: Layer) -> Option<(&Buffer, usize)> {
+    fn find(&self, id: u32, layer: Layer) -> Option<(&B, usize)> {
         let Place { slab, run, number, .. } = *self.places.get(id as usize)?;
         let before: u64 = self.layers[..layer.0].iter().sum();
         let offset = run.offset + (before << run.log) + number * self.layers[layer.0];
@@ -142,7 +158,7 @@ impl Slots {
 
     fn entry(&self, id: u32) -> u64 {
         let Some(&Place { slab, run, number, .. }) = self.places.get(id as usize) else { return 0 };
-        let slab = self.slabs[slab].buffer.as_ref().map_or(0, Buffer::address);
+        let slab = self.slabs[slab].buffer.as_ref().map_or(0, B::address);
         table_entry(self.lean, run.log, slab + run.offset, number)
     }
 
@@ -220,7 +236,8 @@ impl Store {
     pub(crate) fn allocate(&mut self, block: Block) -> Result<()> {
         let context = Arc::clone(&self.context);
         let (slots, id) = self.kind_mut(block);
-        slots.allocate(&context, id as usize).map_err(|error| {
+        let take = |bytes| Buffer::aligned(&context, bytes);
+        slots.allocate(id as usize, take).map_err(|error| {
             if is_out_of_memory(error) {
                 let what = "blocks of the cache on the CUDA device";
                 return Error::SystemMemory { what, bytes: slots.slab_bytes(id as usize) };
@@ -286,6 +303,8 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use cudarc::driver::{DriverError, sys::CUresult};
+
     use super::*;
 
     #[test]
@@ -325,6 +344,50 @@ mod tests {
         assert_eq!(runs[0].offset, 0);
         assert!(runs.windows(2).all(|pair| ends(&pair[0]) == pair[1].offset));
         assert_eq!(ends(&runs[2]), bytes);
+    }
+
+    struct Fake(usize);
+
+    impl Storage for Fake {
+        fn address(&self) -> u64 {
+            0
+        }
+
+        fn bytes(&self) -> usize {
+            self.0
+        }
+    }
+
+    /// Whichever slab is refused: blocks that have storage keep it, and the one that has none gets it later.
+    #[test]
+    fn a_refused_slab_changes_nothing() {
+        // A slab for every block, two for every two, ...
+        let bytes = 12 << 20;
+        let refused = || Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY));
+        for refused_at in 0..40 {
+            let mut slots = Slots::new(false, vec![bytes / 2; 2]);
+            let mut slabs = 0;
+            for id in 0..40 {
+                let before = slots.allocated();
+                let answer = slots.allocate(id, |bytes| {
+                    slabs += 1;
+                    if slabs == refused_at + 1 { refused() } else { Ok(Fake(bytes)) }
+                });
+                if answer.is_err() {
+                    assert_eq!(slots.allocated(), before);
+                    assert!(slots.find(id as u32, Layer(0)).is_none());
+                    assert!(slots.slab_bytes(id) >= bytes, "the refused bytes are told");
+                    // What was refused is given back, as a cancelled step does.
+                    slots.free(id);
+                    slots.allocate(id, |bytes| Ok(Fake(bytes))).unwrap();
+                }
+                let stored = |id| slots.find(id, Layer(1)).is_some();
+                assert!((0..=id as u32).all(stored), "block {id}, slab {refused_at}");
+            }
+            assert!(slots.allocated() >= 40 * bytes);
+            (0..40).for_each(|id| slots.free(id));
+            assert_eq!(slots.allocated(), 0);
+        }
     }
 
     #[test]

@@ -46,8 +46,9 @@ mod world;
 pub use case::{Case, HeadKind, Load};
 pub use data::{Kind, Rows, activations};
 pub use life::{
-    forks_go_on_as_twins, saved_sequences_come_back, sequences_change_between_steps_only,
-    sequences_live_by_the_oracle, tokens_taken_back_leave_no_trace,
+    forks_go_on_as_twins, refused_memory_changes_nothing, saved_sequences_come_back,
+    sequences_change_between_steps_only, sequences_live_by_the_oracle,
+    tokens_taken_back_leave_no_trace,
 };
 pub use properties::{
     a_million_tokens_agree, calls_out_of_order_are_refused, cancelled_steps_leave_no_trace,

@@ -2,7 +2,7 @@
 
 use std::{cell::Cell, collections::HashMap};
 
-use leank_core::{Backend, Cache, CacheConfig, Layer, Result, SequenceId, StepEntry};
+use leank_core::{Backend, Cache, CacheConfig, Error, Layer, Result, SequenceId, StepEntry};
 
 use crate::{CacheOf, Case, Kind, Load, Reference, Rows, Subject, data::Nature};
 
@@ -21,6 +21,8 @@ pub(crate) struct World<'s, S: Subject> {
     pub(crate) nature: Nature,
     /// Largest error so far, as a share of its bound.
     pub(crate) nearest: Cell<f64>,
+    /// How often the system refused memory.
+    pub(crate) refused: usize,
     seed: u64,
 }
 
@@ -57,16 +59,25 @@ impl<'s, S: Subject> World<'s, S> {
     }
 
     pub(crate) fn with_config(subject: &'s S, case: &Case, config: CacheConfig) -> Self {
-        let cache = subject.backend().create(config.clone()).expect("the case is valid");
+        let mut refused = 0;
+        let create = || subject.backend().create(config.clone());
+        let created = create().or_else(|error| match error {
+            Error::SystemMemory { .. } => {
+                refused += 1;
+                create()
+            }
+            error => Err(error),
+        });
         let mut world = Self {
             subject,
+            cache: created.expect("the case is valid"),
             config,
-            cache,
             sequences: Vec::new(),
             histories: HashMap::new(),
             stain: None,
             nature: Nature::Usual,
             nearest: Cell::new(0.0),
+            refused,
             seed: case.seed,
         };
         for name in 0..case.sequences {
@@ -128,9 +139,31 @@ impl<'s, S: Subject> World<'s, S> {
         self.histories.get(&name).map_or(0, |history| history.packed)
     }
 
+    /// Makes a call that takes memory. Where the system refuses it, nothing may have changed, and the call
+    /// is made again.
+    pub(crate) fn insist<T>(
+        &mut self,
+        mut call: impl FnMut(&mut CacheOf<S>) -> Result<T>,
+    ) -> Result<T> {
+        let before = self.cache.memory();
+        match call(&mut self.cache) {
+            Err(Error::SystemMemory { bytes, .. }) => {
+                assert!(bytes > 0, "of nothing");
+                self.refused += 1;
+            }
+            result => return result,
+        }
+        let after = self.cache.memory();
+        assert_eq!((after.blocks, after.tokens), (before.blocks, before.tokens));
+        let commit = self.cache.commit();
+        assert!(matches!(commit, Err(Error::Order { .. })), "a step is under way: {commit:?}");
+        call(&mut self.cache)
+    }
+
     /// Plans the step and appends to and attends from every layer, without committing.
     pub(crate) fn begin(&mut self, loads: &[Load]) -> Result<Outputs> {
-        self.cache.plan(&self.entries(loads))?;
+        let entries = self.entries(loads);
+        self.insist(|cache| cache.plan(&entries))?;
         let mut outputs = Vec::new();
         for layer in self.config.shape.layer_indices() {
             let (k, v) = (self.rows(Kind::Key, layer, loads), self.rows(Kind::Value, layer, loads));

@@ -17,7 +17,7 @@ pub enum Error {
     #[error(transparent)]
     Core(#[from] leank_core::Error),
     /// Reading or writing a file failed.
-    #[error("{}: {action} failed: {source}", path.display())]
+    #[error("{}: {action} failed: {source}{}", path.display(), leank_core::mend(source))]
     Io {
         /// The file or directory.
         path: PathBuf,

@@ -29,7 +29,7 @@
 //! Learning is parallel over KV heads, deterministic whatever the number of threads, bounded in
 //! memory whatever the dump's size, and resumes after a kill from its last finished layer. Machines
 //! share the work by layers: [`learn::measure_layers`], then [`merge`].
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 pub mod allocate;
 pub mod baseline;

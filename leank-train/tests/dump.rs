@@ -236,6 +236,34 @@ fn truncated_layer_files_are_refused() {
     assert!(matches!(Dump::open(&temp.path), Err(Error::Io { .. })));
 }
 
+/// Wherever it ends, and also when reading has begun: no signal ends the process.
+#[test]
+fn files_that_become_shorter_while_they_are_read_are_told() {
+    let temp = write(&tiny(Dtype::F16));
+    let path = temp.path.join(layer_file_name(Layer(1)));
+    let bytes = fs::read(&path).unwrap();
+    let dump = Dump::open(&temp.path).unwrap();
+    let layer = dump.layer(Layer(1)).unwrap();
+    let mut data = HeadData::default();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    for length in (0..bytes.len() as u64).rev().step_by(53) {
+        file.set_len(length).unwrap();
+        let mut read = || {
+            for sequence in 0..dump.manifest().sequences.len() {
+                for head in dump.manifest().shape.kv_head_indices() {
+                    layer.read(head, sequence, &mut data)?;
+                }
+            }
+            Ok(())
+        };
+        let error: Error = read().unwrap_err();
+        assert!(matches!(error, Error::LayerFile { .. }), "{length}: {error}");
+        for word in ["layer-001.safetensors", "became shorter", "something else writes to it"] {
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+}
+
 /// Whatever byte of the header changes, the file is refused or means the same.
 #[test]
 fn damaged_headers_are_refused() {

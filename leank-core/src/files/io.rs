@@ -7,7 +7,7 @@
 use std::{
     fs::{self, File},
     io::{Read, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use super::Source;
@@ -48,29 +48,73 @@ const TEMPORARY: (&str, &str) = (".leank-", ".tmp");
 /// target left alone.
 ///
 /// # Errors
-/// [`Error::Io`]; what was at `path` before is then still there, and the temporary file is gone.
-/// Only a process that is killed leaves one: see [`remove_leftovers`].
+/// [`Error::Io`]; what was at `path` before is then still there, and the temporary file is gone. (Where
+/// only flushing the directory failed, the new file is there, whole.) A process that is killed leaves a
+/// temporary file, which the next one that writes to the directory [removes](remove_leftovers).
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let io = |action| move |source| Error::Io { path: path.into(), action, source };
-    let directory = match path.parent() {
+    Staged::write(path, bytes)?.put()
+}
+
+/// A file that is on the disk and not yet under its name; gone when dropped before
+/// [`Staged::put`].
+///
+/// For several files that belong together: what takes space and may fail for want of it is done for all
+/// of them before the first one is replaced.
+#[derive(Debug)]
+pub struct Staged {
+    path: PathBuf,
+    file: tempfile::NamedTempFile,
+}
+
+impl Staged {
+    /// Writes `bytes` beside `path` and flushes them to the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; then nothing is left.
+    pub fn write(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let io = |action| move |source| Error::Io { path: path.into(), action, source };
+        let directory = directory(path);
+        remove_leftovers(directory);
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(TEMPORARY.0).suffix(TEMPORARY.1);
+        // The permissions of an ordinary new file (the process's umask still applies), not the
+        // private ones of a temporary one.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = loop {
+            let file = builder.tempfile_in(directory).map_err(io("creating a temporary file"))?;
+            if mark_in_use(file.as_file()) {
+                break file;
+            }
+        };
+        file.write_all(bytes).map_err(io("writing"))?;
+        file.as_file().sync_all().map_err(io("flushing to the disk"))?;
+        Ok(Self { path: path.to_owned(), file })
+    }
+
+    /// Puts the file at its place, where it replaces what was there.
+    ///
+    /// # Errors
+    /// [`Error::Io`], as [`write_atomic`].
+    pub fn put(self) -> Result<()> {
+        let Self { path, file } = self;
+        let path = path.as_path();
+        let io = |action| move |source| Error::Io { path: path.into(), action, source };
+        file.persist(path).map_err(|error| io("renaming")(error.error))?;
+        // The rename itself is on the disk only when the directory is. Only Unix can open one.
+        #[cfg(unix)]
+        File::open(directory(path))
+            .and_then(|dir| dir.sync_all())
+            .map_err(io("flushing the directory"))?;
+        Ok(())
+    }
+}
+
+fn directory(path: &Path) -> &Path {
+    match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(TEMPORARY.0).suffix(TEMPORARY.1);
-    // The permissions of an ordinary new file (the process's umask still applies), not the private
-    // ones of a temporary one.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(directory).map_err(io("creating a temporary file"))?;
-    mark_in_use(file.as_file());
-    file.write_all(bytes).map_err(io("writing"))?;
-    file.as_file().sync_all().map_err(io("flushing to the disk"))?;
-    file.persist(path).map_err(|error| io("renaming")(error.error))?;
-    // The rename itself is on the disk only when the directory is. Only Unix can open one.
-    #[cfg(unix)]
-    File::open(directory).and_then(|dir| dir.sync_all()).map_err(io("flushing the directory"))?;
-    Ok(())
+    }
 }
 
 /// Removes the temporary files that killed processes left in `directory` while in
@@ -82,27 +126,35 @@ pub fn remove_leftovers(directory: &Path) {
         let is_ours = name
             .to_str()
             .is_some_and(|name| name.starts_with(TEMPORARY.0) && name.ends_with(TEMPORARY.1));
-        if is_ours && is_abandoned(&entry.path()) {
-            // Whoever else sweeps may have been faster.
+        if is_ours && let Some(_locked) = abandoned(&entry.path()) {
+            // What cannot be removed stays.
             let _ = fs::remove_file(entry.path());
         }
     }
 }
 
-/// Locks a file before the first byte is written to it, until it is closed: for [`is_abandoned`].
+/// Locks a file before the first byte is written to it, until it is closed: for [`abandoned`]. `false`
+/// where another process took it for left over just before, and removed it: make another one.
+///
 /// Where the file system has no locks nothing happens, and leftovers stay.
-pub fn mark_in_use(file: &File) {
+#[must_use]
+pub fn mark_in_use(file: &File) -> bool {
     let _ = file.lock();
+    #[cfg(unix)]
+    return file.metadata().is_ok_and(|file| std::os::unix::fs::MetadataExt::nlink(&file) > 0);
+    #[cfg(not(unix))]
+    true
 }
 
-/// Whether the process that wrote to the file at `path` is gone: it holds something, and nobody
-/// has it [marked as in use](mark_in_use). `false` in case of doubt.
+/// The file at `path`, locked, where the process that wrote it is gone: nobody has it [marked as in
+/// use](mark_in_use). To be removed before it is closed. `None` in case of doubt.
 #[must_use]
-pub fn is_abandoned(path: &Path) -> bool {
+pub fn abandoned(path: &Path) -> Option<File> {
     // Locks of some network file systems need a file that is open for writing.
-    let Ok(file) = File::options().read(true).write(true).open(path) else { return false };
-    // An empty file may be one whose lock is about to be taken.
-    file.try_lock().is_ok() && file.metadata().is_ok_and(|file| file.is_file() && file.len() > 0)
+    let file = File::options().read(true).write(true).open(path).ok()?;
+    // Only Unix tells its writer that an empty one, whose lock was about to be taken, was removed.
+    let is_left = |file: fs::Metadata| file.is_file() && (cfg!(unix) || file.len() > 0);
+    (file.try_lock().is_ok() && file.metadata().is_ok_and(is_left)).then_some(file)
 }
 
 #[cfg(test)]
@@ -116,9 +168,9 @@ mod tests {
         for name in [".leank-killed.tmp", ".leank-busy.tmp", ".leank-busy", "mask.tmp"] {
             fs::write(path(name), "half a mas").unwrap();
         }
-        File::create(path(".leank-begun.tmp")).unwrap();
+        let begun = File::create(path(".leank-begun.tmp")).unwrap();
         let busy = File::open(path(".leank-busy.tmp")).unwrap();
-        mark_in_use(&busy);
+        assert!(mark_in_use(&busy));
         let left = || {
             let entries = fs::read_dir(directory.path()).unwrap();
             let mut names: Vec<_> =
@@ -127,11 +179,31 @@ mod tests {
             names
         };
         remove_leftovers(directory.path());
-        assert_eq!(left(), [".leank-begun.tmp", ".leank-busy", ".leank-busy.tmp", "mask.tmp"]);
-        drop(busy);
+        let begun_stays: &[&str] = if cfg!(unix) { &[] } else { &[".leank-begun.tmp"] };
+        assert_eq!(left(), [begun_stays, &[".leank-busy", ".leank-busy.tmp", "mask.tmp"]].concat());
+        // Who made it and had not locked it yet is told.
+        assert_eq!(mark_in_use(&begun), !cfg!(unix));
+        drop((busy, begun));
         remove_leftovers(directory.path());
-        assert_eq!(left(), [".leank-begun.tmp", ".leank-busy", "mask.tmp"]);
+        assert_eq!(left(), [begun_stays, &[".leank-busy", "mask.tmp"]].concat());
         remove_leftovers(&path("nowhere"));
+    }
+
+    #[test]
+    fn what_is_staged_is_not_there_yet() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("mask");
+        let files = || fs::read_dir(directory.path()).unwrap().count();
+        write_atomic(&path, b"old").unwrap();
+        // A killed process wrote here.
+        fs::write(directory.path().join(".leank-killed.tmp"), "half a mas").unwrap();
+        let staged = Staged::write(&path, b"new").unwrap();
+        assert_eq!((fs::read(&path).unwrap(), files()), (b"old".to_vec(), 2));
+        let second = Staged::write(&path, b"second").unwrap();
+        assert_eq!(files(), 3, "nobody sweeps what is staged");
+        drop(second);
+        staged.put().unwrap();
+        assert_eq!((fs::read(&path).unwrap(), files()), (b"new".to_vec(), 1));
     }
 
     #[test]
@@ -139,7 +211,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("mask");
         write_atomic(&path, b"mask").unwrap();
-        assert!(is_abandoned(&path));
+        assert!(abandoned(&path).is_some());
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }

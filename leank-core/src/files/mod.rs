@@ -54,7 +54,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-pub use io::{MAX_FILE_BYTES, is_abandoned, mark_in_use, remove_leftovers, write_atomic};
+pub use io::{MAX_FILE_BYTES, Staged, abandoned, mark_in_use, remove_leftovers, write_atomic};
 use source::Source;
 
 use crate::{Error, ModelMask, ModelShape, Result};

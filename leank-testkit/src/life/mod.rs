@@ -58,48 +58,81 @@ fn loads(picks: &[(usize, usize, bool)], sequences: usize) -> Vec<Load> {
 /// # Panics
 /// When the property does not hold.
 pub fn sequences_live_by_the_oracle<S: Subject>(subject: &S) {
-    // Longer than most windows, so that there is something lean.
-    let prompt = 1usize..400;
-    for_cases_and(subject, (prompt, events()), |case, (prompt, events)| {
-        let mut world = World::new(subject, &Case { sequences: 1, ..case.clone() });
-        world.step(&[Load { sequence: 0, tokens: prompt, attend: false }]).expect("valid");
-        for (name, event) in (1..).zip(events) {
-            if world.sequences.is_empty() {
-                world.add(1000 + name);
-            }
-            let pick = |at: usize| at % world.sequences.len();
-            match event {
-                Event::Step(picks) => {
-                    let loads = loads(&picks, world.sequences.len());
-                    let held: usize = (0..world.sequences.len()).map(|i| world.len(i)).sum();
-                    let new: usize = loads.iter().map(|load| load.tokens).sum();
-                    if held + new <= MAX_TOKENS {
-                        world.checked_step(&loads);
-                    }
-                }
-                Event::Fork(at) => world.fork(pick(at), name),
-                Event::Truncate(at, back) => {
-                    let at = pick(at);
-                    let tokens = world.len(at).saturating_sub(back);
-                    world.truncate(at, tokens, name);
-                }
-                Event::Reload(at) => {
-                    let at = pick(at);
-                    let (bytes, name) = (world.save(at), world.sequences[at].1);
-                    world.release(at);
-                    world.restore(&bytes, name);
-                }
-                Event::Release(at) => {
-                    let at = pick(at);
-                    world.release(at);
-                }
-            }
-        }
-        while !world.sequences.is_empty() {
-            world.release(0);
-        }
-        assert_eq!(world.cache.memory().used_bytes(), 0);
+    for_cases_and(subject, lives(), |case, life| {
+        live(subject, case, &life);
     });
+}
+
+/// The same where the system refuses memory: the call says so and changes nothing, and made again it
+/// succeeds. Every allocation is refused in turn, one in each life.
+///
+/// `refuse(n)` makes the allocation of block storage after the next `n` fail, once; `usize::MAX`: none.
+///
+/// # Panics
+/// When the property does not hold.
+pub fn refused_memory_changes_nothing<S: Subject>(subject: &S, refuse: impl Fn(usize)) {
+    for_cases_and(subject, lives(), |case, life| {
+        for after in 0.. {
+            refuse(after);
+            let refused = live(subject, case, &life);
+            refuse(usize::MAX);
+            assert!(refused > 0 || after > 0, "no memory was asked for");
+            if refused == 0 {
+                break;
+            }
+        }
+    });
+}
+
+/// A prompt, and what happens afterwards.
+type Life = (usize, Vec<Event>);
+
+fn lives() -> impl Strategy<Value = Life> {
+    // Longer than most windows, so that there is something lean.
+    (1usize..400, events())
+}
+
+/// Every step gives what the oracle says, and in the end no bytes are used; how often memory was refused.
+fn live<S: Subject>(subject: &S, case: &Case, (prompt, events): &Life) -> usize {
+    let mut world = World::new(subject, &Case { sequences: 1, ..case.clone() });
+    world.step(&[Load { sequence: 0, tokens: *prompt, attend: false }]).expect("valid");
+    for (name, event) in (1..).zip(events) {
+        if world.sequences.is_empty() {
+            world.add(1000 + name);
+        }
+        let pick = |at: usize| at % world.sequences.len();
+        match event {
+            Event::Step(picks) => {
+                let loads = loads(picks, world.sequences.len());
+                let held: usize = (0..world.sequences.len()).map(|i| world.len(i)).sum();
+                let new: usize = loads.iter().map(|load| load.tokens).sum();
+                if held + new <= MAX_TOKENS {
+                    world.checked_step(&loads);
+                }
+            }
+            &Event::Fork(at) => world.fork(pick(at), name),
+            &Event::Truncate(at, back) => {
+                let at = pick(at);
+                let tokens = world.len(at).saturating_sub(back);
+                world.truncate(at, tokens, name);
+            }
+            &Event::Reload(at) => {
+                let at = pick(at);
+                let (bytes, name) = (world.save(at), world.sequences[at].1);
+                world.release(at);
+                world.restore(&bytes, name);
+            }
+            &Event::Release(at) => {
+                let at = pick(at);
+                world.release(at);
+            }
+        }
+    }
+    while !world.sequences.is_empty() {
+        world.release(0);
+    }
+    assert_eq!(world.cache.memory().used_bytes(), 0);
+    world.refused
 }
 
 /// Forks give exactly what sequences give that hold the same tokens in blocks of their own, also

@@ -65,9 +65,14 @@ impl<S: Subject> World<'_, S> {
     }
 
     /// Restores a sequence that was called `name`, in this world or in another one.
-    pub(crate) fn restore(&mut self, mut bytes: &[u8], name: usize) {
-        let id = self.cache.restore(&mut bytes).expect("it was saved");
-        assert!(bytes.is_empty(), "{} bytes are left", bytes.len());
+    pub(crate) fn restore(&mut self, bytes: &[u8], name: usize) {
+        let mut rest = bytes;
+        let restored = self.insist(|cache| {
+            rest = bytes;
+            cache.restore(&mut rest)
+        });
+        let id = restored.expect("it was saved");
+        assert!(rest.is_empty(), "{} bytes are left", rest.len());
         self.sequences.push((id, name));
     }
 

@@ -18,14 +18,13 @@
 //! that [`Dump::open`] accepts is whole. What a killed process left there, the next writer of the
 //! same dump goes on with, and the next one of the same name removes. The metadata of a layer file has
 //! a checksum for each range that is read at once, so that damage is found where it is; the id of a
-//! dump ([`Dump::id`]) covers them. Reading maps one head of one tensor of one sequence at a time, so
+//! dump ([`Dump::id`]) covers them. Reading takes one head of one tensor of one sequence at a time, so
 //! that memory stays bounded whatever the dump's size.
 
 mod convert;
 mod journal;
 mod layout;
 mod manifest;
-mod mmap;
 mod place;
 mod reader;
 mod sums;

@@ -8,11 +8,11 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Write as _},
     path::{Path, PathBuf},
 };
 
-use leank_core::files::is_abandoned;
+use leank_core::files::{abandoned, mark_in_use};
 
 use super::{layout::MANIFEST_FILE, writer::Existing};
 use crate::{Error, Result};
@@ -27,7 +27,7 @@ pub(super) struct Place {
     existing: Existing,
     directory: Growing,
     /// The manifest, locked. After the directory, which is removed under the lock.
-    manifest: Option<File>,
+    manifest: File,
 }
 
 /// A directory that is removed when dropped.
@@ -42,26 +42,25 @@ impl Drop for Growing {
 }
 
 impl Place {
-    /// A directory to fill: one that a killed process left beside `target` with a manifest that
-    /// `is_same` takes, which comes back with it, or else an empty one. What else killed processes left
-    /// there is removed.
+    /// A directory to fill, and the manifest in it: one that a killed process left beside `target` with a
+    /// manifest that `is_same` takes, or else one with `json` alone. What else killed processes left there
+    /// is removed.
     pub(super) fn create(
         target: &Path,
         existing: Existing,
+        json: Vec<u8>,
         is_same: &dyn Fn(&[u8]) -> bool,
-    ) -> Result<(Self, Option<Vec<u8>>)> {
+    ) -> Result<(Self, Vec<u8>)> {
         let name = target_name(target)?;
         let parent = parent(target);
         let left = adopt(target, &name, is_same);
         sweep(target, &name);
         check_target(target, existing)?;
-        let (directory, manifest, json) = match left {
-            Some(Left { directory, manifest, json }) => (directory, Some(manifest), Some(json)),
+        let Left { directory, manifest, json } = match left {
+            Some(left) => left,
             None => {
                 fs::create_dir_all(parent).map_err(Error::io(parent, "creating the directory"))?;
-                let directory = temporary_beside(parent, &prefix(&name))
-                    .map_err(Error::io(parent, "creating a temporary directory"))?;
-                (Growing(directory), None, None)
+                begin(parent, &prefix(&name), json)?
             }
         };
         Ok((Self { target: target.to_owned(), existing, directory, manifest }, json))
@@ -71,17 +70,13 @@ impl Place {
         &self.directory.0
     }
 
-    /// Keeps the manifest, which is [marked as in use](leank_core::files::mark_in_use), open.
-    pub(super) fn hold(&mut self, manifest: File) {
-        self.manifest = Some(manifest);
-    }
-
     /// Moves the directory to its target, which comes back.
     pub(super) fn move_in(self) -> Result<PathBuf> {
         let Self { target, existing, directory, manifest } = self;
         check_target(&target, existing)?;
+        sync(&directory.0)?;
         // Only Unix renames a directory with open files.
-        let manifest = manifest.filter(|_| cfg!(unix));
+        let manifest = cfg!(unix).then_some(manifest);
         let rename = |from: &Path| {
             fs::rename(from, &target)
                 .map_err(Error::io(&target, "moving the finished dump into place"))
@@ -95,16 +90,46 @@ impl Place {
             replace(&directory.0, &target, Path::new(&old))?;
         }
         drop(manifest);
-        sync_parent(&target)?;
+        // The rename itself.
+        sync(parent(&target))?;
         Ok(target)
     }
 }
 
-/// What a killed process left, locked by this one.
+/// A directory with a manifest, locked by this process.
 struct Left {
     directory: Growing,
     manifest: File,
     json: Vec<u8>,
+}
+
+/// A new directory with the manifest in it.
+fn begin(parent: &Path, prefix: &str, json: Vec<u8>) -> Result<Left> {
+    loop {
+        let directory = temporary_beside(parent, prefix)
+            .map_err(Error::io(parent, "creating a temporary directory"))?;
+        let directory = Growing(directory);
+        let path = directory.0.join(MANIFEST_FILE);
+        match create_file(&path, &json) {
+            Ok(Some(manifest)) => return Ok(Left { directory, manifest, json }),
+            // Another process took the directory for left over before the lock was taken.
+            Ok(None) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(&path, "creating")(error)),
+        }
+    }
+}
+
+/// Creates a file with `bytes` in it, flushed to the disk, marked as in use while it is open. `None` where
+/// it was removed before it could be.
+pub(super) fn create_file(path: &Path, bytes: &[u8]) -> io::Result<Option<File>> {
+    let mut file = File::create_new(path)?;
+    if !mark_in_use(&file) {
+        return Ok(None);
+    }
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    Ok(Some(file))
 }
 
 /// Takes over a directory that a killed process left of a dump for `target`.
@@ -140,24 +165,46 @@ fn growing(target: &Path, name: &str) -> impl Iterator<Item = (PathBuf, bool)> {
     })
 }
 
-/// Puts the directory `new` at `target`; the one that is there waits at `aside` until the new one
-/// stands.
+/// Puts the directory `new` at `target`. At every moment one of both stands there, whole, where the system
+/// can exchange names; elsewhere the old one waits at `aside` until the new one stands.
 fn replace(new: &Path, target: &Path, aside: &Path) -> Result<()> {
     let failed = |action| Error::io(target, action);
-    fs::rename(target, aside).map_err(failed("moving the old dump aside"))?;
-    if let Err(error) = fs::rename(new, target) {
-        return Err(match fs::rename(aside, target) {
-            Ok(()) => failed("moving the finished dump into place")(error),
-            Err(source) => {
-                let (target, aside) = (target.to_owned(), aside.to_owned());
-                Error::Aside { target, aside, source }
-            }
-        });
+    let mut old = aside;
+    if exchange(new, target) {
+        // Under its new name the next dump would go on with it.
+        if fs::rename(new, aside).is_err() {
+            old = new;
+        }
+    } else {
+        fs::rename(target, aside).map_err(failed("moving the old dump aside"))?;
+        if let Err(error) = fs::rename(new, target) {
+            return Err(match fs::rename(aside, target) {
+                Ok(()) => failed("moving the finished dump into place")(error),
+                Err(source) => {
+                    let (target, aside) = (target.to_owned(), aside.to_owned());
+                    Error::Aside { target, aside, source }
+                }
+            });
+        }
     }
-    match fs::remove_dir_all(aside) {
+    match fs::remove_dir_all(old) {
         // Another process that found it left over was faster.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed.map_err(Error::io(aside, "removing the replaced dump")),
+        removed => removed.map_err(Error::io(old, "removing the replaced dump")),
+    }
+}
+
+/// Gives each of two directories the other's name, in one step; `false` where the system cannot.
+fn exchange(one: &Path, other: &Path) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).is_ok()
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (one, other);
+        false
     }
 }
 
@@ -169,11 +216,13 @@ fn sweep(target: &Path, name: &str) {
             Some(growing) if replaced => PathBuf::from(growing),
             _ => path.clone(),
         };
-        let is_left = is_abandoned(&growing.join(MANIFEST_FILE));
+        // Held until all is removed.
+        let left = abandoned(&growing.join(MANIFEST_FILE));
         // Failing is no reason not to dump.
         let _ = if !replaced {
-            if is_left { fs::remove_dir_all(&growing) } else { Ok(()) }
-        } else if growing.exists() && !is_left {
+            // Without a manifest its process was killed before it wrote one, or is about to.
+            if left.is_some() { fs::remove_dir_all(&growing) } else { fs::remove_dir(&growing) }
+        } else if growing.exists() && left.is_none() {
             Ok(())
         } else if target.exists() {
             fs::remove_dir_all(path)
@@ -240,20 +289,17 @@ fn occupied(path: &Path, why: &'static str) -> Error {
     Error::Occupied { path: path.to_owned(), why }
 }
 
-/// Makes the rename itself durable, where the system can.
-fn sync_parent(target: &Path) -> Result<()> {
-    let parent = parent(target);
+/// Makes the names in a directory durable, where the system can.
+fn sync(directory: &Path) -> Result<()> {
     if cfg!(unix) {
-        let sync = File::open(parent).and_then(|directory| directory.sync_all());
-        sync.map_err(Error::io(parent, "flushing the directory"))?;
+        let sync = File::open(directory).and_then(|directory| directory.sync_all());
+        sync.map_err(Error::io(directory, "flushing the directory"))?;
     }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use leank_core::files::mark_in_use;
-
     use super::*;
 
     /// Makes directories with a manifest that says which one it is.
@@ -296,12 +342,12 @@ mod tests {
         directories(temp.path(), &[".dump.partial-killed", busy]);
         directories(temp.path(), &others);
         let lock = File::open(temp.path().join(busy).join(MANIFEST_FILE)).unwrap();
-        mark_in_use(&lock);
-        // Begun, and not yet locked.
+        assert!(mark_in_use(&lock));
+        // Begun, and no more.
         fs::create_dir(temp.path().join(".dump.partial-begun1")).unwrap();
         fs::write(temp.path().join(".dump.partial-afile1"), "a file").unwrap();
         let mut left: Vec<_> = others.into();
-        left.extend([".dump.partial-begun1", ".dump.partial-afile1"]);
+        left.push(".dump.partial-afile1");
         left.sort_unstable();
         let mut with_busy = left.clone();
         with_busy.push(busy);
@@ -322,7 +368,7 @@ mod tests {
         // Killed between the two renames.
         directories(temp.path(), &[new, old]);
         let lock = File::open(temp.path().join(new).join(MANIFEST_FILE)).unwrap();
-        mark_in_use(&lock);
+        assert!(mark_in_use(&lock));
         sweep(&target, "dump");
         assert_eq!(names(temp.path()), [new, old], "its writer is at it");
         drop(lock);

@@ -1,8 +1,11 @@
-//! Reading a dump: everything is checked at [`Dump::open`], then mapped one range at a time.
+//! Reading a dump: everything is checked at [`Dump::open`], then read one range at a time.
+//!
+//! Not mapped: a file that another process shortens, or a disk that fails, is then an error that names the
+//! file, where a mapping would end the process with SIGBUS.
 
 use std::{
     fs::File,
-    io::Read,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -16,13 +19,16 @@ use super::{
         max_header, safetensors_dtype,
     },
     manifest::Manifest,
-    mmap, sums,
+    sums,
     writer::TensorAt,
 };
 use crate::{Error, Result};
 
 /// Largest manifest that is read.
 const MAX_MANIFEST: u64 = 1 << 28;
+
+/// Bytes that are read and converted at a time: few enough for the stack and the first caches.
+const CHUNK: usize = 1 << 15;
 
 /// A dump on disk, validated: its manifest, and the size and header of every layer file.
 #[derive(Debug)]
@@ -309,27 +315,37 @@ impl<'a> LayerDump<'a> {
     /// Reads part `part` of a tensor, which `out` takes exactly.
     fn part(&self, place: TensorAt, part: usize, out: &mut [f32]) -> Result<()> {
         let manifest = &self.dump.manifest;
-        let len = out.len() * manifest.dtype.bytes();
-        let offset = self.data_start
-            + self.layout.start(place.tensor, place.sequence)
-            + part as u64 * len as u64;
-        let bytes = mmap::map(&self.file, offset, len).map_err(Error::io(&self.path, "mapping"))?;
+        let dtype = manifest.dtype;
+        let len = (out.len() * dtype.bytes()) as u64;
+        let offset =
+            self.data_start + self.layout.start(place.tensor, place.sequence) + part as u64 * len;
         let first = part * out.len();
+        let (mut bytes, mut at) = ([0; CHUNK], offset);
+        let (mut sum, mut finite) = (crc32fast::Hasher::new(), true);
+        for out in out.chunks_mut(CHUNK / dtype.bytes()) {
+            let bytes = &mut bytes[..out.len() * dtype.bytes()];
+            read_at(&self.file, bytes, at).map_err(|error| self.not_read(error))?;
+            at += bytes.len() as u64;
+            if self.sums.is_some() {
+                sum.update(bytes);
+            }
+            finite &= convert::read(dtype, bytes, out);
+        }
         if let Some(sums) = &self.sums {
             let of_sequence = place.sequence * sums::parts_of_sequence(manifest);
             let at = of_sequence + sums::first_part(place.tensor, manifest) + part;
-            let found = crc32fast::hash(&bytes);
+            let found = sum.finalize();
             if found != sums[at] {
                 return Err(Error::Damaged {
                     path: self.path.clone(),
-                    bytes: offset..offset + len as u64,
+                    bytes: offset..offset + len,
                     what: place.part_name(manifest, part),
                     expected: sums[at],
                     found,
                 });
             }
         }
-        if convert::read(manifest.dtype, &bytes, out) {
+        if finite {
             return Ok(());
         }
         let bad = out.iter().position(|value| !value.is_finite()).unwrap_or_default();
@@ -340,5 +356,29 @@ impl<'a> LayerDump<'a> {
             value: out[bad],
             mend: "dump again; if the model overflows f16, with --dtype bf16",
         })
+    }
+
+    /// Why activations could not be read. The file had them all when it was opened.
+    fn not_read(&self, error: io::Error) -> Error {
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            let why = "it became shorter while it was read; something else writes to it".into();
+            return Error::LayerFile { path: self.path.clone(), why };
+        }
+        Error::io(&self.path, "reading")(error)
+    }
+}
+
+/// Fills `bytes` from `offset` on, whatever else is read from the file at the same time.
+fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset);
+    #[cfg(not(unix))]
+    {
+        // Threads share the file's cursor.
+        static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+        let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut file = file;
+        io::Seek::seek(&mut file, io::SeekFrom::Start(offset))?;
+        file.read_exact(bytes)
     }
 }

@@ -2,22 +2,19 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Read as _, Seek, SeekFrom, Write},
+    io::{self, Read as _, Seek, SeekFrom, Write as _},
     ops::Range,
     path::{Path, PathBuf},
 };
 
-use leank_core::{
-    Layer,
-    files::{mark_in_use, sha256_hex},
-};
+use leank_core::{Layer, files::sha256_hex};
 
 use super::{
     convert,
     journal::{Entry, JOURNAL_FILE, Journal},
     layout::{LENGTH_BYTES, Layout, MANIFEST_FILE, Tensor, layer_path, tensor_bytes},
     manifest::Manifest,
-    place::{self, Place},
+    place::{self, Place, create_file},
     sums,
 };
 use crate::{Error, Result, error::ElementPosition};
@@ -112,18 +109,9 @@ impl DumpWriter {
         let is_same = |json: &[u8]| {
             Manifest::from_json(json, dir).is_ok_and(|left| left.is_same_work(&manifest))
         };
-        let (mut place, left) = Place::create(dir, existing, &is_same)?;
-        let (manifest, json) = match left {
-            // It has the words of the command that began.
-            Some(json) => (Manifest::from_json(&json, dir)?, json),
-            None => {
-                let json = manifest.to_json(dir)?;
-                // Before anything else: it says that the directory is in use.
-                let path = place.path().join(MANIFEST_FILE);
-                place.hold(create_file(&path, &json).map_err(Error::io(&path, "creating"))?);
-                (manifest, json)
-            }
-        };
+        let (place, json) = Place::create(dir, existing, manifest.to_json(dir)?, &is_same)?;
+        // One that was left has the words of the command that began it.
+        let manifest = Manifest::from_json(&json, dir)?;
         let path = place.path().join(JOURNAL_FILE);
         let parts = sums::parts_of_sequence(&manifest);
         let (journal, entries) =
@@ -365,15 +353,6 @@ impl DumpWriter {
             _ => Error::Io { path, action, source },
         }
     }
-}
-
-/// Creates a file with `bytes` in it, flushed to the disk, marked as in use while it is open.
-fn create_file(path: &Path, bytes: &[u8]) -> io::Result<File> {
-    let mut file = File::create_new(path)?;
-    mark_in_use(&file);
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    Ok(file)
 }
 
 /// Which tensor of a dump.

@@ -4,6 +4,7 @@ mod bad_input;
 mod bad_model;
 mod demo;
 mod disk;
+mod faults;
 mod formats;
 mod killed;
 mod messages;

@@ -47,7 +47,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         summary.heads,
     ))?;
     if Format::from_path(&args.to)? != Format::Native && *mask.info() != MaskInfo::default() {
-        eprintln!("note: {} cannot say which model the mask is for", args.to.display());
+        output::note(format_args!(
+            "note: {} cannot say which model the mask is for",
+            args.to.display()
+        ));
     }
     Ok(())
 }

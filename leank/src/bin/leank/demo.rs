@@ -201,7 +201,7 @@ impl Tour<'_> {
     }
 
     fn command(&self, words: &Words) -> anyhow::Result<Command> {
-        eprintln!("\n$ {words}");
+        output::note(format_args!("\n$ {words}"));
         let own = std::env::current_exe().context("this command does not know where it is")?;
         let mut command = Command::new(own);
         command.args(&words.0).args(&self.globals);

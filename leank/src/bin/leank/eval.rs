@@ -142,17 +142,19 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     for (path, config) in args.mask.iter().zip(&configs) {
         if let Some(names) = record::learned_from(&config.mask, &read) {
             let path = path.display();
-            eprintln!("warning: {path} was learned from {names}: on other text it will cost more");
+            output::note(format_args!(
+                "warning: {path} was learned from {names}: on other text it will cost more"
+            ));
         }
     }
     for (path, report) in args.mask.iter().zip(&reports) {
         if !report.is_finite() {
-            eprintln!(
+            output::note(format_args!(
                 "warning: {}: what it gives is not finite: the model's values may be too large for the cache \
                  ({}); try --dtype bf16 or f32",
                 path.display(),
                 args.cache.dtype(),
-            );
+            ));
         }
     }
     let entries = args

@@ -199,14 +199,14 @@ impl Report {
         } else {
             "nothing between the windows yet".to_owned()
         };
-        eprintln!(
+        output::note(format_args!(
             "prompt {} tokens in {:.2} s; {} tokens decoded at {:.1} tokens/s; cache {}, {lean}",
             self.prompt_tokens,
             self.prompt_seconds,
             self.decoded,
             self.tokens_per_second,
             output::bytes(self.cache_bytes),
-        );
+        ));
     }
 }
 

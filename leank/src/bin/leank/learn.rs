@@ -221,10 +221,10 @@ fn write(
     progress.finish();
     if without_middle > 0 {
         let positions = dump.manifest().valid_positions();
-        eprintln!(
+        output::note(format_args!(
             "warning: at {without_middle} of {positions} positions nothing lies between --sink and \
              --recent: they lose nothing, so the predicted KL is too low; dump longer prefixes"
-        );
+        ));
     }
     write_mask(out, &mask)?;
     let summary = mask.summary();
@@ -277,7 +277,7 @@ fn write_front(
     let (table, picture) = (with_extension(".tsv"), with_extension(".svg"));
     write_atomic(&table, front_table(&own, column, &shape).as_bytes())?;
     write_atomic(&picture, svg.as_bytes())?;
-    eprintln!("{} points: {}, {}", own.len(), table.display(), picture.display());
+    output::note(format_args!("{} points: {}, {}", own.len(), table.display(), picture.display()));
     Ok(())
 }
 

@@ -19,6 +19,11 @@ pub(crate) fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
     writeln!(io::stdout().lock(), "{text}").context(STDOUT)
 }
 
+/// Says something on standard error. That nobody reads it, or no disk takes it, is no reason to stop.
+pub(crate) fn note(text: impl std::fmt::Display) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
 /// Names a file in an error that does not name it itself.
 pub(crate) fn about(path: &Path, error: impl Into<anyhow::Error>) -> anyhow::Error {
     let (error, path) = (error.into(), path.display().to_string());

@@ -2,13 +2,15 @@
 //! for a program.
 
 use std::{
-    io::{IsTerminal as _, Write as _},
+    io::IsTerminal as _,
     sync::{Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+
+use crate::output;
 
 /// How progress is told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -62,10 +64,10 @@ enum Event<'a> {
     },
 }
 
-/// Prints an event where events are printed. Nobody reading is no reason to stop.
+/// Prints an event where events are printed.
 fn event(event: &Event<'_>) {
     if let Ok(line) = serde_json::to_string(event) {
-        let _ = writeln!(std::io::stderr().lock(), "{line}");
+        output::note(line);
     }
 }
 
@@ -73,7 +75,7 @@ fn event(event: &Event<'_>) {
 pub(crate) fn failed(message: &str) {
     match mode() {
         Mode::Json => event(&Event::Error { message }),
-        _ => eprintln!("leank: {message}"),
+        _ => output::note(format_args!("leank: {message}")),
     }
 }
 
@@ -154,7 +156,10 @@ impl Progress {
             });
         } else {
             let left = left.map_or(String::new(), |left| format!(", {} left", duration(left)));
-            eprintln!("{phase}: {done} of {total} after {}{left}", duration(elapsed));
+            output::note(format_args!(
+                "{phase}: {done} of {total} after {}{left}",
+                duration(elapsed)
+            ));
         }
     }
 

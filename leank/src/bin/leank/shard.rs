@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use leank::{
     Balance, HeadPartition, Layer, ModelMask,
-    files::{write_atomic, write_mask},
+    files::{Format, Staged, to_bytes},
 };
 use serde::Serialize;
 
@@ -77,7 +77,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if args.json { output::json(&report) } else { print(args, &report) }
 }
 
-/// The partition comes last: where it is, everything is.
+/// Where `partition.json` is, everything is: that of an earlier split goes before the first rank is
+/// replaced, and the new one comes last. A disk that fills up leaves the earlier split as it was.
 fn write(
     folder: &Path,
     mask: &ModelMask,
@@ -85,25 +86,36 @@ fn write(
     report: &Report,
 ) -> anyhow::Result<()> {
     target::make_folder("--out", folder)?;
-    for rank in 0..partition.world() {
-        let path = folder.join(format!("rank-{rank}.safetensors"));
-        write_mask(&path, &mask.shard(partition, rank)?)?;
+    let ranks: Vec<Staged> = (0..partition.world())
+        .map(|rank| {
+            let bytes = to_bytes(&mask.shard(partition, rank)?, Format::Native)?;
+            Staged::write(&rank_path(folder, rank), &bytes)
+        })
+        .collect::<Result<_, _>>()?;
+    let path = folder.join("partition.json");
+    let listing = Staged::write(&path, &serde_json::to_vec_pretty(report)?)?;
+    remove(&path)?;
+    ranks.into_iter().try_for_each(Staged::put)?;
+    // An earlier split over more ranks must not look like a part of this one. The last ones first, so that
+    // the next run finds what a killed one left.
+    let further = (partition.world()..).take_while(|&rank| rank_path(folder, rank).exists());
+    for rank in further.collect::<Vec<_>>().into_iter().rev() {
+        remove(&rank_path(folder, rank))?;
     }
-    remove_further_ranks(folder, partition.world())?;
-    Ok(write_atomic(&folder.join("partition.json"), &serde_json::to_vec_pretty(report)?)?)
+    Ok(listing.put()?)
 }
 
-/// An earlier split over more ranks must not look like a part of this one.
-fn remove_further_ranks(folder: &Path, world: usize) -> anyhow::Result<()> {
-    for rank in world.. {
-        let path = folder.join(format!("rank-{rank}.safetensors"));
-        match std::fs::remove_file(&path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
-            Err(error) => anyhow::bail!("{}: of an earlier split: {error}", path.display()),
-        }
+fn rank_path(folder: &Path, rank: usize) -> PathBuf {
+    folder.join(format!("rank-{rank}.safetensors"))
+}
+
+/// Removes a file of an earlier split, where there is one.
+fn remove(path: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => anyhow::bail!("{}: of an earlier split: {error}", path.display()),
     }
-    Ok(())
 }
 
 fn print(args: &Args, report: &Report) -> anyhow::Result<()> {

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use leank::{InputRecord, ModelMask};
 use serde::Deserialize;
 
-use crate::{figure::numbers::shown, masks};
+use crate::{figure::numbers::shown, masks, output};
 
 /// More than any evaluation prints.
 const MAX_BYTES: u64 = 16 << 20;
@@ -121,17 +121,17 @@ pub(crate) fn read(paths: &[PathBuf], own: &ModelMask) -> anyhow::Result<Vec<Eva
     for path in paths {
         let found = read_one(path)?;
         if found.is_empty() {
-            eprintln!("warning: --eval: {}: holds no evaluation", path.display());
+            output::note(format_args!("warning: --eval: {}: holds no evaluation", path.display()));
         }
         all.extend(found);
     }
     if !all.is_empty() && !all.iter().any(|evaluation| evaluation.is_of(own)) {
         let names: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
-        eprintln!(
+        output::note(format_args!(
             "warning: --eval: {}: no evaluation of this mask as it is in its file; measure it with \
              `leank eval --json`",
             names.join(", ")
-        );
+        ));
     }
     Ok(all)
 }

@@ -1,0 +1,82 @@
+//! Memory that the system refuses: alone in its process, whose allocator refuses it.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    sync::Arc,
+};
+
+use leank_core::{Cache, Layer, Result};
+use leank_cpu::{Cpu, CpuCache, Isa, Serial};
+use leank_testkit::{Rows, Subject};
+
+thread_local! {
+    /// Allocations of blocks that succeed before one does not.
+    static LEFT: Cell<usize> = const { Cell::new(usize::MAX) };
+}
+
+/// The system's memory, of which blocks do not always get some: their storage alone is zeroed and aligned
+/// to cache lines.
+struct Refusing;
+
+#[global_allocator]
+static ALLOCATOR: Refusing = Refusing;
+
+// SAFETY: it hands on what the system's allocator gives, or null, which any allocator may return. It
+// allocates nothing itself: the thread's number is neither made nor dropped by code.
+unsafe impl GlobalAlloc for Refusing {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise; all memory is the system's.
+        unsafe { System.dealloc(memory, layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if layout.align() >= 64 {
+            let left = LEFT.get();
+            // After 0 come as many as there will never be.
+            LEFT.set(left.wrapping_sub(1));
+            if left == 0 {
+                return std::ptr::null_mut();
+            }
+        }
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+}
+
+struct OnCpu(Cpu);
+
+impl Subject for OnCpu {
+    type Backend = Cpu;
+
+    fn backend(&self) -> &Cpu {
+        &self.0
+    }
+
+    fn append(&self, cache: &mut CpuCache, layer: Layer, k: &Rows, v: &Rows) -> Result<()> {
+        cache.append(layer, k.view(), v.view())
+    }
+
+    fn attend(&self, cache: &mut CpuCache, layer: Layer, q: &Rows) -> Result<Rows> {
+        let mut out = q.like(f32::NAN);
+        cache.attend(layer, q.view(), out.view_mut())?;
+        Ok(out)
+    }
+
+    /// Each is lived as often as it asks for memory.
+    fn cases(&self) -> u32 {
+        8
+    }
+}
+
+#[test]
+fn refused_memory_changes_nothing() {
+    let cpu = Cpu::with_executor(Arc::new(Serial)).with_isa(Isa::Portable).unwrap();
+    let cpu = OnCpu(cpu);
+    leank_testkit::refused_memory_changes_nothing(&cpu, |after| LEFT.set(after));
+}
