@@ -293,6 +293,7 @@ fn damaged_records_are_refused_by_name() {
         (json.replacen(fixture.dump.id(), "0123", 1), "its dump is 0123"),
         (json.replacen("\"order\":[", "\"order\":[0,", 1), "not a permutation"),
         (json.replacen("\"counts\":[0,", "\"counts\":[1,", 1), "do not ascend"),
+        (json.replacen("\"losses\":[", "\"losses\":[1e300,", 1), "not one finite number"),
     ] {
         assert_ne!(damaged, json, "{why}");
         fs::write(&record, damaged).unwrap();
