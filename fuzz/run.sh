@@ -1,11 +1,13 @@
-#!/bin/sh
-# Runs every fuzz target for SECONDS, from its committed seeds and what earlier runs found.
+#!/usr/bin/env bash
+# Builds every fuzz target, then runs each for SECONDS, from its committed seeds, the attack files and what
+# earlier runs found. Ends with a table of what was run.
 #
 #     fuzz/run.sh SECONDS [TARGET...]
 #
-# Needs cargo-fuzz, installs nothing. Exit code 0: nothing found; 1: a target failed (the input lies
-# under fuzz/artifacts/, keep it under fuzz/seeds/ once mended); 2: wrong usage or no cargo-fuzz.
-set -eu
+# Needs cargo-fuzz, installs nothing. Exit code 0: nothing found; 1: a target failed (the end of its log is
+# shown, the input lies under fuzz/artifacts/: keep it under fuzz/seeds/ once mended); 2: wrong usage or no
+# cargo-fuzz.
+set -euo pipefail
 
 case "${1:-}" in
     '' | *[!0-9]*)
@@ -21,18 +23,47 @@ if ! cargo fuzz --version >/dev/null 2>&1; then
     exit 2
 fi
 # The sanitizer's flags are unstable; this lets the stable compiler take them.
-RUSTC_BOOTSTRAP=1
-export RUSTC_BOOTSTRAP
+export RUSTC_BOOTSTRAP=1
 [ $# -gt 0 ] || set -- $(cargo fuzz list)
+# All at once where all are wanted: a build of one target does little else than link.
+if [ "$*" = "$(cargo fuzz list | xargs)" ]; then
+    cargo fuzz build
+else
+    for target in "$@"; do cargo fuzz build "$target"; done
+fi
+host=$(rustc -vV | sed -n 's/^host: //p')
+built=${CARGO_TARGET_DIR:-target}/$host/release
+# cargo-fuzz sets it too: parts of the standard library are there twice.
+export ASAN_OPTIONS=detect_odr_violation=0
 
+# The number of a final statistic, or of the last `cov:`, in a log.
+stat() { sed -n "s/^stat::$1: *//p" "$2" | tail -n 1; }
+coverage() { grep -o 'cov: [0-9]*' "$1" | tail -n 1 | cut -d ' ' -f 2; }
+
+TIMEFORMAT='%U %S'
 failed=
+rows=()
 for target in "$@"; do
-    mkdir -p "corpus/$target"
+    found=corpus/$target artifacts=artifacts/$target
+    mkdir -p "$found" "$artifacts"
+    folders=("$found" "seeds/$target")
+    [ ! -d "../attacks/$target" ] || folders+=("../attacks/$target")
     echo "== $target, $seconds s" >&2
-    cargo fuzz run "$target" "corpus/$target" "seeds/$target" -- \
-        -max_total_time="$seconds" -timeout=20 -max_len=8192 \
-        -rss_limit_mb=1024 -malloc_limit_mb=64 -print_final_stats=1 || failed="$failed $target"
+    log=$artifacts.log spent=$artifacts.time
+    {
+        time "$built/$target" "${folders[@]}" -artifact_prefix="$artifacts/" \
+            -max_total_time="$seconds" -timeout=20 -max_len=16384 \
+            -rss_limit_mb=1024 -malloc_limit_mb=64 -print_final_stats=1 >"$log" 2>&1
+    } 2>"$spent" || {
+        failed="$failed $target"
+        tail -n 60 "$log" >&2
+    }
+    cpu=$(tail -n 1 "$spent" | awk '{ printf "%.0f", $1 + $2 }')
+    rows+=("$(printf '%-16s %12s %10s %8s %8s' "$target" "$(stat number_of_executed_units "$log")" \
+        "$cpu" "$(coverage "$log")" "$(stat peak_rss_mb "$log")")")
 done
+printf '%-16s %12s %10s %8s %8s\n' target executions 'CPU s' edges 'MiB'
+printf '%s\n' "${rows[@]}"
 if [ -n "$failed" ]; then
     echo "fuzz/run.sh: failed:$failed" >&2
     exit 1

@@ -8,8 +8,9 @@ use leank_core::{
     Windows,
     files::{Format, to_bytes},
 };
-use leank_fuzz::torch_archive;
+use leank_fuzz::{join, torch_archive};
 use leank_train::dump::{FORMAT_VERSION, Manifest, Probe, SequenceInfo};
+use sha2::{Digest as _, Sha256};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -18,6 +19,9 @@ fn main() -> Result<(), Failure> {
     pickles()?;
     tables()?;
     manifests()?;
+    models()?;
+    learning()?;
+    kernels()?;
     operations()?;
     saved()
 }
@@ -130,6 +134,69 @@ fn manifests() -> Result<(), Failure> {
     write("manifest", "descending", &manifest.to_json(path)?)?;
     manifest.version = 99;
     write("manifest", "newer", &manifest.to_json(path)?)
+}
+
+/// A folder of the sound attack file, as one input; GGUF files are taken from there as they are.
+fn models() -> Result<(), Failure> {
+    let attacks = Path::new(env!("CARGO_MANIFEST_DIR")).join("../attacks");
+    write("gguf", "llama", &fs::read(attacks.join("gguf/sound-llama.gguf"))?)?;
+    let read = |name: &str| fs::read(attacks.join("models/sound").join(name));
+    let (config, weights) = (read("config.json")?, read("model.safetensors")?);
+    write("model_folder", "llama", &join(&config, &weights))?;
+    let whole: serde_json::Value = serde_json::from_slice(&config)?;
+    for (name, changes) in [
+        ("qwen3", serde_json::json!({"model_type": "qwen3", "layer_types": ["full_attention"]})),
+        (
+            "qwen2",
+            serde_json::json!({"model_type": "qwen2", "rope_scaling": {"type": "yarn",
+            "factor": 4.0, "original_max_position_embeddings": 16}}),
+        ),
+        (
+            "gemma3",
+            serde_json::json!({"model_type": "gemma3_text", "sliding_window": 4,
+            "sliding_window_pattern": 2, "hidden_activation": "gelu_pytorch_tanh"}),
+        ),
+        (
+            "llama3",
+            serde_json::json!({"rope_parameters": {"rope_type": "llama3", "factor": 8.0,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16, "rope_theta": 1e4}}),
+        ),
+    ] {
+        let mut changed = whole.clone();
+        let fields = changed.as_object_mut().ok_or("an object")?;
+        fields.extend(changes.as_object().ok_or("an object")?.clone());
+        write("model_folder", name, &join(changed.to_string().as_bytes(), &weights))?;
+    }
+    Ok(())
+}
+
+/// The sound dump of the attack files as one input, and records by hand.
+fn learning() -> Result<(), Failure> {
+    let sound = Path::new(env!("CARGO_MANIFEST_DIR")).join("../attacks/dumps/sound");
+    let read = |name: &str| fs::read(sound.join(name));
+    write("dump", "sound", &join(&read("manifest.json")?, &read("layer-000.safetensors")?))?;
+    let head = r#"{"order":[7,6,5,4,3,2,1,0],"counts":[0,4,8],"losses":"#;
+    let record = |losses: &str| {
+        let head = format!("{head}[{losses}]}}");
+        format!(r#""version":1,"dump":"@","layer":0,"heads":[{head},{head}]}}"#)
+    };
+    let curves = record("2.5,0.5,0.0");
+    let precisions = record(&vec!["0.5"; 27].join(","));
+    for (name, kind, text) in [
+        ("curves", b'0', format!(r#"{{"sum":"00000000",{curves}"#)),
+        ("no_sum", b'0', format!("{{{curves}")),
+        ("precisions", b'1', format!(r#"{{"sum":"00000000",{precisions}"#)),
+    ] {
+        write("record", name, &[&[kind], text.as_bytes()].concat())?;
+    }
+    Ok(())
+}
+
+fn kernels() -> Result<(), Failure> {
+    let cubin = b"machine code";
+    write("kernel", "sound", &[b"LEANKCB1", &Sha256::digest(cubin)[..], cubin].concat())?;
+    write("kernel", "short", b"LEANKCB1")
 }
 
 /// Bytes of several lengths from a fixed generator: `arbitrary` makes operations of any bytes.

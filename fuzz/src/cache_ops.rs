@@ -133,15 +133,13 @@ fn config(bytes: &mut Unstructured<'_>) -> arbitrary::Result<CacheConfig> {
     let layers = bytes.int_in_range(1..=2)?;
     let kv_heads = bytes.int_in_range(1..=3)?;
     let group = bytes.int_in_range(1..=3)?;
-    let head_dim = *bytes.choose(&[1, 2, 7, 8, 16, 20])?;
+    let head_dim = *bytes.choose(&[1, 2, 7, 8, 16, 20, 40])?;
     let heads = layers * kv_heads;
     let masks = (0..heads).map(|_| channel_mask(bytes, head_dim)).collect::<Result<_, _>>()?;
     let dtype = dtype(bytes)?;
     let formats = if bytes.arbitrary()? {
-        let formats = (0..heads).map(|_| {
-            let [k, v] = [self::dtype(bytes)?, self::dtype(bytes)?].map(LeanFormat::Plain);
-            Ok(HeadFormat { k, v })
-        });
+        let formats =
+            (0..heads).map(|_| Ok(HeadFormat { k: lean_format(bytes)?, v: lean_format(bytes)? }));
         Some(formats.collect::<arbitrary::Result<_>>()?)
     } else {
         None
@@ -171,12 +169,19 @@ fn dtype(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Dtype> {
     bytes.choose(&Dtype::ALL).copied()
 }
 
+/// Plain elements or codes, every one that the CPU backend has.
+fn lean_format(bytes: &mut Unstructured<'_>) -> arbitrary::Result<LeanFormat> {
+    let codes = [LeanFormat::Int8, LeanFormat::Int4];
+    let all: Vec<_> = Dtype::ALL.map(LeanFormat::Plain).into_iter().chain(codes).collect();
+    bytes.choose(&all).copied()
+}
+
 /// Dead, whole, or any set.
 fn channel_mask(bytes: &mut Unstructured<'_>, head_dim: usize) -> arbitrary::Result<ChannelMask> {
     let flags = match bytes.int_in_range(0..=3)? {
         0 => 0,
-        1 => u32::MAX,
-        _ => bytes.arbitrary::<u32>()?,
+        1 => u64::MAX,
+        _ => bytes.arbitrary::<u64>()?,
     };
     let flags: Vec<bool> = (0..head_dim).map(|channel| flags >> channel & 1 == 1).collect();
     Ok(ChannelMask::from_flags(&flags).expect("a small head"))

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use leank_core::{
     Backend, Cache, CacheConfig, Error, HostView, HostViewMut, Layer, Planner, Result, SequenceId,
-    StepEntry, ViewShape, oracle::Attention,
+    StepEntry, Tensor, ViewShape, blocks::is_lean, oracle::Attention, quant::round_trip,
 };
 use leank_cpu::{Cpu, CpuCache, Isa, Serial};
 
@@ -338,9 +338,15 @@ impl World {
     }
 
     fn oracle(&self, layer: usize, sequence: usize, positions: Range<usize>) -> Vec<f64> {
-        let wide = |kind, positions: Range<usize>| -> Vec<f64> {
+        let own = |kind, positions: Range<usize>| {
             let rows: Vec<_> = positions.map(|position| (sequence, position)).collect();
-            self.rows(kind, layer, &rows).into_iter().map(f64::from).collect()
+            self.rows(kind, layer, &rows)
+        };
+        let wide = |values: Vec<f32>| -> Vec<f64> { values.into_iter().map(f64::from).collect() };
+        let stored = |kind, tensor| {
+            let mut values = own(kind, 0..positions.end);
+            self.store(Layer(layer), tensor, sequence, positions.start, &mut values);
+            wide(values)
         };
         Attention {
             masks: self.config.mask.layer(Layer(layer)),
@@ -350,11 +356,40 @@ impl World {
             scale: f64::from(self.config.scale()),
             soft_cap: self.config.soft_cap.map(f64::from),
             start: positions.start,
-            keys: &wide(Kind::Key, 0..positions.end),
-            values: &wide(Kind::Value, 0..positions.end),
-            queries: &wide(Kind::Query, positions),
+            keys: &stored(Kind::Key, Tensor::K),
+            values: &stored(Kind::Value, Tensor::V),
+            queries: &wide(own(Kind::Query, positions)),
         }
         .output_packed(self.sequences[sequence].packed)
+    }
+
+    /// Makes of K or V, `[tokens, KV heads, head_dim]`, what codes in lean blocks stand for in a step
+    /// that begins at `start`; plain elements are exact in every type.
+    fn store(
+        &self,
+        layer: Layer,
+        tensor: Tensor,
+        sequence: usize,
+        start: usize,
+        values: &mut [f32],
+    ) {
+        let CacheConfig { shape, block, windows, .. } = self.config;
+        let (width, head_dim) = (shape.kv_heads * shape.head_dim, shape.head_dim);
+        let stays_lean = windows.sink.div_ceil(block)..self.sequences[sequence].packed;
+        for (index, rows) in values.chunks_mut(block * width).enumerate() {
+            if !(stays_lean.contains(&index) || is_lean(index, block, windows, start)) {
+                continue;
+            }
+            for head in shape.kv_head_indices() {
+                let part = head.0 * head_dim..(head.0 + 1) * head_dim;
+                let mut own: Vec<f32> =
+                    rows.chunks(width).flat_map(|row| &row[part.clone()]).copied().collect();
+                round_trip(self.config.format(layer, head).of(tensor), tensor, head_dim, &mut own);
+                for (row, own) in rows.chunks_mut(width).zip(own.chunks(head_dim)) {
+                    row[part.clone()].copy_from_slice(own);
+                }
+            }
+        }
     }
 }
 
@@ -367,8 +402,8 @@ pub(crate) enum Spoil {
     Shape,
 }
 
-/// A multiple of 1/8 in -2..=2: exact in every storage type, so that the oracle's values are the
-/// stored ones.
+/// A multiple of 1/8 in -2..=2: exact in every type of plain elements, so that the oracle's values are
+/// the stored ones there.
 fn activation(kind: Kind, at: [usize; 4]) -> f32 {
     let mut hash = kind as u64 + 1;
     for part in at {

@@ -7,6 +7,10 @@
 mod cache_life;
 mod cache_ops;
 mod cache_world;
+mod folder;
+mod kernels;
+mod learning;
+mod models;
 mod saved_sequence;
 
 use std::{
@@ -18,28 +22,51 @@ use leank_core::{
     Error, ModelMask, ModelShape, Result,
     files::{ScalingFactors, native, npy, pth, tsv},
 };
-use leank_train::dump::Manifest;
 use zip::{ZipWriter, write::SimpleFileOptions};
 
 pub use cache_ops::cache_ops;
+pub use kernels::kernel;
+pub use learning::{dump, manifest, record};
+pub use models::{gguf, model_folder};
 pub use saved_sequence::saved_sequence;
 
 /// A target takes any bytes.
 pub type Target = fn(&[u8]);
 
 /// The targets by name: the names of `fuzz_targets/` and `seeds/`.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 12] = [
     ("mask_native", mask_native),
     ("mask_pth", mask_pth),
     ("mask_npy", mask_npy),
     ("mask_tsv", mask_tsv),
+    ("gguf", gguf),
+    ("model_folder", model_folder),
     ("manifest", manifest),
+    ("dump", dump),
+    ("record", record),
+    ("kernel", kernel),
     ("cache_ops", cache_ops),
     ("saved_sequence", saved_sequence),
 ];
 
 fn name() -> &'static Path {
     Path::new("fuzzed bytes")
+}
+
+/// An input of two parts: the length of the first in two bytes, both parts.
+fn split(data: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (length, rest) = data.split_first_chunk()?;
+    Some(rest.split_at(usize::from(u16::from_le_bytes(*length)).min(rest.len())))
+}
+
+/// Two parts as one input.
+///
+/// # Panics
+/// When the first is 64 KiB or longer.
+#[must_use]
+pub fn join(first: &[u8], second: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(first.len()).expect("short");
+    [&length.to_le_bytes()[..], first, second].concat()
 }
 
 /// Checks that a reader's errors are of its file, and that what it reads survives a round trip.
@@ -113,18 +140,6 @@ pub fn mask_tsv(data: &[u8]) {
         }
         Err(error) => {
             assert!(matches!(error, Error::Format { .. } | Error::Invalid { .. }), "{error:?}")
-        }
-    }
-}
-
-/// The manifest of an activation dump.
-pub fn manifest(data: &[u8]) {
-    if let Ok(manifest) = Manifest::from_json(data, name()) {
-        let json = manifest.to_json(name()).expect("what was read can be written");
-        let again = Manifest::from_json(&json, name()).expect("what was written can be read");
-        assert_eq!(again, manifest);
-        for sequence in 0..manifest.sequences.len() {
-            assert!(manifest.tokens(sequence) >= manifest.positions);
         }
     }
 }

@@ -2,19 +2,29 @@
 
 use std::{fs, path::Path};
 
+use leank_fuzz::Target;
+
 #[test]
 fn seeds_hold() {
     for (name, target) in leank_fuzz::TARGETS {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(name);
-        let mut seeds = 0;
-        for entry in fs::read_dir(&folder).unwrap() {
-            let path = entry.unwrap().path();
-            println!("{}", path.display());
-            target(&fs::read(&path).unwrap());
-            seeds += 1;
-        }
+        let fuzz = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let folder = fuzz.join("seeds").join(name);
+        let seeds = run(&folder, target);
         assert!(seeds > 0, "{} is empty", folder.display());
+        run(&fuzz.join("../attacks").join(name), target);
     }
+}
+
+/// Runs the files of a folder, where there is one; how many.
+fn run(folder: &Path, target: Target) -> usize {
+    let mut files = 0;
+    for entry in fs::read_dir(folder).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        println!("{}", path.display());
+        target(&fs::read(&path).unwrap());
+        files += 1;
+    }
+    files
 }
 
 #[test]

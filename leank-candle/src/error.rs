@@ -1,6 +1,6 @@
 //! The one error type of this crate.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What can go wrong in loading and running a model, in the probe and in dumping.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +137,14 @@ pub enum Error {
         /// Why, and the mend.
         why: String,
     },
+    /// A model cannot be loaded, for a reason that does not name its file.
+    #[error("{}: {source}", path.display())]
+    Model {
+        /// The file or folder.
+        path: PathBuf,
+        /// The reason.
+        source: Box<Error>,
+    },
     /// candle failed.
     #[error("tensor operation failed: {0}")]
     Candle(#[from] candle_core::Error),
@@ -152,6 +160,16 @@ pub enum Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
+    /// With the file or folder of a model that could not be loaded, where nothing says it yet.
+    pub(crate) fn in_model(self, path: &Path) -> Self {
+        match self {
+            Self::Tokenizer(_) | Self::Mismatch { .. } | Self::Candle(_) | Self::Core(_) => {
+                Self::Model { path: path.to_owned(), source: Box::new(self) }
+            }
+            named => named,
+        }
+    }
+
     pub(crate) fn mismatch(
         what: &'static str,
         expected: impl ToString,

@@ -9,11 +9,16 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
+use leank_core::files::open_regular;
 
 use crate::{Error, Result};
 
 /// Largest nesting of arrays; no writer nests them at all.
 const MAX_DEPTH: usize = 4;
+
+/// Most elements of all arrays together, ten times what the largest vocabularies have: an element of one
+/// byte takes 32 in memory.
+const MAX_ELEMENTS: usize = 1 << 24;
 
 /// A metadata value; integers and floats of all widths as the widest.
 #[derive(Clone, Debug, PartialEq)]
@@ -86,9 +91,9 @@ impl GgufFile {
     /// Opens a file and reads its header.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let io = |action| move |source| Error::Io { path: path.to_owned(), action, source };
-        let file = File::open(path).map_err(io("opening"))?;
+        let file = open_regular(path).map_err(io("opening"))?;
         let len = file.metadata().map_err(io("reading the length"))?.len();
-        let mut header = Header { path, reader: BufReader::new(file), at: 0, len };
+        let mut header = Header { path, reader: BufReader::new(file), at: 0, len, elements: 0 };
         let (metadata, tensors) = header.read_all()?;
         let alignment = match metadata.get("general.alignment").map(Value::as_u64) {
             None => 32,
@@ -97,7 +102,29 @@ impl GgufFile {
         };
         let data_start = header.at.next_multiple_of(alignment);
         let file = header.reader.into_inner();
-        Ok(Self { path: path.to_owned(), metadata, tensors, file, len, data_start })
+        let file = Self { path: path.to_owned(), metadata, tensors, file, len, data_start };
+        file.check_places()?;
+        Ok(file)
+    }
+
+    /// Refuses tensors that share bytes: no writer makes them, and a small file could stand for many
+    /// times its size. Tensors of types that are not known here are no part of any model.
+    fn check_places(&self) -> Result<()> {
+        let mut places = Vec::with_capacity(self.tensors.len());
+        for (name, entry) in &self.tensors {
+            if let Ok(kind) = self.kind(name, entry) {
+                let (start, bytes) = self.place(name, entry, kind)?;
+                places.push((start, start + bytes, name));
+            }
+        }
+        places.sort_unstable();
+        match places.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+            Some(pair) => {
+                let (one, other) = (pair[0].2, pair[1].2);
+                Err(self.damaged(format!("the tensors {one} and {other} overlap")))
+            }
+            None => Ok(()),
+        }
     }
 
     fn damaged(&self, why: String) -> Error {
@@ -105,9 +132,19 @@ impl GgufFile {
     }
 
     /// The bytes of a tensor, in 8-byte aligned memory (blocks hold f16 scales that are read in
-    /// place), and their number.
+    /// place).
     pub(crate) fn bytes(&self, name: &str, entry: &TensorEntry) -> Result<AlignedBytes> {
-        let kind = self.kind(name, entry)?;
+        let (start, bytes) = self.place(name, entry, self.kind(name, entry)?)?;
+        let io = |source| Error::Io { path: self.path.clone(), action: "reading a tensor", source };
+        let mut memory = AlignedBytes::new(bytes as usize);
+        let mut file = &self.file;
+        file.seek(SeekFrom::Start(start)).map_err(io)?;
+        file.read_exact(memory.as_mut()).map_err(io)?;
+        Ok(memory)
+    }
+
+    /// Where the bytes of a tensor begin, and their number: they lie within the file.
+    fn place(&self, name: &str, entry: &TensorEntry, kind: GgmlDType) -> Result<(u64, u64)> {
         let elements = entry.dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64));
         let columns = entry.dims.last().copied().unwrap_or(0);
         let Some(elements) = elements.filter(|_| columns.is_multiple_of(kind.block_size())) else {
@@ -128,12 +165,7 @@ impl GgufFile {
             );
             return Err(self.damaged(why));
         }
-        let io = |source| Error::Io { path: self.path.clone(), action: "reading a tensor", source };
-        let mut memory = AlignedBytes::new(bytes as usize);
-        let mut file = &self.file;
-        file.seek(SeekFrom::Start(start)).map_err(io)?;
-        file.read_exact(memory.as_mut()).map_err(io)?;
-        Ok(memory)
+        Ok((start, bytes))
     }
 
     /// The type of a tensor.
@@ -225,6 +257,8 @@ struct Header<'a, R> {
     reader: R,
     at: u64,
     len: u64,
+    /// Of the arrays so far.
+    elements: usize,
 }
 
 type Contents = (HashMap<String, Value>, HashMap<String, TensorEntry>);
@@ -303,6 +337,11 @@ impl<R: Read> Header<'_, R> {
                     _ => 8,
                 };
                 let n = self.count("array elements", size)?;
+                self.elements = self.elements.saturating_add(n);
+                if self.elements > MAX_ELEMENTS {
+                    let why = format!("its arrays have more than {MAX_ELEMENTS} elements");
+                    return Err(self.damaged(why));
+                }
                 // Grows as it reads: an element in memory is larger than in the file.
                 let mut items = Vec::new();
                 for _ in 0..n {
@@ -350,12 +389,18 @@ impl<R: Read> Header<'_, R> {
             let key = self.text()?;
             let kind = self.u32()?;
             let value = self.value(kind, 0)?;
-            metadata.insert(key, value);
+            // Programs would disagree about which of two counts.
+            if metadata.insert(key.clone(), value).is_some() {
+                return Err(self.damaged(format!("it says {key} twice")));
+            }
         }
         let mut tensors = HashMap::new();
         for _ in 0..tensor_count {
             let name = self.text()?;
-            tensors.insert(name, self.tensor_entry()?);
+            let entry = self.tensor_entry()?;
+            if tensors.insert(name.clone(), entry).is_some() {
+                return Err(self.damaged(format!("it has the tensor {name} twice")));
+            }
         }
         Ok((metadata, tensors))
     }

@@ -193,6 +193,20 @@ fn a_truncated_gguf_is_an_error_wherever_it_ends() {
 }
 
 #[test]
+fn metadata_that_take_many_times_their_size_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bytes.gguf");
+    let elements = (1u64 << 24) + 1;
+    let mut bytes = [&b"GGUF\x03\0\0\0"[..], &[0; 8], &1u64.to_le_bytes()].concat();
+    bytes.extend([&1u64.to_le_bytes()[..], b"x", &9u32.to_le_bytes(), &[0; 4]].concat());
+    bytes.extend(elements.to_le_bytes());
+    bytes.resize(bytes.len() + elements as usize, 0);
+    std::fs::write(&path, bytes).unwrap();
+    let error = load(&path, Precision::F32).expect_err("17 million elements").to_string();
+    assert!(error.contains("more than 16777216 elements"), "{error}");
+}
+
+#[test]
 fn damaged_headers_never_panic() {
     let tiny = TinyModel::qwen2();
     let path = tiny.write_gguf(GgmlDType::F32);

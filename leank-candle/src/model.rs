@@ -107,16 +107,16 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::NotGguf`], [`Error::Damaged`], [`Error::MissingTensor`],
-    /// [`Error::TensorShape`], [`Error::Config`], [`Error::Unsupported`] or [`Error::Tokenizer`],
+    /// [`Error::TensorShape`], [`Error::Config`], [`Error::Unsupported`] or [`Error::Model`],
     /// each naming the file and what is wrong with it. Nothing is allocated by the word of a header
     /// that the file's length does not bear out.
     pub fn load(path: &Path, options: LoadOptions) -> Result<Self> {
         let loaded = if path.is_dir() {
-            safetensors::load(path)?
+            safetensors::load(path)
         } else {
-            gguf::load(path, options.precision)?
+            gguf::load(path, options.precision)
         };
-        let Loaded { config, tokenizer, weights } = loaded;
+        let Loaded { config, tokenizer, weights } = loaded.map_err(|error| error.in_model(path))?;
         let fingerprint = crate::fingerprint::of(&config, &weights);
         let rope = Mutex::new(RopeTables::new(&config, 0));
         Ok(Self { config, tokenizer, weights, fingerprint, precision: options.precision, rope })

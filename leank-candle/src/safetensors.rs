@@ -2,10 +2,14 @@
 //! transformers writes them.
 
 use std::collections::{BTreeSet, HashMap};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use leank_core::ModelShape;
+use leank_core::{
+    ModelShape,
+    files::{name_twice, read_regular},
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -130,12 +134,14 @@ fn token_id(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|id| u32::try_from(id).ok())
 }
 
+/// Largest `config.json`, `tokenizer.json` or index that is read; the largest tokenizers take some 30 MB.
+const MAX_TEXT_BYTES: u64 = 256 << 20;
+
 fn read_text(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|source| Error::Io {
-        path: path.to_owned(),
-        action: "reading",
-        source,
-    })
+    let text = read_regular(path, MAX_TEXT_BYTES).and_then(|bytes| {
+        String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    });
+    text.map_err(|source| Error::Io { path: path.to_owned(), action: "reading", source })
 }
 
 fn read_config(path: &Path, folder: &Path, file: &ConfigFile) -> Result<ModelConfig> {
@@ -360,7 +366,7 @@ fn read_tensors(folder: &Path) -> Result<HashMap<String, Tensor>> {
     let mut tensors = HashMap::new();
     for shard in shards {
         let path = folder.join(shard);
-        let bytes = std::fs::read(&path).map_err(|source| Error::Io {
+        let bytes = read_regular(&path, u64::MAX).map_err(|source| Error::Io {
             path: path.clone(),
             action: "reading",
             source,
@@ -371,6 +377,14 @@ fn read_tensors(folder: &Path) -> Result<HashMap<String, Tensor>> {
             format: "safetensors",
             why: e.to_string(),
         })?;
+        // The header is sound: it was just read.
+        let header = bytes
+            .split_first_chunk()
+            .map(|(length, rest)| &rest[..rest.len().min(u64::from_le_bytes(*length) as usize)]);
+        if let Some(name) = header.and_then(name_twice) {
+            let why = format!("its header has {name:?} twice");
+            return Err(Error::Damaged { path, format: "safetensors", why });
+        }
         tensors.extend(loaded.into_iter().map(|(name, tensor)| (plain_name(name), tensor)));
     }
     Ok(tensors)

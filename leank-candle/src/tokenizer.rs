@@ -24,6 +24,10 @@ use crate::{Error, Result};
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Longest token of a vocabulary in a GGUF file; real ones take 512 bytes at most (runs of spaces). Every
+/// place where a token can be split is tried, so time grows with the square of its length.
+const MAX_TOKEN_BYTES: usize = 1024;
+
 /// Stands for a space in SentencePiece's vocabularies.
 const SPACE: &str = "▁";
 
@@ -91,6 +95,11 @@ impl Tokenizer {
             _ => None,
         };
         let tokens = file.required("tokenizer.ggml.tokens", "an array of texts", texts)?;
+        if let Some(long) = tokens.iter().find(|token| token.len() > MAX_TOKEN_BYTES) {
+            let found = format!("one of {} bytes", long.len());
+            let expected = format!("tokens of at most {MAX_TOKEN_BYTES} bytes");
+            return Err(Error::mismatch("tokens of the tokenizer", expected, found));
+        }
         if tokens.len() > vocab {
             let (expected, found) = (format!("at most {vocab} (the embedding)"), tokens.len());
             return Err(Error::mismatch("tokens of the tokenizer", expected, found));
@@ -114,7 +123,12 @@ impl Tokenizer {
         let mut eos: Vec<u32> =
             [id("eos_token_id")?, id("eot_token_id")?].into_iter().flatten().collect();
         eos.dedup();
-        Ok(Self { inner, prepend: bos.filter(|_| add_bos), bos, eos })
+        let prepend = bos.filter(|_| add_bos);
+        if let Some(token) = prepend.filter(|&token| token as usize >= vocab) {
+            let expected = format!("one of the {vocab} tokens of the embedding");
+            return Err(Error::mismatch("token before every text", expected, token));
+        }
+        Ok(Self { inner, prepend, bos, eos })
     }
 
     /// Tokens of the vocabulary.

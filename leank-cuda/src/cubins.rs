@@ -18,6 +18,9 @@ use sha2::{Digest as _, Sha256};
 /// What every file begins with.
 const MAGIC: &[u8; 8] = b"LEANKCB1";
 
+/// Largest entry that is read, a hundred times what a kernel takes.
+const MAX_BYTES: u64 = 256 << 20;
+
 /// Where compiled kernels are kept.
 #[derive(Debug, Default)]
 pub(crate) struct CubinCache {
@@ -56,7 +59,12 @@ impl CubinCache {
 
     /// The entry, where it is there and sound.
     pub(crate) fn get(&self, key: &str) -> Option<Vec<u8>> {
-        let bytes = fs::read(self.path(key)?).ok()?;
+        let path = self.path(key)?;
+        // A pipe would wait for its writer, and a device may never end.
+        if !fs::metadata(&path).is_ok_and(|file| file.is_file() && file.len() <= MAX_BYTES) {
+            return None;
+        }
+        let bytes = fs::read(path).ok()?;
         let (magic, rest) = bytes.split_at_checked(MAGIC.len())?;
         let (sum, cubin) = rest.split_at_checked(32)?;
         (magic == MAGIC && Sha256::digest(cubin).as_slice() == sum).then(|| cubin.to_vec())

@@ -10,10 +10,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use leank_core::{Layer, files::write_atomic};
+use leank_core::{
+    Layer,
+    files::{read_regular, write_atomic},
+};
 use serde::Deserialize;
 
-use crate::{Error, Result, records::record_name};
+use crate::{
+    Error, Result,
+    records::{MAX_BYTES, from_bytes, record_name},
+};
 
 /// What a merge did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,9 +49,9 @@ pub fn merge(into: &Path, from: &[PathBuf]) -> Result<Merged> {
     let mut found: BTreeMap<PathBuf, (PathBuf, Vec<u8>)> = BTreeMap::new();
     let mut dump: Option<(String, PathBuf)> = None;
     let mut add = |path: &Path, name: &Path| -> Result<bool> {
-        let bytes = fs::read(path).map_err(Error::io(path, "reading"))?;
+        let bytes = read_regular(path, MAX_BYTES).map_err(Error::io(path, "reading"))?;
         let refuse = |why| Err(Error::Record { path: path.to_owned(), why });
-        let head: Head = match serde_json::from_slice(&bytes) {
+        let head: Head = match from_bytes(&bytes) {
             Ok(head) => head,
             Err(error) => return refuse(format!("{error} (in version, dump and layer)")),
         };

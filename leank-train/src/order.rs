@@ -77,7 +77,7 @@ impl HeadCurve {
         if !ascend || counts.first() != Some(&0) || counts.last() != Some(&d) {
             return Err(format!("its counts do not ascend from 0 to {d}"));
         }
-        if self.losses.len() != counts.len() || !self.losses.iter().all(|x| x.is_finite()) {
+        if self.losses.len() != counts.len() || !all_losses(&self.losses) {
             return Err("its losses are not one finite number per count".into());
         }
         if !self.scores.is_empty() && self.scores.len() != d {
@@ -85,6 +85,11 @@ impl HeadCurve {
         }
         Ok(())
     }
+}
+
+/// Whether all are losses: finite, and so small that differences and sums of them are too.
+fn all_losses(losses: &[f64]) -> bool {
+    losses.iter().all(|loss| loss.abs() <= 1e30)
 }
 
 /// Exact losses along a head's order when lean blocks hold K and V in 16, 8 and 4 bits.
@@ -123,7 +128,7 @@ impl PrecisionCurve {
     /// Whether this is a curve of a head with `d` channels: for records read from disk.
     pub(crate) fn check(&self, d: usize) -> Result<(), String> {
         let expected = MEASURED.len() * MEASURED.len() * self.counts.len();
-        if self.losses.len() != expected || !self.losses.iter().all(|x| x.is_finite()) {
+        if self.losses.len() != expected || !all_losses(&self.losses) {
             return Err("its losses are not one finite number per count and precisions".into());
         }
         let losses = vec![0.0; self.counts.len()];

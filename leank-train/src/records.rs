@@ -2,7 +2,9 @@
 //! second budget recomputes nothing.
 //!
 //! A record is one JSON file per layer, `layer-000.json`, written beside its place and renamed, in
-//! a directory named after everything its content depends on. Layers are independent: shards
+//! a directory named after everything its content depends on. In its front stands a checksum, `sum`: the
+//! CRC-32 (zlib's) of the bytes behind it, in eight hexadecimal digits. A record of an older leank has
+//! none, and is read all the same. Layers are independent: shards
 //! that learn different layers fill one directory together, or directories of their own that
 //! [`merge`](crate::merge::merge) joins. What a killed run was just writing is removed by the next one.
 
@@ -18,7 +20,7 @@ use std::{
 
 use leank_core::{
     KvHead, Layer,
-    files::{remove_leftovers, write_atomic},
+    files::{read_regular, remove_leftovers, write_atomic},
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -72,9 +74,47 @@ pub(crate) fn record_name(layer: Layer) -> String {
     format!("layer-{:03}.json", layer.0)
 }
 
+/// Largest record that is read; one of the largest models takes some megabytes.
+pub(crate) const MAX_BYTES: u64 = 64 << 20;
+
+/// What a record with a checksum begins with; its digits and `",` follow.
+const FRONT: &[u8] = b"{\"sum\":\"";
+const DIGITS: usize = 8;
+
+/// A record from its bytes.
+///
+/// # Errors
+/// Why they are none, or not those that were written.
+pub(crate) fn from_bytes<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {
+    #[derive(Deserialize)]
+    struct Sum {
+        sum: Option<String>,
+    }
+    let Sum { sum } = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+    if let Some(expected) = sum {
+        let behind = json.strip_prefix(FRONT).and_then(|rest| rest.get(DIGITS..));
+        let found = behind.map(|rest| format!("{:08x}", crc32fast::hash(rest)));
+        if found.as_ref() != Some(&expected) {
+            let found = found.as_deref().unwrap_or("not in its front");
+            return Err(format!("its checksum is {found} where {expected} is expected"));
+        }
+    }
+    serde_json::from_slice(json).map_err(|error| error.to_string())
+}
+
+/// Puts the checksum into the front of a JSON object that has fields.
+fn with_sum(json: &[u8]) -> Vec<u8> {
+    let behind = [b"\",", &json[1..]].concat();
+    let sum = format!("{:08x}", crc32fast::hash(&behind));
+    [FRONT, sum.as_bytes(), &behind].concat()
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Record<T> {
+    /// Written by [`with_sum`], checked by [`from_bytes`].
+    #[serde(default, rename = "sum", skip_serializing)]
+    _sum: Option<String>,
     version: u32,
     /// Id of the dump.
     dump: String,
@@ -178,14 +218,14 @@ impl Phase<'_> {
     /// The record of a layer, where there is one.
     fn read<T: HeadResult>(&self, layer: Layer) -> Result<Option<Vec<T>>> {
         let path = self.path(layer);
-        let json = match fs::read(&path) {
+        let json = match read_regular(&path, MAX_BYTES) {
             Ok(json) => json,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Error::io(&path, "reading")(error)),
         };
         let shape = self.dump.manifest().shape;
         let check = || -> Result<Vec<T>, String> {
-            let record: Record<T> = serde_json::from_slice(&json).map_err(|e| e.to_string())?;
+            let record: Record<T> = from_bytes(&json)?;
             let differs = |what, found: &dyn ToString, expected: &dyn ToString| {
                 let (found, expected) = (found.to_string(), expected.to_string());
                 if found == expected {
@@ -207,11 +247,11 @@ impl Phase<'_> {
     fn write<T: HeadResult>(&self, layer: Layer, heads: Vec<T>) -> Result<Vec<T>> {
         let path = self.path(layer);
         let dump = self.dump.id().to_owned();
-        let record = Record { version: T::VERSION, dump, layer: layer.0, heads };
+        let record = Record { _sum: None, version: T::VERSION, dump, layer: layer.0, heads };
         let broken =
             |e: serde_json::Error| Error::Record { path: path.clone(), why: e.to_string() };
         let json = serde_json::to_vec(&record).map_err(broken)?;
-        write_atomic(&path, &json)?;
+        write_atomic(&path, &with_sum(&json))?;
         Ok(record.heads)
     }
 }
@@ -257,5 +297,42 @@ impl<T: HeadResult> Shared<'_, T> {
         drop(state);
         self.report(done);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Vec<u8> {
+        let dump = "0".repeat(64);
+        serde_json::to_vec(&Record {
+            _sum: None,
+            version: 1,
+            dump,
+            layer: 3,
+            heads: vec![0.5, 1.0],
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn any_flipped_bit_of_a_record_is_noticed() {
+        let sound = with_sum(&record());
+        let read = from_bytes::<Record<f64>>;
+        assert_eq!(read(&sound).unwrap().heads, [0.5, 1.0]);
+        for bit in 0..8 * sound.len() {
+            let mut bent = sound.clone();
+            bent[bit / 8] ^= 1 << (bit % 8);
+            assert!(read(&bent).is_err(), "{}", String::from_utf8_lossy(&bent));
+        }
+    }
+
+    #[test]
+    fn a_record_without_checksum_is_read_and_a_moved_checksum_is_not() {
+        let read = from_bytes::<Record<f64>>;
+        assert_eq!(read(&record()).unwrap().layer, 3);
+        let why = read(&[b" ", &with_sum(&record())[..]].concat()).err().unwrap();
+        assert!(why.contains("not in its front"), "{why}");
     }
 }

@@ -6,7 +6,7 @@
 
 use std::{
     fs::{self, File},
-    io::{Read, Write},
+    io::{self, ErrorKind, Read, Write},
     path::{Path, PathBuf},
 };
 
@@ -17,28 +17,50 @@ use crate::{Error, Result};
 /// with 100 layers of 96 KV heads and head_dim 128 takes in the native format's `mask` tensor.
 pub const MAX_FILE_BYTES: u64 = 64 << 20;
 
-/// The whole of a regular file that is no larger than [`MAX_FILE_BYTES`].
-pub(super) fn read_capped(source: Source<'_>) -> Result<Vec<u8>> {
-    let io = |action| move |error| Error::Io { path: source.path.into(), action, source: error };
-    // Asked before opening: opening a pipe would wait for its writer.
-    let metadata = fs::metadata(source.path).map_err(io("opening"))?;
-    if !metadata.is_file() {
-        return Err(source.bad("this is not a regular file; give a file"));
+/// Opens a regular file, or a symbolic link to one, for reading: a pipe would wait for its writer, and a
+/// device may never end.
+///
+/// # Errors
+/// The system's reason; `InvalidInput` for what is no regular file.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    // Asked before opening: opening a pipe is what waits.
+    if !fs::metadata(path)?.is_file() {
+        let why = "this is not a regular file; give a file";
+        return Err(io::Error::new(ErrorKind::InvalidInput, why));
     }
-    let file = File::open(source.path).map_err(io("opening"))?;
-    let mut bytes = Vec::new();
+    File::open(path)
+}
+
+/// The whole of a regular file of at most `most` bytes.
+///
+/// # Errors
+/// As [`open_regular`]; `FileTooLarge` for a longer one.
+pub fn read_regular(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let file = open_regular(path)?;
     let too_large = || {
-        source.bad(format!("it is larger than {MAX_FILE_BYTES} bytes, which no mask is; check it"))
+        let why = format!("it is larger than {most} bytes, which none of its kind is; check it");
+        io::Error::new(ErrorKind::FileTooLarge, why)
     };
-    if metadata.len() > MAX_FILE_BYTES {
+    if file.metadata()?.len() > most {
         return Err(too_large());
     }
+    let mut bytes = Vec::new();
     // The file may grow while it is read, so the cap is on the reading as well.
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(io("reading"))?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
+    file.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > most {
         return Err(too_large());
     }
     Ok(bytes)
+}
+
+/// The whole of a regular file that is no larger than [`MAX_FILE_BYTES`].
+pub(super) fn read_capped(source: Source<'_>) -> Result<Vec<u8>> {
+    read_regular(source.path, MAX_FILE_BYTES).map_err(|error| match error.kind() {
+        ErrorKind::InvalidInput => source.bad("this is not a regular file; give a file"),
+        ErrorKind::FileTooLarge => source
+            .bad(format!("it is larger than {MAX_FILE_BYTES} bytes, which no mask is; check it")),
+        _ => Error::Io { path: source.path.into(), action: "opening", source: error },
+    })
 }
 
 const TEMPORARY: (&str, &str) = (".leank-", ".tmp");
@@ -204,6 +226,21 @@ mod tests {
         drop(second);
         staged.put().unwrap();
         assert_eq!((fs::read(&path).unwrap(), files()), (b"new".to_vec(), 1));
+    }
+
+    #[test]
+    fn only_regular_files_up_to_the_cap_are_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        fs::write(&path, [7; 10]).unwrap();
+        assert_eq!(read_regular(&path, 10).unwrap(), [7; 10]);
+        assert_eq!(read_regular(&path, u64::MAX).unwrap(), [7; 10]);
+        let kind = |path: &Path, most| read_regular(path, most).unwrap_err().kind();
+        assert_eq!(kind(&path, 9), ErrorKind::FileTooLarge);
+        assert_eq!(kind(directory.path(), 9), ErrorKind::InvalidInput);
+        assert_eq!(kind(&directory.path().join("nothing"), 9), ErrorKind::NotFound);
+        #[cfg(unix)]
+        assert_eq!(kind(Path::new("/dev/zero"), 9), ErrorKind::InvalidInput);
     }
 
     #[test]

@@ -36,6 +36,7 @@
 //! process leaves beside the target, [`remove_leftovers`] finds.
 
 mod io;
+mod names;
 pub mod native;
 #[cfg(feature = "interop")]
 pub mod npy;
@@ -47,14 +48,17 @@ pub mod tsv;
 
 use std::{
     fmt::{self, Write as _},
-    fs::File,
     io::{ErrorKind, Read as _},
     path::Path,
 };
 
 use sha2::{Digest, Sha256};
 
-pub use io::{MAX_FILE_BYTES, Staged, abandoned, mark_in_use, remove_leftovers, write_atomic};
+pub use io::{
+    MAX_FILE_BYTES, Staged, abandoned, mark_in_use, open_regular, read_regular, remove_leftovers,
+    write_atomic,
+};
+pub use names::name_twice;
 use source::Source;
 
 use crate::{Error, ModelMask, ModelShape, Result};
@@ -258,13 +262,13 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-/// SHA-256 of a file in hexadecimal, read piece by piece.
+/// SHA-256 of a regular file in hexadecimal, read piece by piece.
 ///
 /// # Errors
 /// [`Error::Io`].
 pub fn sha256_of_file(path: &Path) -> Result<String> {
     let io = |action| move |source| Error::Io { path: path.into(), action, source };
-    let mut file = File::open(path).map_err(io("opening"))?;
+    let mut file = open_regular(path).map_err(io("opening"))?;
     let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 20]);
     loop {
         match file.read(&mut buffer) {

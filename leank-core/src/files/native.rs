@@ -62,6 +62,9 @@ pub fn from_bytes(bytes: &[u8], name: &Path) -> Result<ModelMask> {
     // Checks that every tensor's range is that of its shape and that the ranges tile the file.
     let (header, metadata) = SafeTensors::read_metadata(bytes)
         .map_err(|error| source.bad(format!("{error}; is the file whole?")))?;
+    if let Some(name) = super::name_twice(&bytes[8..8 + header]) {
+        return Err(source.bad(format!("its header has {name:?} twice: it is damaged")));
+    }
     let file = Tensors { source, metadata: &metadata, data: &bytes[8 + header..] };
     let MetadataJson { version, info } = file.metadata_json()?;
     let (axes, mask) = file.mask()?;

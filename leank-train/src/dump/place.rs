@@ -12,9 +12,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use leank_core::files::{abandoned, mark_in_use};
+use leank_core::files::{abandoned, mark_in_use, read_regular};
 
-use super::{layout::MANIFEST_FILE, writer::Existing};
+use super::{layout::MANIFEST_FILE, reader::MAX_MANIFEST, writer::Existing};
 use crate::{Error, Result};
 
 /// Ending of the name of a dump that was moved aside to be replaced.
@@ -141,7 +141,7 @@ fn adopt(target: &Path, name: &str, is_same: &dyn Fn(&[u8]) -> bool) -> Option<L
         if manifest.try_lock().is_err() {
             continue;
         }
-        match fs::read(&path) {
+        match read_regular(&path, MAX_MANIFEST) {
             Ok(json) if is_same(&json) => {
                 return Some(Left { directory: Growing(directory), manifest, json });
             }

@@ -9,7 +9,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use leank_core::{KvHead, Layer, files::sha256_hex};
+use leank_core::{
+    KvHead, Layer,
+    files::{name_twice, open_regular, read_regular, sha256_hex},
+};
 use safetensors::tensor::Metadata;
 
 use super::{
@@ -25,7 +28,7 @@ use super::{
 use crate::{Error, Result};
 
 /// Largest manifest that is read.
-const MAX_MANIFEST: u64 = 1 << 28;
+pub(super) const MAX_MANIFEST: u64 = 1 << 28;
 
 /// Bytes that are read and converted at a time: few enough for the stack and the first caches.
 const CHUNK: usize = 1 << 15;
@@ -51,14 +54,8 @@ impl Dump {
     /// manifest, [`Error::OtherDump`] for a file of another dump or layer.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(MANIFEST_FILE);
-        let file = File::open(&path).map_err(Error::io(&path, "opening the dump"))?;
-        let mut json = Vec::new();
-        let read = file.take(MAX_MANIFEST + 1).read_to_end(&mut json);
-        read.map_err(Error::io(&path, "reading"))?;
-        if json.len() as u64 > MAX_MANIFEST {
-            let why = format!("it is longer than {MAX_MANIFEST} bytes");
-            return Err(Error::Manifest { path, why });
-        }
+        let json =
+            read_regular(&path, MAX_MANIFEST).map_err(Error::io(&path, "opening the dump"))?;
         let manifest = Manifest::from_json(&json, &path)?;
         let (manifest_id, digests) = (sha256_hex(&json), Vec::new());
         let mut dump =
@@ -106,7 +103,7 @@ impl Dump {
             return Err(Error::OutOfRange { what: "layer", index: layer.0, count });
         }
         let path = layer_path(&self.dir, layer);
-        let file = File::open(&path).map_err(Error::io(&path, "opening"))?;
+        let file = open_regular(&path).map_err(Error::io(&path, "opening"))?;
         let header = Header { dump: self, layer, path: &path };
         let (layout, data_start, sums) = header.read(&file)?;
         Ok(LayerDump { dump: self, layer, path, file, layout, data_start, sums })
@@ -151,6 +148,9 @@ impl Header<'_> {
             Ok(metadata) => metadata,
             Err(error) => return self.fail(format!("its header is not valid: {error}")),
         };
+        if let Some(name) = name_twice(&json) {
+            return self.fail(format!("its header has {name:?} twice"));
+        }
         let sums = self.check_identity(&metadata)?;
         let starts = self.check_tensors(&metadata)?;
         Ok((Layout::with_starts(starts, expected.data_len), data_start, sums))

@@ -1,5 +1,7 @@
 //! The `leank` command, run as a user runs it, on a tiny random model that the tests write.
 
+#[cfg(target_os = "linux")]
+mod attacks;
 mod bad_input;
 mod bad_model;
 mod demo;

@@ -112,7 +112,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mask = masks::read(&args.mask)?;
     let model = args.model.load()?;
     let mut findings = vec![belongs(&model, &mask)];
-    if let Some(names) = record::learned_from(&mask, &record::inputs("text", &args.text)?) {
+    if let Some(names) = record::learned_from(&mask, &record::texts(&texts)) {
         let why = format!("the mask was learned from {names}: on other text it will cost more");
         findings.push(finding("texts", Verdict::Warning, why));
     }

@@ -68,7 +68,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let texts = texts::read(&args.text)?;
     let model = args.model.load()?;
     let mut inputs = record::inputs("model", &[args.model.path().to_owned()])?;
-    inputs.extend(record::inputs("text", &args.text)?);
+    inputs.extend(record::texts(&texts));
     let options = DumpOptions {
         sequences: args.sequences,
         positions: args.positions,

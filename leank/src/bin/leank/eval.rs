@@ -115,7 +115,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         target::check_file("--save-tokens", path, inputs.chain([args.model.path()]))?;
     }
     let texts = texts::read(&args.text)?;
-    let read = record::inputs("text", &args.text)?;
+    let read = record::texts(&texts);
     let masks = args.mask.iter().map(|path| masks::read(path));
     let masks = masks.collect::<anyhow::Result<Vec<_>>>()?;
     let model = args.model.load()?;

@@ -2,7 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use leank::{InputRecord, ModelMask, RunRecord, files::sha256_of_file};
+use leank::{
+    InputRecord, ModelMask, RunRecord,
+    candle::Text,
+    files::{sha256_hex, sha256_of_file},
+};
 
 /// Flags that change nothing in what is written: with a value, and without.
 const OTHER: ([&str; 5], [&str; 4]) = (
@@ -51,6 +55,16 @@ pub(crate) fn inputs(role: &str, paths: &[PathBuf]) -> anyhow::Result<Vec<InputR
         }
     }
     Ok(inputs)
+}
+
+/// Texts that a run has read. They are not read again: a pipe has only one reading in it.
+pub(crate) fn texts(texts: &[Text]) -> Vec<InputRecord> {
+    let record = |Text { name, text }: &Text| InputRecord {
+        role: "text".into(),
+        name: name.clone(),
+        sha256: sha256_hex(text.as_bytes()),
+    };
+    texts.iter().map(record).collect()
 }
 
 /// The names of those texts that the mask says it was learned from; `None` where there is none.

@@ -1,6 +1,9 @@
 //! Text files as they are given to `dump` and `eval`.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::Read as _,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Context as _;
 use leank::{
@@ -8,6 +11,9 @@ use leank::{
     files::write_atomic,
 };
 use serde::Serialize;
+
+/// Largest text that is read: a hundred times what the longest dumps take of one.
+const MAX_BYTES: u64 = 256 << 20;
 
 /// Reads the files, each under its own name.
 pub(crate) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Text>> {
@@ -19,8 +25,16 @@ fn name(path: &Path) -> String {
 }
 
 pub(crate) fn read_one(path: &Path) -> anyhow::Result<String> {
-    let bytes =
-        std::fs::read(path).with_context(|| format!("{}: reading failed", path.display()))?;
+    let what = || format!("{}: reading failed", path.display());
+    let mut bytes = Vec::new();
+    // It may be a pipe, and a device may never end.
+    let file = std::fs::File::open(path).with_context(what)?;
+    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).with_context(what)?;
+    anyhow::ensure!(
+        bytes.len() as u64 <= MAX_BYTES,
+        "{}: larger than {MAX_BYTES} bytes; cut it, a few sequences of it are read",
+        path.display()
+    );
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         anyhow::anyhow!("{}: not UTF-8 text from byte {at} on; convert it first", path.display())

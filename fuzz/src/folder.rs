@@ -1,0 +1,21 @@
+//! A folder for what can only be read from files.
+
+use std::path::Path;
+
+use tempfile::TempDir;
+
+/// In memory where the system has a place for it, since inputs come by the thousand.
+pub(crate) struct Folder(TempDir);
+
+impl Folder {
+    pub(crate) fn new() -> Self {
+        let memory = Path::new("/dev/shm");
+        let folder =
+            if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+        Self(folder.expect("a folder can be made"))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+}

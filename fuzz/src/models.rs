@@ -1,0 +1,63 @@
+//! Bytes that claim to be a model.
+
+use std::{fs, path::Path};
+
+use leank_candle::{DenseAttention, Error, LoadOptions, Model, Precision};
+
+use crate::{folder::Folder, split};
+
+/// Most tokens that a model which could be loaded is run over.
+const MAX_TOKENS: usize = 6;
+
+/// One token per letter; what a folder's model is loaded with.
+const TOKENIZER: &str = r#"{"version":"1.0","model":{"type":"BPE","vocab":{"a":0,"b":1,"c":2,"d":3,
+    "e":4,"f":5,"g":6,"h":7},"merges":[]}}"#;
+
+/// A GGUF file.
+pub fn gguf(data: &[u8]) {
+    let folder = Folder::new();
+    let path = folder.path().join("model.gguf");
+    fs::write(&path, data).expect("there is space");
+    load(&path, LoadOptions::default());
+    load(&path, LoadOptions::with_precision(Precision::AsStored));
+}
+
+/// A model in a folder: `config.json` behind its length (two bytes), then `model.safetensors`.
+pub fn model_folder(data: &[u8]) {
+    let Some((config, weights)) = split(data) else { return };
+    let folder = Folder::new();
+    for (name, bytes) in [
+        ("config.json", config),
+        ("tokenizer.json", TOKENIZER.as_bytes()),
+        ("model.safetensors", weights),
+    ] {
+        fs::write(folder.path().join(name), bytes).expect("there is space");
+    }
+    load(folder.path(), LoadOptions::default());
+}
+
+/// Loads a model, or is refused by name; runs what could be loaded.
+fn load(path: &Path, options: LoadOptions) {
+    let model = match Model::load(path, options) {
+        Ok(model) => model,
+        Err(error) => {
+            let message = error.to_string();
+            assert!(message.contains(&*path.to_string_lossy()), "no file is named: {message}");
+            return;
+        }
+    };
+    let Ok(mut tokens) = model.tokenizer().encode("abc dé") else { return };
+    tokens.truncate(MAX_TOKENS);
+    let mut attention = DenseAttention::new(model.config(), tokens.len());
+    match attention.prefill(&model, &tokens).and_then(|hidden| model.logits(&hidden)) {
+        Ok(logits) => {
+            let vocab = model.config().vocab;
+            assert_eq!(logits.dims(), [1, vocab]);
+            // As a generation would, whatever is the most likely.
+            let text = model.tokenizer().decode(&[0, vocab as u32 - 1]);
+            drop(text);
+        }
+        Err(Error::Token { .. } | Error::Context { .. } | Error::Mismatch { .. }) => {}
+        Err(error) => panic!("{error}"),
+    }
+}
