@@ -4,23 +4,26 @@
 //! the piece it has begun; nobody waits for a thread that has not come. Threads spin for a while
 //! after work, then sleep.
 
+#[cfg(all(test, loom))]
+mod model;
+mod sync;
+
 use std::{
     any::Any,
-    cell::UnsafeCell,
     fmt,
     num::NonZeroUsize,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
-    thread::{self, JoinHandle, Thread},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use leank_core::{Error, Result};
 
 use crate::Executor;
+use sync::{
+    AtomicBool, AtomicUsize, Mutex, UnsafeCell, spin_loop,
+    thread::{self, JoinHandle, Thread},
+};
 
 /// How long threads spin for new work by default: longer than the gap between an engine's layers.
 pub const DEFAULT_SPIN: Duration = Duration::from_micros(100);
@@ -153,7 +156,7 @@ impl Executor for Pool {
         let erased: Piece<'static> = unsafe { std::mem::transmute::<Piece<'_>, _>(piece) };
         // SAFETY: `running` is held, no run is open and the last one waited until nobody was
         // inside; a helper that enters now finds the round even and does not look.
-        unsafe { *shared.work.get() = Some((erased, count)) };
+        shared.work.with_mut(|work| unsafe { *work = Some((erased, count)) });
         shared.next.store(0, Ordering::Relaxed);
         shared.round.fetch_add(1, Ordering::SeqCst);
         let close = Close(shared);
@@ -177,7 +180,7 @@ impl Drop for Close<'_> {
         while self.0.inside.load(Ordering::SeqCst) > 0 {
             // A helper inside may have lost its core to somebody else, perhaps to us.
             spins += 1;
-            if spins.is_multiple_of(1 << 10) { thread::yield_now() } else { std::hint::spin_loop() }
+            if spins.is_multiple_of(1 << 10) { thread::yield_now() } else { spin_loop() }
         }
     }
 }
@@ -200,7 +203,7 @@ impl Shared {
         if self.round.load(Ordering::SeqCst) % 2 == 1 {
             // SAFETY: the run is open, and it stays so until this thread has left: `work` is not
             // written, and the closure it points to lives.
-            let work = unsafe { *self.work.get() };
+            let work = self.work.with(|work| unsafe { *work });
             if let Some((piece, count)) = work {
                 let result = catch_unwind(AssertUnwindSafe(|| self.claim(piece, count)));
                 if let Err(payload) = result {
@@ -223,7 +226,7 @@ impl Shared {
                 idle_since = Instant::now();
             } else if idle_since.elapsed() < self.spin {
                 for _ in 0..32 {
-                    std::hint::spin_loop();
+                    spin_loop();
                 }
             } else {
                 self.sleeping.fetch_add(1, Ordering::SeqCst);
@@ -251,7 +254,7 @@ impl Drop for Pool {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

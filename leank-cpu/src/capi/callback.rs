@@ -67,7 +67,8 @@ impl Executor for Injected {
         // SAFETY: the header says what this function is. `round` outlives it and every call of
         // `run_piece` that it has begun.
         unsafe { (self.run)(self.user, count, run_piece, context) };
-        round.finish();
+        let early = round.wait();
+        round.finish(early);
     }
 }
 
@@ -90,16 +91,20 @@ unsafe extern "C" fn run_piece(context: *mut c_void, i: usize) {
 }
 
 impl Round<'_> {
-    /// Waits for pieces that a runtime in error has left running: they use the caller's stack.
-    ///
-    /// # Panics
-    /// When a piece did, and when the pieces did not run once each.
-    fn finish(self) {
+    /// Waits for pieces that a runtime in error has left running: they use the caller's stack, and this
+    /// value where it lies. Whether there were any.
+    fn wait(&self) -> bool {
         let mut early = false;
         while self.ended.load(Ordering::SeqCst) < self.begun.load(Ordering::SeqCst) {
             early = true;
             std::thread::yield_now();
         }
+        early
+    }
+
+    /// # Panics
+    /// When a piece did, and when the pieces did not run once each.
+    fn finish(self, early: bool) {
         if let Some(payload) = self.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
             resume_unwind(payload);
         }

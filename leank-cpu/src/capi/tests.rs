@@ -4,9 +4,12 @@
 use std::{
     ffi::{CStr, CString, c_void},
     fmt::Write as _,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
     process::Command,
     ptr,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
 };
 
 use leank_core::{
@@ -17,13 +20,13 @@ use leank_core::{
 use super::{
     backend::*,
     cache::*,
-    callback::{Piece, Run},
+    callback::{Injected, Piece, Run},
     config::*,
     mask::*,
     memory::Options,
     status::*,
 };
-use crate::{Cpu, Isa};
+use crate::{Cpu, Executor as _, Isa};
 
 fn last_error() -> String {
     // SAFETY: it ends with a NUL, and is read before the next call.
@@ -235,6 +238,9 @@ fn results_are_those_of_rust() {
 }
 
 /// Two threads that share the pieces.
+///
+/// # Safety
+/// As `leank_run`'s `piece` and `context`.
 unsafe extern "C" fn shared(_: *mut c_void, count: usize, piece: Piece, context: *mut c_void) {
     let context = context.expose_provenance();
     let run = move |i| {
@@ -248,6 +254,9 @@ unsafe extern "C" fn shared(_: *mut c_void, count: usize, piece: Piece, context:
 }
 
 /// Calls pieces as `user` says: a list of numbers that are added to the count.
+///
+/// # Safety
+/// As [`shared`], and `user` is such a list.
 unsafe extern "C" fn wrong(user: *mut c_void, count: usize, piece: Piece, context: *mut c_void) {
     // SAFETY: the test hands in a list.
     let extra = unsafe { &*user.cast::<Vec<isize>>() };
@@ -286,7 +295,54 @@ fn threads_of_others_are_used_and_watched() {
     }
 }
 
-/// Comes back to the cache that it writes from; `user` is the scene.
+/// A runtime in error: it returns while a piece runs. `user` is where the piece stands.
+///
+/// # Safety
+/// As [`shared`], and `user` is an `AtomicUsize` that lives until the piece has returned.
+unsafe extern "C" fn returns_early(
+    user: *mut c_void,
+    _: usize,
+    piece: Piece,
+    context: *mut c_void,
+) {
+    // SAFETY: the caller's promise.
+    let stands = unsafe { &*user.cast::<AtomicUsize>() };
+    let context = context.expose_provenance();
+    std::thread::spawn(move || {
+        // SAFETY: the run waits for a piece that has begun.
+        unsafe { piece(ptr::with_exposed_provenance_mut(context), 0) }
+    });
+    while stands.load(Ordering::SeqCst) == 0 {
+        std::thread::yield_now();
+    }
+    stands.store(2, Ordering::SeqCst);
+}
+
+#[test]
+fn a_piece_that_goes_on_after_its_run_is_waited_for() {
+    let stands = AtomicUsize::new(0);
+    let user = (&raw const stands).cast_mut().cast();
+    let injected = Injected { run: returns_early, user, threads: 2 };
+    let run = || {
+        injected.run(1, &|_| {
+            stands.store(1, Ordering::SeqCst);
+            while stands.load(Ordering::SeqCst) == 1 {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            stands.store(3, Ordering::SeqCst);
+        });
+    };
+    let said = catch_unwind(AssertUnwindSafe(run)).unwrap_err();
+    assert_eq!(stands.into_inner(), 3);
+    let said = said.downcast::<String>().unwrap();
+    assert!(said.contains("went on after its return"), "{said}");
+}
+
+/// Comes back to the cache that it writes from.
+///
+/// # Safety
+/// `user` points to the cache's handle.
 unsafe extern "C" fn comes_back(user: *mut c_void, _: *const c_void, len: usize) -> isize {
     // SAFETY: the test hands in a cache.
     let cache = unsafe { *user.cast::<*mut Handle>() };
