@@ -12,13 +12,16 @@ use crate::{Kind, Subject, rounding_error};
 /// Up to here `scale · Σ_c |q_c k_c|` goes with the activations that bounds are for.
 const USUAL_TERMS: f64 = 100.0;
 
+/// Writes the activations of a layer and a position, `[heads, head_dim]`.
+type WriteRow<'a> = dyn Fn(Kind, Layer, usize, &mut [f32]) + 'a;
+
 /// One sequence as the oracle sees it. Its activations are a function, so that none are held.
 #[derive(Clone, Copy)]
 pub struct Reference<'a> {
     /// What the cache was made for.
     pub config: &'a CacheConfig,
     /// Writes the activations of a layer and a position, `[heads, head_dim]`.
-    pub row: &'a dyn Fn(Kind, Layer, usize, &mut [f32]),
+    pub row: &'a WriteRow<'a>,
     /// Blocks before this index, those of the sink excepted, are lean whatever the windows say: what
     /// a truncation left behind.
     pub packed: usize,
@@ -97,12 +100,14 @@ impl Reference<'_> {
             let head = i / shape.head_dim % shape.query_heads / shape.group();
             let error = (f64::from(got) - want).abs();
             let mut most = expected.largest * bound(head) + expected.finest;
-            // Errors of a logit are shares of what it adds up. Written so that NaN fails.
-            if !(error <= most) {
+            // Not `error > most`: NaN must fail.
+            let within = |most: f64| error <= most;
+            // Errors of a logit are shares of what it adds up.
+            if !within(most) {
                 let terms = expected.terms.get_or_init(|| self.terms(expected))[head];
                 most *= (terms / USUAL_TERMS).max(1.0);
             }
-            if !(error <= most) {
+            if !within(most) {
                 return Err(format!(
                     "element {i}: {got}, {against} says {want} (error {error:.2e} > {most:.1e})"
                 ));
