@@ -441,9 +441,15 @@ fn what_a_killed_dump_left_is_removed_by_the_next() {
     let running = DumpWriter::create(&path, synthetic.manifest()).unwrap();
     assert_eq!(siblings(&path).len(), 2, "both are being written");
     drop(killed);
-    fs::create_dir(dir.path().join(&left[0])).unwrap();
-    fs::write(dir.path().join(&left[0]).join("manifest.json"), "{}").unwrap();
-    drop(DumpWriter::create(&path, synthetic.manifest()).unwrap());
+    // One of another dump, and its own but for the last byte, which would give it another id.
+    let json = synthetic.manifest().to_json(&path).unwrap();
+    for manifest in [&b"{}"[..], &json[..json.len() - 1]] {
+        fs::create_dir(dir.path().join(&left[0])).unwrap();
+        fs::write(dir.path().join(&left[0]).join("manifest.json"), manifest).unwrap();
+        let next = DumpWriter::create(&path, synthetic.manifest()).unwrap();
+        assert!(!siblings(&path).contains(&left[0]), "taken over, or not removed");
+        drop(next);
+    }
     let names = siblings(&path);
     assert!(names.len() == 1 && names != left, "{names:?}");
     drop(running);

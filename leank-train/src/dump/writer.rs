@@ -107,7 +107,10 @@ impl DumpWriter {
         manifest.validate(&dir.join(MANIFEST_FILE))?;
         let layout = Layout::new(&manifest, dir)?;
         let is_same = |json: &[u8]| {
-            Manifest::from_json(json, dir).is_ok_and(|left| left.is_same_work(&manifest))
+            // Whole to the last byte: one that lacks the end of its line is valid, and gives another id.
+            let is_whole = |left: &Manifest| left.to_json(dir).is_ok_and(|whole| whole == json);
+            Manifest::from_json(json, dir)
+                .is_ok_and(|left| left.is_same_work(&manifest) && is_whole(&left))
         };
         let (place, json) = Place::create(dir, existing, manifest.to_json(dir)?, &is_same)?;
         // One that was left has the words of the command that began it.
