@@ -196,4 +196,16 @@ mod tests {
         let error = Planner::new(&config, RULES).unwrap_err().to_string();
         assert!(error.contains("1024 layers"), "{error}");
     }
+
+    #[test]
+    fn a_footprint_compares_with_a_dense_cache() {
+        // Per token and head 16 channels of K and V in f16: 64 bytes; a lean block keeps half of K.
+        let planner = planner(4, Windows { sink: 4, recent: 8 }, 8);
+        let footprint = planner.footprint(20).unwrap();
+        assert_eq!(footprint.blocks, BlockCount { full: 3, lean: 2 });
+        assert_eq!((footprint.tokens, footprint.dense_bytes), (20, 20 * 64));
+        assert_eq!(footprint.bytes, 3 * 4 * 64 + 2 * 4 * 48);
+        assert_eq!(footprint.whole_kv_ratio(), Some(1152.0 / 1280.0));
+        assert_eq!(planner.footprint(0).unwrap().whole_kv_ratio(), None);
+    }
 }
