@@ -169,4 +169,28 @@ mod tests {
             assert!(ModelShape::new(bad.0, bad.1, bad.2, bad.3).is_err(), "{bad:?}");
         }
     }
+
+    #[test]
+    fn the_largest_shapes_are_shapes() {
+        let (most, head_dim) = (MAX_LAYERS_OR_HEADS, MAX_HEAD_DIM);
+        let largest = ModelShape::new(most, most, most, head_dim).unwrap();
+        for larger in [
+            ModelShape { layers: most + 1, ..largest },
+            ModelShape { query_heads: 2 * most, ..largest },
+            ModelShape { query_heads: most + 1, kv_heads: most + 1, ..largest },
+            ModelShape { head_dim: head_dim + 1, ..largest },
+        ] {
+            assert!(larger.validate().is_err(), "{larger}");
+        }
+    }
+
+    #[test]
+    fn heads_come_layer_by_layer() {
+        let shape = ModelShape::new(2, 6, 3, 8).unwrap();
+        let all: Vec<_> = shape.all_kv_heads().map(|(layer, head)| (layer.0, head.0)).collect();
+        assert_eq!(all, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]);
+        assert_eq!(shape.layer_indices().len(), 2);
+        assert_eq!(shape.to_string(), "2 layers, 6 query / 3 KV heads, head_dim 8");
+        assert_eq!(Windows::default(), Windows { sink: 32, recent: 128 });
+    }
 }
