@@ -196,9 +196,9 @@ mod tests {
         assert!(quantile_and_round(&scores[1..], &shape, 0.5, 1).is_err());
         let shape = ModelShape::new(2, 3, 3, 4).unwrap();
         let mut scores = [0.0; 24];
-        scores[18] = f32::NAN;
+        scores[22] = f32::NAN;
         let message = quantile_and_round(&scores, &shape, 0.5, 1).unwrap_err().to_string();
-        assert!(message.contains("layer 1, KV head 1, channel 2"), "{message}");
+        assert!(message.contains("layer 1, KV head 2, channel 2"), "{message}");
     }
 
     proptest! {

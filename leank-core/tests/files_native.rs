@@ -134,9 +134,9 @@ fn damaged_and_foreign_files_are_named() {
         (vec![scores(vec![1, 1, 1], &[0.0])], good, "no tensor `mask`"),
         (vec![mask_tensor(&[1, 2, 1])], good, "channel 1 is 2"),
         (
-            vec![("mask", Dtype::U8, vec![2, 3, 4], (0..24).map(|at| at / 18 * 7).collect())],
+            vec![("mask", Dtype::U8, vec![2, 3, 4], (0..24).map(|at| at / 22 * 7).collect())],
             good,
-            "layer 1, KV head 1, channel 2 is 7",
+            "layer 1, KV head 2, channel 2 is 7",
         ),
         (vec![("mask", Dtype::I8, vec![1, 1, 1], vec![1])], good, "type I8"),
         (vec![("mask", Dtype::U8, vec![3], vec![1; 3])], good, "three axes"),
