@@ -703,7 +703,7 @@ def records():
     record("sum-wrong", "a checksum that is not its own", ["checksum is"], summed(whole(), 0xDEADBEEF))
     record("sum-moved", "a checksum that does not stand in the front", ["not in its front"], whole(sum="00000000"))
     record("nested", "5000 open brackets", ["EOF"], b'{"version":1,"dump":' + b"[" * 5000)
-    record("version-2-63", "version 2⁶³", ["version"], whole(version=1 << 63))
+    record("version-2-63", "version 2⁶³", ["expected u32"], whole(version=1 << 63))
     record("layer-2-63", "layer 2⁶³", ["its "], whole(layer=1 << 63))
     record("losses-1e999", "a loss of 1e999", ["out of range"], whole().replace(b"1.0", b"1e999"))
     record("unknown-field", "a field that nobody knows", ["unknown field"], whole(extra=1))

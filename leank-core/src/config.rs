@@ -188,4 +188,37 @@ mod tests {
         let heads = vec![ChannelMask::all(8), ChannelMask::none(8)];
         masked(heads, precisions).check_formats("a backend", &has).unwrap();
     }
+
+    #[test]
+    fn every_field_is_checked() {
+        let shape = ModelShape::new(2, 4, 2, 64).unwrap();
+        let dense = CacheConfig::dense(shape).unwrap();
+        assert_eq!((dense.windows, dense.scale()), (Windows::EVERYTHING, 0.125));
+        assert_eq!(CacheConfig { scale: Some(3.0), ..dense.clone() }.scale(), 3.0);
+        for good in [
+            dense.clone(),
+            CacheConfig { block: 1, ..dense.clone() },
+            CacheConfig { block: MAX_BLOCK, ..dense.clone() },
+            CacheConfig { formats: Some(vec![HeadFormat::plain(Dtype::F16); 4]), ..dense.clone() },
+            CacheConfig { scale: Some(f32::MIN_POSITIVE), soft_cap: Some(50.0), ..dense.clone() },
+        ] {
+            good.validate().unwrap();
+        }
+        let bad = |config: CacheConfig, names: &str| {
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains(names), "{names} is not in {error}");
+        };
+        bad(CacheConfig { block: 0, ..dense.clone() }, "block size");
+        bad(CacheConfig { block: MAX_BLOCK + 1, ..dense.clone() }, "block size");
+        for heads in [2, 3, 5, 8] {
+            let formats = Some(vec![HeadFormat::plain(Dtype::F16); heads]);
+            bad(CacheConfig { formats, ..dense.clone() }, "lean formats");
+        }
+        for value in [0.0, -1.0, f32::NAN, f32::INFINITY].map(Some) {
+            bad(CacheConfig { scale: value, ..dense.clone() }, "scale");
+            bad(CacheConfig { soft_cap: value, ..dense.clone() }, "soft-cap");
+        }
+        bad(CacheConfig { shape: ModelShape { layers: 3, ..shape }, ..dense.clone() }, "shape");
+        bad(CacheConfig { shape: ModelShape { query_heads: 3, ..shape }, ..dense }, "multiple");
+    }
 }

@@ -357,4 +357,20 @@ mod tests {
             assert!(error.to_string().contains("k8v4"), "{error}");
         }
     }
+
+    #[test]
+    fn codes_use_all_their_bits() {
+        for format in LeanFormat::ALL {
+            if let Some(most) = format.largest_code() {
+                assert_eq!(u32::from(most), (1 << format.bits()) - 1, "{format}");
+            }
+        }
+        let coded = LeanFormat::ALL.map(|format| format.largest_code().is_some());
+        assert_eq!(coded, [false, false, false, true, true, false]);
+        for dtype in Dtype::ALL {
+            assert_eq!(dtype.to_string().parse::<Dtype>().unwrap(), dtype);
+            assert_eq!(LeanFormat::Plain(dtype).bits(), 8 * dtype.bytes());
+        }
+        assert!("f64".parse::<Dtype>().unwrap_err().to_string().contains("f64"));
+    }
 }

@@ -212,3 +212,102 @@ impl CacheLayout {
         self.layers.iter().map(|layer| layer.lean_bytes as u64).sum()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{ChannelMask, Dtype, ModelMask, ModelShape};
+
+    fn rules() -> impl Strategy<Value = LayoutRules> {
+        (1usize..6, 1usize..6, 1usize..6, 1usize..6, 1usize..65).prop_map(
+            |(kc, kt, vc, vt, align)| LayoutRules {
+                k_channel_multiple: kc,
+                k_token_multiple: kt,
+                v_channel_multiple: vc,
+                v_token_multiple: vt,
+                section_align: align,
+            },
+        )
+    }
+
+    proptest! {
+        /// Sections lie one behind the other, aligned, each with room for its rows and less than one more
+        /// step of every padding.
+        #[test]
+        fn sections_tile_a_block(
+            rules in rules(),
+            block in 1usize..70,
+            head_dim in 1usize..40,
+            kept in prop::collection::vec(0usize..41, 6),
+            formats in prop::collection::vec(prop::sample::select(LeanFormat::ALL.to_vec()), 12),
+            dtype in prop::sample::select(Dtype::ALL.to_vec()),
+        ) {
+            let shape = ModelShape::new(2, 3, 3, head_dim).unwrap();
+            let mask = |&n: &usize| ChannelMask::new(head_dim, (0..n.min(head_dim) as u16).collect());
+            let heads = kept.iter().map(|n| mask(n).unwrap()).collect();
+            let mask = ModelMask::new(2, 3, head_dim, heads).unwrap();
+            let formats: Vec<_> =
+                formats.chunks(2).map(|pair| HeadFormat { k: pair[0], v: pair[1] }).collect();
+            let config = CacheConfig {
+                block,
+                dtype,
+                formats: Some(formats.clone()),
+                ..CacheConfig::new(shape, mask).unwrap()
+            };
+            let layout = CacheLayout::new(&config, rules).unwrap();
+            let pad = |n: usize, to: usize| n.div_ceil(to) * to;
+            let section = |bytes: usize| pad(bytes, rules.section_align);
+            let k_tokens = pad(block, rules.k_token_multiple);
+            let v_tokens = pad(block, rules.v_token_multiple);
+            let v_channels = pad(head_dim, rules.v_channel_multiple);
+
+            prop_assert_eq!(layout.full_channels, pad(head_dim, rules.k_channel_multiple));
+            prop_assert_eq!(layout.stored_tokens, v_tokens);
+            let mut end = 0;
+            for head in shape.kv_head_indices() {
+                prop_assert_eq!(layout.full_k_offset(head), end);
+                let v = end + section(k_tokens * layout.full_channels * dtype.bytes());
+                prop_assert_eq!(layout.full_v_offset(head), v);
+                end = v + section(v_tokens * v_channels * dtype.bytes());
+                prop_assert_eq!(layout.full_head_bytes() * (head.0 + 1), end);
+            }
+            prop_assert_eq!(layout.full_bytes, end);
+            prop_assert_eq!(layout.full_bytes_all_layers(), 2 * end as u64);
+            prop_assert_eq!(layout.dense_token_bytes, 2 * 6 * head_dim * dtype.bytes());
+
+            let mut all_layers = 0;
+            for layer in shape.layer_indices() {
+                let of_layer = layout.layer(layer);
+                let mut end = 0;
+                for head in shape.kv_head_indices() {
+                    let lean = of_layer.lean[head.0];
+                    let kept = config.mask.head(layer, head).kept_count();
+                    let format = formats[layer.0 * 3 + head.0];
+                    let codes = |rows: usize, format| {
+                        if matches!(format, LeanFormat::Plain(_)) { rows } else { pad(rows, 8) }
+                    };
+                    let stored = codes(pad(kept, rules.k_channel_multiple), format.k);
+                    let stored_tokens = codes(v_tokens, format.v);
+                    let v_channels = if kept == 0 { 0 } else { v_channels };
+                    let k_bytes = section(format.k.bytes(Tensor::K, k_tokens, stored));
+                    let v_bytes = section(format.v.bytes(Tensor::V, stored_tokens, v_channels));
+                    let (k_offset, v_offset) = (end, end + k_bytes);
+                    prop_assert_eq!(
+                        lean,
+                        LeanHead { kept, stored, stored_tokens, k_offset, v_offset, format }
+                    );
+                    prop_assert_eq!(of_layer.lean_head_bytes(head), k_bytes + v_bytes);
+                    let alone = rules.lean_head_bytes(block, head_dim, kept, format);
+                    prop_assert_eq!(alone, k_bytes + v_bytes);
+                    prop_assert!(kept > 0 || alone == 0, "nothing of a dead head is stored");
+                    end = v_offset + v_bytes;
+                }
+                prop_assert_eq!(of_layer.lean_bytes, end);
+                all_layers += end as u64;
+            }
+            prop_assert_eq!(layout.lean_bytes_all_layers(), all_layers);
+        }
+    }
+}

@@ -636,4 +636,107 @@ mod tests {
         assert!(message.contains("RoPE base") && message.contains("Other"), "{message}");
         assert!(mask.check_shape(&shape).is_ok());
     }
+
+    #[test]
+    fn the_longest_head_is_a_head() {
+        let most = MAX_HEAD_DIM;
+        assert_eq!(ChannelMask::new(most, vec![most as u16 - 1]).unwrap().head_dim(), most);
+        assert!(ChannelMask::new(most + 1, vec![]).is_err());
+        assert!(ChannelMask::from_flags(&vec![true; most]).unwrap().keeps_all());
+        assert!(ChannelMask::from_flags(&vec![true; most + 1]).is_err());
+        assert!(ChannelMask::from_flags(&[]).is_err());
+        assert_eq!(ChannelMask::all(most), ChannelMask::from_flags(&vec![true; most]).unwrap());
+        assert!(!ChannelMask::new(4, vec![0, 1, 2]).unwrap().keeps_all());
+    }
+
+    #[test]
+    fn heads_flags_and_scores_must_be_as_many_as_the_shape_says() {
+        let head = |head_dim| ChannelMask::all(head_dim);
+        assert!(ModelMask::new(2, 3, 4, vec![head(4); 6]).is_ok());
+        assert!(ModelMask::new(2, 3, 4, vec![head(4); 5]).is_err());
+        assert!(ModelMask::new(2, 1, 4, vec![head(4), head(3)]).is_err());
+        assert!(ModelMask::new(0, 1, 4, vec![]).is_err());
+        let mask = ModelMask::from_flags(2, 3, 4, &[true; 24]).unwrap();
+        assert_eq!(mask, ModelMask::dense(&ModelShape::new(2, 3, 3, 4).unwrap()));
+        assert_eq!(
+            (mask.channels(), mask.to_string().as_str()),
+            (24, "2 layers, 3 KV heads, head_dim 4")
+        );
+        for flags in [9, 20, 23, 25] {
+            assert!(ModelMask::from_flags(2, 3, 4, &vec![true; flags]).is_err());
+        }
+        assert!(ModelMask::from_flags(0, 1, 4, &[]).is_err());
+        assert!(mask.clone().with_scores(vec![0.0; 23]).is_err());
+        let mut scores = vec![0.0; 24];
+        assert_eq!(mask.clone().with_scores(scores.clone()).unwrap().scores(), Some(&scores[..]));
+        scores[5] = f32::INFINITY;
+        assert!(mask.with_scores(scores).unwrap_err().to_string().contains("score 5"));
+    }
+
+    #[test]
+    fn what_a_mask_says_must_be_true() {
+        let shape = ModelShape::new(2, 2, 2, 4).unwrap();
+        let pruned = ChannelMask::new(4, vec![1, 3]).unwrap();
+        let heads = vec![pruned.clone(), pruned, ChannelMask::all(4), ChannelMask::all(4)];
+        let mask = ModelMask::new(2, 2, 4, heads).unwrap();
+        let exempt = |layer| MaskInfo { exempt_layers: vec![layer], ..Default::default() };
+        let one = mask.clone().with_info(exempt(1)).unwrap();
+        assert!(one.is_exempt(Layer(1)) && !one.is_exempt(Layer(0)));
+        for layer in [0, 2] {
+            assert!(mask.clone().with_info(exempt(layer)).is_err());
+        }
+        // All of a head is a multiple of every alignment.
+        for (alignment, good) in [(0, false), (1, true), (2, true), (3, false)] {
+            let info = MaskInfo { alignment: Some(alignment), ..Default::default() };
+            assert_eq!(mask.clone().with_info(info).is_ok(), good, "{alignment}");
+        }
+        let other = ModelShape { layers: 3, ..shape };
+        assert!(mask.check_shape(&other).is_err());
+        assert!(mask.check_shape(&ModelShape { query_heads: 8, ..shape }).is_ok());
+        let fingerprint = |shape| Fingerprint { shape, ..fingerprint() };
+        let info = |shape| MaskInfo { fingerprint: Some(fingerprint(shape)), ..Default::default() };
+        assert!(mask.clone().with_info(info(other)).is_err());
+        // Without a fingerprint of its own a mask is checked by shape.
+        assert!(mask.check_model(&fingerprint(shape)).is_ok());
+        assert!(mask.check_model(&fingerprint(other)).is_err());
+    }
+
+    fn fingerprint() -> Fingerprint {
+        Fingerprint {
+            architecture: "gemma3".into(),
+            shape: ModelShape::new(1, 2, 1, 4).unwrap(),
+            rope_base: 1e6,
+            rope_scaling: Some("linear 8".into()),
+            config_hash: "a".into(),
+            sliding: Some(Sliding { layers: 5, window: 512 }),
+        }
+    }
+
+    #[test]
+    fn every_field_of_a_fingerprint_counts() {
+        let own = fingerprint();
+        own.check(&own, None).unwrap();
+        let sliding = |layers, window| Some(Sliding { layers, window });
+        for (other, names) in [
+            (
+                Fingerprint { architecture: "gemma2".into(), ..own.clone() },
+                "the architecture is gemma2",
+            ),
+            (
+                Fingerprint { shape: ModelShape { query_heads: 4, ..own.shape }, ..own.clone() },
+                "4 query",
+            ),
+            (Fingerprint { rope_base: 1e4, ..own.clone() }, "the RoPE base is 10000"),
+            (Fingerprint { rope_scaling: None, ..own.clone() }, "the RoPE scaling is none"),
+            (Fingerprint { sliding: None, ..own.clone() }, "the sliding layers is none"),
+            (Fingerprint { sliding: sliding(4, 512), ..own.clone() }, "4 of 512 tokens"),
+            (Fingerprint { sliding: sliding(5, 256), ..own.clone() }, "5 of 256 tokens"),
+            (Fingerprint { config_hash: "b".into(), ..own.clone() }, "the configuration hash is b"),
+        ] {
+            let error = own.check(&other, None).unwrap_err();
+            assert!(matches!(error, Error::OtherModel { .. }), "{error:?}");
+            let message = error.to_string();
+            assert!(message.contains(names) && message.contains("unnamed"), "{message}");
+        }
+    }
 }

@@ -112,3 +112,113 @@ impl Attention<'_> {
         out
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two query heads for each of two KV heads of two channels: one keeps the first channel, the other is
+    /// dead. Of the five tokens block 1 is lean. A factor of ln 2 makes weights powers of two.
+    struct Setting {
+        masks: [ChannelMask; 2],
+        keys: Vec<f64>,
+        values: Vec<f64>,
+    }
+
+    impl Setting {
+        fn new() -> Self {
+            let masks = [ChannelMask::new(2, vec![0]).unwrap(), ChannelMask::none(2)];
+            let keys = [[1, 1], [1, 9], [0, 2], [2, 1], [0, 0]];
+            let keys = keys.iter().flat_map(|&[a, b]| [a, b, 5 * a, -b]).map(f64::from).collect();
+            let values = (0..5).flat_map(|t| [t, t * t, -t, 1]).map(f64::from).collect();
+            Self { masks, keys, values }
+        }
+
+        fn attention<'a>(&'a self, queries: &'a [f64]) -> Attention<'a> {
+            Attention {
+                masks: &self.masks,
+                query_heads: 4,
+                windows: Windows { sink: 1, recent: 2 },
+                block: 1,
+                scale: 2f64.ln(),
+                soft_cap: None,
+                start: 3,
+                keys: &self.keys,
+                values: &self.values,
+                queries,
+            }
+        }
+    }
+
+    /// The mean of values `[[a, b]; tokens]` under these weights, one per token.
+    fn mean(weights: &[f64], value: impl Fn(f64) -> [f64; 2]) -> [f64; 2] {
+        let sum: f64 = weights.iter().sum();
+        [0, 1].map(|c| {
+            let terms = weights.iter().enumerate().map(|(t, weight)| weight * value(t as f64)[c]);
+            terms.sum::<f64>() / sum
+        })
+    }
+
+    fn close(found: &[f64], expected: &[[f64; 2]]) {
+        assert_eq!(found.len(), 2 * expected.len());
+        for (found, expected) in found.iter().zip(expected.as_flattened()) {
+            assert!((found - expected).abs() < 1e-12, "{found} is not {expected}");
+        }
+    }
+
+    #[test]
+    fn attention_is_what_the_definition_says() {
+        let setting = Setting::new();
+        let queries = [[1, 1], [0, 1], [0, 0], [1, 0], [0, 1], [2, 0], [0, 1], [0, 0]];
+        let queries: Vec<f64> = queries.as_flattened().iter().map(|&q| f64::from(q)).collect();
+        let live = |weights: &[f64]| mean(weights, |t| [t, t * t]);
+        let dead = |weights: &[f64]| mean(weights, |t| [-t, 1.0]);
+        // Exponents are q·k, of token 1 over the first channel alone; a weight of 0 is not seen.
+        let expected = [
+            live(&[4.0, 2.0, 4.0, 8.0]),
+            live(&[2.0, 1.0, 4.0, 2.0]),
+            dead(&[1.0, 0.0, 1.0, 1.0]),
+            dead(&[32.0, 0.0, 1.0, 1024.0]),
+            live(&[2.0, 1.0, 4.0, 2.0, 1.0]),
+            live(&[4.0, 4.0, 1.0, 16.0, 1.0]),
+            dead(&[0.5, 0.0, 0.25, 0.5, 1.0]),
+            dead(&[1.0, 0.0, 1.0, 1.0, 1.0]),
+        ];
+        close(&setting.attention(&queries).output(), &expected);
+        // After a truncation block 2 is lean too; the sink never is.
+        let packed = setting.attention(&queries[..4]).output_packed(3);
+        let attention = Attention { query_heads: 2, ..setting.attention(&queries[..4]) };
+        let packed_alike = attention.output_packed(3);
+        close(&packed[..2], &[live(&[4.0, 2.0, 1.0, 8.0])]);
+        assert_eq!(packed[..2], packed_alike[..2]);
+        close(&packed_alike[2..], &[dead(&[0.5, 0.0, 0.0, 0.5])]);
+        // Every token twice, in blocks of two: the same means.
+        let twice = |rows: &[f64]| -> Vec<f64> {
+            rows.chunks(4).flat_map(|row| row.iter().chain(row)).copied().collect()
+        };
+        let (keys, values) = (twice(&setting.keys), twice(&setting.values));
+        let windows = Windows { sink: 2, recent: 4 };
+        let (keys, values) = (&keys[..], &values[..]);
+        let one = setting.attention(&queries[..8]);
+        let doubled = Attention { keys, values, windows, block: 2, start: 7, ..one };
+        close(&doubled.output(), &expected[..4]);
+    }
+
+    #[test]
+    fn logits_may_be_large_and_capped() {
+        let setting = Setting::new();
+        let live = |weights: &[f64]| mean(weights, |t| [t, t * t]);
+        // 2^2000 is beyond f64; the ratios of weights are not.
+        let queries = [1000.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        let found = setting.attention(&queries).output();
+        close(&found[..2], &[live(&[0.0, 0.0, 0.0, 1.0])]);
+        let keys: Vec<f64> =
+            [1023.0, 1023.0, 1022.0, 1024.0].iter().flat_map(|&k| [k, 0.0, 0.0, 0.0]).collect();
+        let queries = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+        let attention = Attention { keys: &keys, ..setting.attention(&queries) };
+        close(&attention.output()[..2], &[live(&[2.0, 2.0, 1.0, 4.0])]);
+        let capped = Attention { soft_cap: Some(2.0), scale: 1.5, ..setting.attention(&queries) };
+        let weight = |dot: f64| (2.0 * (1.5 * dot / 2.0).tanh()).exp();
+        close(&capped.output()[..2], &[live(&[1.0, 1.0, 0.0, 2.0].map(weight))]);
+    }
+}

@@ -39,7 +39,7 @@ impl Planner {
     /// A planner for caches of this configuration on a backend with these rules.
     ///
     /// # Errors
-    /// As [`CacheConfig::validate`]; [`Error::Invalid`] for a model so large that the bytes of
+    /// As [`CacheConfig::validate`]; [`Error::Invalid`] for rules that pad so much that the bytes of
     /// [`MAX_TOKENS`] tokens cannot be counted.
     pub fn new(config: &CacheConfig, rules: LayoutRules) -> Result<Self> {
         let layout = CacheLayout::new(config, rules)?;
@@ -185,15 +185,23 @@ mod tests {
 
     #[test]
     fn models_whose_bytes_cannot_be_counted_are_refused() {
-        let shape = ModelShape::new(1 << 10, 1 << 10, 1 << 10, 1 << 12).unwrap();
-        let mask = ModelMask::new(
-            shape.layers,
-            shape.kv_heads,
-            shape.head_dim,
-            vec![ChannelMask::none(shape.head_dim); shape.layers * shape.kv_heads],
-        );
-        let config = CacheConfig::new(shape, mask.unwrap()).unwrap();
-        let error = Planner::new(&config, RULES).unwrap_err().to_string();
-        assert!(error.contains("1024 layers"), "{error}");
+        // Not by a shape alone: a backend pads each head to 64 MiB.
+        let shape = ModelShape::new(16, 16, 16, 1).unwrap();
+        let config = CacheConfig { block: 1, ..CacheConfig::dense(shape).unwrap() };
+        let rules = LayoutRules { section_align: 1 << 26, ..RULES };
+        let error = Planner::new(&config, rules).unwrap_err().to_string();
+        assert!(error.contains("16 layers"), "{error}");
+    }
+
+    #[test]
+    fn a_footprint_compares_with_a_dense_cache() {
+        // Per token and head 16 channels of K and V in f16: 64 bytes; a lean block keeps half of K.
+        let planner = planner(4, Windows { sink: 4, recent: 8 }, 8);
+        let footprint = planner.footprint(20).unwrap();
+        assert_eq!(footprint.blocks, BlockCount { full: 3, lean: 2 });
+        assert_eq!((footprint.tokens, footprint.dense_bytes), (20, 20 * 64));
+        assert_eq!(footprint.bytes, 3 * 4 * 64 + 2 * 4 * 48);
+        assert_eq!(footprint.whole_kv_ratio(), Some(1152.0 / 1280.0));
+        assert_eq!(planner.footprint(0).unwrap().whole_kv_ratio(), None);
     }
 }

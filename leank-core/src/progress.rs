@@ -102,3 +102,60 @@ impl Progress {
 fn check_step<'a>(ledger: &'a Ledger, call: &'static str) -> Result<&'a Step> {
     ledger.step().ok_or_else(|| Error::Order { call, when: "without a plan".into() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CacheConfig, CacheLayout, LayoutRules, StepEntry};
+
+    fn is_order<T: std::fmt::Debug>(result: Result<T>, says: &str) {
+        let error = result.expect_err("out of order");
+        assert!(
+            matches!(error, Error::Order { .. }) && error.to_string().contains(says),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_step_is_append_then_attend_per_layer_then_commit() {
+        let shape = ModelShape::new(2, 4, 2, 16).unwrap();
+        let config = CacheConfig::dense(shape).unwrap();
+        let layout = CacheLayout::new(&config, LayoutRules::PACKED).unwrap();
+        let mut ledger = Ledger::new(&layout, config.windows, None);
+        let mut progress = Progress::new(shape);
+        is_order(progress.check_layer(&ledger, "append", Layer(0)), "append called without a plan");
+        is_order(progress.check_attend(&ledger, Layer(0)), "attend called without a plan");
+        is_order(progress.check_commit(&ledger), "commit called without a plan");
+
+        let sequence = ledger.add_sequence();
+        ledger.plan(&[StepEntry::decode(sequence, 3)]).unwrap();
+        progress.begin();
+        progress.check_layer(&ledger, "append", Layer(1)).unwrap();
+        for layer in [2, 3] {
+            let error = progress.check_layer(&ledger, "append", Layer(layer)).unwrap_err();
+            assert!(matches!(error, Error::Mismatch { what: "layer", .. }), "{error:?}");
+        }
+        is_order(progress.check_attend(&ledger, Layer(1)), "before append of layer 1");
+        progress.mark(Layer(1));
+        progress.check_attend(&ledger, Layer(1)).unwrap();
+        is_order(progress.check_attend(&ledger, Layer(0)), "before append of layer 0");
+        is_order(progress.check_commit(&ledger), "before append of layer 0");
+        progress.mark_all();
+        assert_eq!(progress.check_commit(&ledger).unwrap().tokens, 3);
+        progress.begin();
+        is_order(progress.check_commit(&ledger), "before append of layer 0");
+
+        let view = ViewShape::contiguous(3, 4, 16);
+        progress.check_view(&ledger, "q", view, 4).unwrap();
+        let others = [
+            (ViewShape { tokens: 2, ..view }, 4),
+            (ViewShape { heads: 2, ..view }, 4),
+            (ViewShape { head_dim: 8, ..view }, 4),
+            (view, 2),
+        ];
+        for (view, heads) in others {
+            let error = progress.check_view(&ledger, "q", view, heads).unwrap_err();
+            assert!(matches!(error, Error::Mismatch { what: "q", .. }), "{error:?}");
+        }
+    }
+}

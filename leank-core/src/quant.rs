@@ -454,6 +454,7 @@ mod tests {
             prop_assert!(scale.is_valid() && scale.zero() == 0.0);
             let largest = values.iter().fold(0f32, |most, x| most.max(x.abs()));
             prop_assert!(scale.step() <= (1.008 * largest / 448.0).max(LEAST_STEP));
+            prop_assert!(scale.step() >= 0.999_999 * largest / 448.0, "the largest saturates");
             for (&x, code) in values.iter().zip(codes) {
                 let error = (value(LeanFormat::Fp8, scale, code) - x).abs();
                 let stated = (x.abs() / 16.0).max(scale.step() / 1024.0);

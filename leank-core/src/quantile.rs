@@ -174,6 +174,11 @@ mod tests {
         assert_eq!(mask.heads()[1].kept(), [0, 1]);
         let signed = [0.0, -0.0, 0.0, -0.0, -0.0, 0.0, -0.0, 0.0];
         assert_eq!(quantile_and_round(&signed, &shape, 0.55, 1).unwrap(), mask);
+        for kept in 0..=40 {
+            let counts: Vec<_> =
+                (0..10).map(|head| kept / 10 + usize::from(head < kept % 10)).collect();
+            assert_eq!(aligned_counts(&[0.0; 40], 4, kept, 1), counts);
+        }
     }
 
     #[test]
@@ -189,8 +194,11 @@ mod tests {
             assert!(result.is_err(), "{ratio} {alignment}");
         }
         assert!(quantile_and_round(&scores[1..], &shape, 0.5, 1).is_err());
-        let message = quantile_and_round(&[1.0, 2.0, f32::NAN, 4.0], &shape, 0.5, 1).unwrap_err();
-        assert!(message.to_string().contains("channel 2"), "{message}");
+        let shape = ModelShape::new(2, 3, 3, 4).unwrap();
+        let mut scores = [0.0; 24];
+        scores[22] = f32::NAN;
+        let message = quantile_and_round(&scores, &shape, 0.5, 1).unwrap_err().to_string();
+        assert!(message.contains("layer 1, KV head 2, channel 2"), "{message}");
     }
 
     proptest! {

@@ -58,4 +58,20 @@ mod tests {
         let run = RunRecord { command: command.map(Into::into).into(), ..RunRecord::default() };
         assert_eq!(run.shell_line(), r"leank dump --text 'it'\''s here.txt' '' 'a$b' --bytes=0.2");
     }
+
+    #[test]
+    fn inputs_are_found_by_their_role() {
+        let input = |role: &str, name: &str| InputRecord {
+            role: role.into(),
+            name: name.into(),
+            sha256: String::new(),
+        };
+        let inputs = vec![input("text", "a"), input("model", "m"), input("text", "b")];
+        let run = RunRecord { inputs, ..RunRecord::default() };
+        let names = |role| run.inputs_of(role).map(|input| input.name.as_str()).collect::<Vec<_>>();
+        assert_eq!(
+            (names("text"), names("model"), names("dump")),
+            (vec!["a", "b"], vec!["m"], vec![])
+        );
+    }
 }

@@ -200,4 +200,40 @@ mod tests {
         }
         shape(100, 96, 128).unwrap();
     }
+
+    #[test]
+    fn the_largest_shapes_are_shapes() {
+        let (most, head_dim) = (MAX_LAYERS_OR_HEADS, MAX_HEAD_DIM);
+        let small = ModelShape { layers: 1, query_heads: 1, kv_heads: 1, head_dim: 1 };
+        let (heads, channels) = (MAX_KV_HEADS / most, MAX_CHANNELS / head_dim);
+        for (largest, larger) in [
+            (ModelShape { layers: most, ..small }, ModelShape { layers: most + 1, ..small }),
+            (
+                ModelShape { query_heads: most, ..small },
+                ModelShape { query_heads: most + 1, ..small },
+            ),
+            (ModelShape { head_dim, ..small }, ModelShape { head_dim: head_dim + 1, ..small }),
+            (
+                ModelShape { layers: most, query_heads: heads, kv_heads: heads, ..small },
+                ModelShape { layers: most, query_heads: heads + 1, kv_heads: heads + 1, ..small },
+            ),
+            (
+                ModelShape { layers: channels, head_dim, ..small },
+                ModelShape { layers: channels + 1, head_dim, ..small },
+            ),
+        ] {
+            largest.validate().unwrap();
+            assert!(larger.validate().is_err(), "{larger}");
+        }
+    }
+
+    #[test]
+    fn heads_come_layer_by_layer() {
+        let shape = ModelShape::new(2, 6, 3, 8).unwrap();
+        let all: Vec<_> = shape.all_kv_heads().map(|(layer, head)| (layer.0, head.0)).collect();
+        assert_eq!(all, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]);
+        assert_eq!(shape.layer_indices().len(), 2);
+        assert_eq!(shape.to_string(), "2 layers, 6 query / 3 KV heads, head_dim 8");
+        assert_eq!(Windows::default(), Windows { sink: 32, recent: 128 });
+    }
 }

@@ -233,4 +233,62 @@ mod tests {
         let empty = ViewShape::contiguous(0, 2, 2);
         assert!(HostView::new(&data[..0], empty).is_ok());
     }
+
+    #[test]
+    fn every_type_is_read_and_written() {
+        let shape = ViewShape { token_stride: 7, head_stride: 3, ..ViewShape::contiguous(2, 2, 2) };
+        assert_eq!(shape.span(), Some(7 + 3 + 2));
+        fn check<'a>(mut view: HostViewMut<'a>, dtype: Dtype) {
+            let shape = view.shape();
+            assert_eq!(view.dtype(), dtype);
+            for (token, head) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                view.write_row(token, head, &[(10 * token + head) as f32, 0.1]);
+            }
+            for (token, head) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                let mut row = [f32::NAN; 2];
+                view.read_row(token, head, &mut row);
+                assert_eq!(row, [(10 * token + head) as f32, dtype.round(0.1)]);
+            }
+            assert_eq!(shape, view.shape());
+        }
+        check(HostViewMut::new(&mut [0f32; 12][..], shape).unwrap(), Dtype::F32);
+        check(HostViewMut::new(&mut [f16::ZERO; 12][..], shape).unwrap(), Dtype::F16);
+        check(HostViewMut::new(&mut [bf16::ZERO; 12][..], shape).unwrap(), Dtype::Bf16);
+        let read = |view: Result<HostView<'_>>| {
+            let mut row = [0.0; 2];
+            let view = view.unwrap();
+            view.read_row(1, 1, &mut row);
+            (view.dtype(), row)
+        };
+        let numbers: Vec<f32> = (0..12).map(|n| n as f32).collect();
+        assert_eq!(read(HostView::new(&numbers[..], shape)), (Dtype::F32, [10.0, 11.0]));
+        let narrow: Vec<bf16> = numbers.iter().map(|&n| bf16::from_f32(n)).collect();
+        assert_eq!(read(HostView::new(&narrow[..], shape)), (Dtype::Bf16, [10.0, 11.0]));
+        assert!(HostView::new(&numbers[..11], shape).is_err());
+        assert!(HostView::new(&narrow[..11], shape).is_err());
+        let strides = |shape: ViewShape| (shape.token_stride, shape.head_stride);
+        assert_eq!(strides(ViewShape::contiguous(2, 3, 5)), (15, 5));
+        assert_eq!(strides(ViewShape::head_major(2, 3, 5)), (5, 10));
+        for empty in [
+            ViewShape::contiguous(0, 2, 2),
+            ViewShape::contiguous(2, 0, 2),
+            ViewShape::contiguous(2, 2, 0),
+        ] {
+            assert_eq!(empty.span(), Some(0));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "row (0, 2)")]
+    fn a_head_that_is_not_there_is_not_the_next_token() {
+        let view = HostView::new(&[0f32; 12][..], ViewShape::contiguous(3, 2, 2)).unwrap();
+        view.read_row(0, 2, &mut [0.0; 2]);
+    }
+
+    #[test]
+    #[should_panic(expected = "row (2, 0)")]
+    fn a_token_that_is_not_there_is_not_the_next_head() {
+        let view = HostView::new(&[0f32; 12][..], ViewShape::head_major(2, 3, 2)).unwrap();
+        view.read_row(2, 0, &mut [0.0; 2]);
+    }
 }

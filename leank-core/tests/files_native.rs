@@ -133,6 +133,11 @@ fn damaged_and_foreign_files_are_named() {
         (vec![mask()], Some(r#"{"version": 1, "exempt_layers": [0]}"#), "exempt"),
         (vec![scores(vec![1, 1, 1], &[0.0])], good, "no tensor `mask`"),
         (vec![mask_tensor(&[1, 2, 1])], good, "channel 1 is 2"),
+        (
+            vec![("mask", Dtype::U8, vec![2, 3, 4], (0..24).map(|at| at / 22 * 7).collect())],
+            good,
+            "layer 1, KV head 2, channel 2 is 7",
+        ),
         (vec![("mask", Dtype::I8, vec![1, 1, 1], vec![1])], good, "type I8"),
         (vec![("mask", Dtype::U8, vec![3], vec![1; 3])], good, "three axes"),
         (vec![("mask", Dtype::U8, vec![0, 1, 1], vec![])], good, "layers is 0"),
@@ -147,6 +152,9 @@ fn damaged_and_foreign_files_are_named() {
     let many = vec![0; 1 << 18];
     let heads = ("mask", Dtype::U8, vec![1 << 9, 1 << 9, 1], many);
     assert!(refused(&[heads], good).contains("KV heads"));
+    // As many as there may be.
+    let heads = ("mask", Dtype::U8, vec![1 << 9, 1 << 8, 1], vec![0; 1 << 17]);
+    assert!(native::from_bytes(&file(&[heads], good), name()).is_ok());
 }
 
 #[test]
@@ -204,6 +212,8 @@ fn extension_and_content_must_agree() {
         ("b.pth", b"\x80\x02\x8a\x0al\xfc\x9cF".as_slice(), "before PyTorch 1.6"),
         ("b.pth", b"\x80\x02}q.", "first bytes"),
         ("b.safetensors", b"", "empty"),
+        ("b.safetensors", b"\x0a\0\0\0\0\0\0\0{", "its header alone claims 10 bytes"),
+        ("b.safetensors", b"\x09\0\0\0\0\0\0\0{", "is the file whole?"),
         ("b.npy", b"0.5\t0.5\n", "a table of scaling factors, name it .tsv"),
         ("b.pth", b"404: not found\n", "it is a text file"),
     ] {
@@ -230,6 +240,12 @@ fn only_regular_files_of_sane_size_are_read() {
     fs::File::create(&path).unwrap().set_len(files::MAX_FILE_BYTES + 1).unwrap();
     let options = ReadOptions::default();
     assert!(message(read_mask(&path, &options)).contains("larger than"));
+    // The largest that is read is read whole.
+    let path = dir.path().join("largest.safetensors");
+    fs::write(&path, [&(files::MAX_FILE_BYTES + 5).to_le_bytes()[..], b"{"].concat()).unwrap();
+    fs::File::options().write(true).open(&path).unwrap().set_len(files::MAX_FILE_BYTES).unwrap();
+    let error = message(read_mask(&path, &options));
+    assert!(error.contains(&format!("the file has {}", files::MAX_FILE_BYTES)), "{error}");
     let folder = dir.path().join("folder.pth");
     fs::create_dir(&folder).unwrap();
     assert!(message(read_mask(&folder, &options)).contains("regular file"));
@@ -257,8 +273,14 @@ fn writing_is_all_or_nothing() {
     fs::write(folder.join("inside"), "").unwrap();
     assert!(matches!(write_mask(&folder, &rich_mask()), Err(Error::Io { .. })));
     assert_eq!(names(), ["m.safetensors", "taken.npy"]);
+    // The temporary file lies beside the target, also where that is named without a folder.
     let nowhere = dir.path().join("absent").join("m.npy");
-    assert!(matches!(write_mask(&nowhere, &rich_mask()), Err(Error::Io { .. })));
+    let error = write_mask(&nowhere, &rich_mask()).unwrap_err().to_string();
+    assert!(error.contains("creating a temporary file"), "{error}");
+    let bare = format!("test-{}.npy", std::process::id());
+    let written = write_mask(bare.as_ref(), &rich_mask());
+    fs::remove_file(&bare).unwrap();
+    written.unwrap();
 }
 
 #[cfg(unix)]
@@ -283,4 +305,22 @@ fn a_symbolic_link_is_replaced_and_its_target_left_alone() {
     let link = dir.path().join("link.npy");
     symlink(&path, &link).unwrap();
     assert!(read_mask(&link, &ReadOptions::default()).is_ok());
+}
+
+#[test]
+fn headers_are_as_long_as_readers_take() {
+    let claims = |length: u64| {
+        message(native::from_bytes(&[&length.to_le_bytes()[..], b"{}"].concat(), name()))
+    };
+    assert!(claims((1 << 20) + 1).contains("header claims 1048577 bytes"));
+    assert!(!claims(1 << 20).contains("header claims"));
+    // A quote takes four bytes in the header, and two in JSON.
+    let quotes = |n: usize| {
+        let info = MaskInfo { method: Some("\"".repeat(n)), ..MaskInfo::default() };
+        let shape = ModelShape::new(1, 1, 1, 4).unwrap();
+        ModelMask::dense(&shape).with_info(info).unwrap()
+    };
+    let long = quotes(250_000);
+    assert_eq!(native::from_bytes(&native::to_bytes(&long).unwrap(), name()).unwrap(), long);
+    assert!(matches!(native::to_bytes(&quotes(270_000)), Err(Error::Invalid { .. })));
 }

@@ -99,6 +99,7 @@ fn what_is_not_a_mask_is_refused_by_name() {
         (plain("|b1", "(1, 1, 3)", &[0; 4]), "takes 3 bytes, and 4 follow"),
         (plain("|b1", "(9223372036854775808, 1, 1)", &[0]), "not that of a mask"),
         (plain("|b1", "(999999, 999999, 999999)", &[0]), "layers is 999999"),
+        (plain("|b1", "(999999, 999999, 999999, 999999)", &[0]), "three axes"),
         (plain("|b1", "(-1, 1, 1)", &[0]), "plain array"),
         (plain("|b1", &nested, &[0]), "three axes"),
         (file(1, "{'descr': [('a', '<f4')], 'shape': (1, 1, 1), }", &[0; 4]), "plain array"),
@@ -116,18 +117,29 @@ fn what_is_not_a_mask_is_refused_by_name() {
 }
 
 #[test]
+fn the_longest_header_is_read() {
+    let padded = |length: usize| {
+        let header = header("|b1", "False", "(1, 1, 2)");
+        file(1, &format!("{}{header}", " ".repeat(length - header.len())), &[1, 0])
+    };
+    assert_eq!(npy::from_bytes(&padded(4096), name()).unwrap().heads()[0].kept(), [0]);
+    assert!(message(npy::from_bytes(&padded(4097), name())).contains("4097 bytes"));
+}
+
+#[test]
 fn a_mask_with_precisions_is_not_halved_silently() {
     use leank_core::{
         HeadPrecision, ModelMask, ModelShape,
         files::{Format, to_bytes, write_mask},
     };
-    let mask = ModelMask::dense(&ModelShape::new(2, 1, 1, 4).unwrap());
+    let mask = ModelMask::dense(&ModelShape::new(3, 1, 1, 4).unwrap());
     let eight: HeadPrecision = "k8v16".parse().unwrap();
-    let coded = mask.clone().with_precisions(vec![eight, HeadPrecision::default()]).unwrap();
+    let plain = HeadPrecision::default();
+    let coded = mask.clone().with_precisions([eight, plain, plain].into()).unwrap();
     for format in [Format::Npy, Format::Pth] {
         assert!(to_bytes(&mask, format).is_ok());
         let message = to_bytes(&coded, format).unwrap_err().to_string();
-        assert!(message.contains("1 of 2 heads"), "{message}");
+        assert!(message.contains("1 of 3 heads"), "{message}");
         assert!(message.contains("write .safetensors"), "{message}");
     }
     assert!(to_bytes(&coded, Format::Native).is_ok());

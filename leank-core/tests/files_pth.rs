@@ -200,6 +200,8 @@ fn broken_pickles_are_refused() {
         (b"\x80\x02X\xff\xff\xff\xffa", "too early"),
         (b"\x80\x02X\x01\0\0\0\xff.", "not UTF-8"),
         (b"\x80\x02\x8a\x09123456789.", "too large"),
+        (b"\x80\x02Nr\x01\x10\0\0.", "under index 4097"),
+        (b"\x80\x02Nr\0\x10\0\0q\x01.", "no tensor"),
         (b"\x80\x02ctorch", "within a name"),
         (b"\x80\x02c\xff\n\n.", "not text"),
         (b"\x80\x02NN\x93.", "not a string"),
@@ -225,6 +227,11 @@ fn tensors_beyond_their_storage_are_refused() {
         change(&mut pickle);
         refused(&pickle.bytes())
     };
+    let refused_with = |from: &[u8], to: &[u8]| {
+        let pickle = good.bytes();
+        let at = pickle.windows(from.len()).position(|part| part == from).unwrap();
+        self::refused(&[&pickle[..at], to, &pickle[at + from.len()..]].concat())
+    };
     let reaches = "reaches beyond";
     for (message, expected) in [
         (refused(&|p| p.offset = 1), reaches),
@@ -244,11 +251,21 @@ fn tensors_beyond_their_storage_are_refused() {
         (refused(&|p| p.elements = 4), "storage of 4 elements of 4 bytes is 12 bytes long"),
         (refused(&|p| p.elements = i64::MAX), "bytes long"),
         (refused(&|p| p.elements = -1), "unknown way"),
+        (refused_with(b"storage", b"storagf"), "unknown way"),
+        (refused_with(b"X\x01\0\0\x000X", b"X\x15\0\0\x00000000000000000000000X"), "unknown way"),
+        (refused_with(b"X\x01\0\0\x000X", b"X\x01\0\0\0aX"), "is not a number"),
+        (refused_with(b"X\x01\0\0\x000X", b"X\0\0\0\0X"), "is not a number"),
         (refused(&|p| p.class = "DoubleStorage"), "of 8 bytes is 12 bytes long"),
         (refused(&|p| p.class = "ComplexFloatStorage"), "ComplexFloatStorage"),
     ] {
         assert!(message.contains(expected), "{expected:?} not in: {message}");
     }
+    // Integers of fewer bytes have a sign too: 127 is the largest of one byte, then comes −128.
+    let zero = b"tQ\x8a\x08\0\0\0\0\0\0\0\0";
+    let message = refused_with(zero, b"tQ\x8a\x01\x7f");
+    assert!(message.contains("offset 127"), "{message}");
+    let message = refused_with(zero, b"tQ\x8a\x01\x80");
+    assert!(message.contains("not a number from 0"), "{message}");
     // The stride of an axis with one element says nothing.
     let mut odd = good.clone();
     odd.strides[0] = i64::MAX;
@@ -287,6 +304,12 @@ fn odd_archives_are_refused() {
         let message = message(read(&archive(&entries)));
         assert!(message.contains(expected), "{expected:?} not in: {message}");
     }
+    // As long as entries may be, and as many.
+    let order = b"little          ".as_slice();
+    let most: Vec<String> = (3..64).map(|at| format!("a/{at}")).collect();
+    let most = most.iter().map(|name| (&name[..], &[][..]));
+    let entries = [("a/data.pkl", pickle), storage, ("a/byteorder", order)];
+    assert!(read(&archive(&entries.into_iter().chain(most).collect::<Vec<_>>())).is_ok());
     // Without the entry, as PyTorch before 2.1 writes it.
     assert!(read(&archive(&[("a/data.pkl", pickle), storage])).is_ok());
 }
@@ -331,6 +354,32 @@ fn forged_zip_headers_are_refused() {
     assert!(forge(end + 10, &u16::MAX.to_le_bytes()).contains("65535 entries"));
     forge(end + 8, &5_u16.to_le_bytes());
     forge(end + 16, &0_u32.to_le_bytes());
+
+    assert!(forge(end + 8, &65_u16.to_le_bytes()).contains("65 entries"));
+
+    // The 64-bit twin of the end record, which PyTorch writes; `records` of them, one field forged.
+    let number = |at: usize, width: usize| {
+        good[at..at + width].iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
+    };
+    let zip64 = |records: usize, field: usize, value: u64| {
+        let (entries, size, start) =
+            (number(end + 10, 2), number(end + 12, 4), number(end + 16, 4));
+        let mut record =
+            [b"PK\x06\x06".as_slice(), &44_u64.to_le_bytes(), &[45, 0, 45, 0]].concat();
+        record.extend([0; 8]);
+        record.extend([entries, entries, size, start].map(u64::to_le_bytes).concat());
+        record[field..field + 8].copy_from_slice(&value.to_le_bytes());
+        let locator =
+            [b"PK\x06\x07\0\0\0\0".as_slice(), &(end as u64).to_le_bytes(), &[1, 0, 0, 0]];
+        let (before, after) = good.split_at(end);
+        read(&[before, &record.repeat(records), &locator.concat(), after].concat())
+    };
+    assert!(zip64(1, 4, 44).is_ok());
+    assert!(message(zip64(1, 4, 45)).contains("damaged"));
+    assert!(message(zip64(2, 4, 44)).contains("damaged"));
+    for field in [24, 32] {
+        assert!(message(zip64(1, field, 65)).contains("65 entries"));
+    }
 
     // Deflated, in both headers: refused for what it is.
     let local = good.windows(8).position(|part| part == b"a/data/0").unwrap() - 30;

@@ -66,6 +66,7 @@ fn errors_name_the_line() {
         ("1\t0\n-inf\t1\n", "line 2, column 1: -inf"),
         ("1\t1e39\n1\t1\n", "line 1, column 2: 1e39"),
         ("1\t0\n1\n", "line 2 has 1 columns, the first row has 2"),
+        ("1\t0\n1\t1\t1\n", "4 factors of 2 layers × 1 KV heads × 2 channels"),
         ("1\t0\n1\t1\t1\n", "line 2: the table has more than the 4"),
         ("1\t0\n", "1 rows × 2 columns = 2 factors, 4 expected"),
         ("", "0 rows"),
@@ -76,6 +77,9 @@ fn errors_name_the_line() {
         let message = message(tsv::from_bytes(text.as_bytes(), name(), &scaling(2, 1, 2)));
         assert!(message.contains(expected), "{expected:?} not in: {message}");
     }
+    let padded = |length: usize| format!("0.{}1", "0".repeat(length - 3));
+    assert!(tsv::from_bytes(padded(64).as_bytes(), name(), &scaling(1, 1, 1)).is_ok());
+    assert!(tsv::from_bytes(padded(65).as_bytes(), name(), &scaling(1, 1, 1)).is_err());
     let long = "1".repeat(1000);
     let message_long = message(tsv::from_bytes(long.as_bytes(), name(), &scaling(1, 1, 1)));
     assert!(message_long.contains("1000 characters") && message_long.len() < 300);

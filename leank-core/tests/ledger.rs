@@ -65,6 +65,11 @@ fn check(ledger: &Ledger, config: &CacheConfig, lens: &BTreeMap<SequenceId, usiz
     let memory = ledger.memory();
     assert_eq!(memory.used_bytes(), bytes, "planner and ledger disagree");
     assert_eq!(memory.tokens, tokens);
+    let dense = tokens * planner.layout().dense_token_bytes as u64;
+    assert_eq!(memory.dense_bytes, dense);
+    let ratio = (tokens > 0).then(|| bytes as f64 / dense as f64);
+    assert_eq!(memory.whole_kv_ratio(), ratio);
+    assert_eq!(ledger.is_empty(), lens.is_empty());
     assert!(memory.allocated_bytes >= memory.used_bytes());
     assert!(memory.allocated_bytes <= config.limit.unwrap_or(u64::MAX));
 }
@@ -223,4 +228,26 @@ fn calls_out_of_order_are_refused() {
     ledger.commit().unwrap();
     ledger.release(sequence).unwrap();
     assert!(ledger.is_empty());
+}
+
+#[test]
+fn storage_that_could_not_be_had_is_asked_for_again() {
+    let config = config(8, Windows { sink: 0, recent: 8 }, [4; 4]);
+    let layout = CacheLayout::new(&config, RULES).unwrap();
+    let mut ledger = Ledger::new(&layout, config.windows, None);
+    let sequence = ledger.add_sequence();
+    let store = [StepEntry::store(sequence, 30)];
+    let asked = ledger.plan(&store).unwrap().allocate.clone();
+    assert!(asked.iter().any(|block| matches!(block, Block::Lean(_))));
+    assert!(asked.iter().any(|block| matches!(block, Block::Full(_))));
+    // Two of them were had.
+    ledger.cancel();
+    ledger.lost_storage(&asked[2..]);
+    let held: HashSet<_> = asked[..2].iter().copied().collect();
+    let again: HashSet<_> = ledger.plan(&store).unwrap().allocate.iter().copied().collect();
+    assert_eq!(again.len(), asked.len() - 2);
+    assert!(again.is_disjoint(&held));
+    ledger.commit().unwrap();
+    let memory = ledger.memory();
+    assert_eq!(memory.allocated_bytes, memory.used_bytes());
 }

@@ -308,6 +308,11 @@ fn another_model_is_named_where_both_say_theirs() {
     let sequence = one.restore(&bytes).expect("the stream does not say");
     let of_one = one.save(sequence);
     Cache::new(&cache.config).restore(&of_one).expect("the cache does not say");
+    let mut long = of_model(&"a".repeat(5000));
+    let sequence = long.restore(&bytes).unwrap();
+    let read = |rows: &Rows, bytes: &mut [u8]| long.store.read_rows(rows, bytes);
+    let saved = saved::save(&long.ledger, &long.config, sequence, read, &mut Vec::new());
+    assert!(matches!(saved, Err(Error::Invalid { .. })), "{saved:?}");
     let error = of_model("two").restore(&of_one).unwrap_err();
     assert!(matches!(error, Error::Mismatch { .. }), "{error:?}");
     assert!(error.to_string().contains("configuration one"), "{error}");
@@ -330,11 +335,19 @@ fn claims_are_not_believed() {
     for tokens in [u64::MAX, (1 << 32) + 1] {
         format(cache.restore(&forged_header(&bytes, AT_TOKENS, &tokens.to_le_bytes())), &cache);
     }
+    // The longest sequence is possible, and found not to be there.
+    for (tokens, says) in [(1u64 << 32, "it ends in block 0"), ((1 << 32) + 8, "cannot be")] {
+        let fields = [tokens.to_le_bytes(), (tokens / 8 - 2).to_le_bytes()].concat();
+        let error = cache.restore(&forged_header(&bytes, AT_TOKENS, &fields)).unwrap_err();
+        assert!(error.to_string().contains(says), "{error}");
+    }
     // 45 tokens: 4 is where lean blocks end; full ones before it the windows do not allow, and the
     // last one is not full.
     for packed in [0u64, 3, 6, 7, u64::MAX] {
-        let forged = forged_header(&bytes, AT_TOKENS + 8, &packed.to_le_bytes());
-        format(cache.restore(&forged), &cache);
+        let error = cache.restore(&forged_header(&bytes, AT_TOKENS + 8, &packed.to_le_bytes()));
+        let says = if packed == u64::MAX { "cannot be" } else { "cannot have lean blocks" };
+        assert!(error.as_ref().unwrap_err().to_string().contains(says), "{error:?}");
+        format(error, &cache);
     }
     for version in [0u32, 3] {
         format(cache.restore(&forged_header(&bytes, 8, &version.to_le_bytes())), &cache);
@@ -350,8 +363,12 @@ fn claims_are_not_believed() {
     longer.extend(crc);
     format(cache.restore(&longer), &cache);
     let mut endless = bytes.clone();
-    endless[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
-    format(cache.restore(&endless), &cache);
+    for (length, says) in [(u32::MAX, "claims"), (1 << 24, "it ends in its header")] {
+        endless[12..16].copy_from_slice(&length.to_le_bytes());
+        let result = cache.restore(&endless);
+        assert!(result.as_ref().unwrap_err().to_string().contains(says), "{result:?}");
+        format(result, &cache);
+    }
 }
 
 /// Where the formats of the heads stand in a header.
@@ -365,6 +382,12 @@ fn codes_raise_the_version_and_unknown_formats_are_named() {
     let (mut cache, bytes) = sample_of((Dtype::Bf16, LeanFormat::Int8, LeanFormat::Int4));
     assert_eq!((version(&bytes), &bytes[AT_FORMATS..][..4]), (2, &[3, 4, 3, 4][..]));
     cache.restore(&bytes).unwrap();
+    for (k, v) in [
+        (LeanFormat::Int8, LeanFormat::Plain(Dtype::F16)),
+        (LeanFormat::Plain(Dtype::F16), LeanFormat::Int4),
+    ] {
+        assert_eq!(version(&sample_of((Dtype::F16, k, v)).1), 2, "one is enough");
+    }
     let mut older = Cache::new(&cache.config);
     let error = older.restore(&forged_header(&bytes, 8, &[1])).unwrap_err();
     assert!(error.to_string().contains("version 1 has no codes"), "{error}");
@@ -468,6 +491,13 @@ fn too_little_memory_changes_nothing() {
     assert!(used.ledger.memory().allocated_bytes > 0);
     used.restore(&bytes).unwrap();
     assert!(used.ledger.memory().allocated_bytes <= needs);
+    // A sequence that ends in a lean block takes no more for a moment either.
+    let lean = CacheConfig { windows: Windows { sink: 0, recent: 0 }, ..cache.config.clone() };
+    let mut whole = Cache::new(&lean);
+    let sequence = whole.ledger.add_sequence();
+    whole.step(StepEntry::store(sequence, 40));
+    let (bytes_of_lean, limit) = (whole.save(sequence), Some(whole.ledger.memory().used_bytes()));
+    Cache::new(&CacheConfig { limit, ..lean }).restore(&bytes_of_lean).unwrap();
     // And the system may have none.
     for allocations in 0..6 {
         let mut poor = Cache::new(&cache.config);
@@ -506,6 +536,17 @@ fn only_between_steps_and_for_sequences_that_are_there() {
         }
     }
     assert!(matches!(save(&cache, sequence, &mut Full), Err(Error::Io { .. })));
+    // What was taken may yet not arrive.
+    struct Forgetful;
+    impl Write for Forgetful {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+    }
+    assert!(matches!(save(&cache, sequence, &mut Forgetful), Err(Error::Io { .. })));
 }
 
 /// Takes and gives a few bytes at a time, is interrupted now and then, and fails after so many calls.

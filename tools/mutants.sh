@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Mutation testing: which changes to a crate does no test of it notice? cargo-mutants says which changes there are;
+# tools/mutants.py compiles them all at once and runs the tests. Needs Python 3 with pip; installs cargo-mutants where it
+# is missing. Everything else lies below target/mutants.
+#
+#     tools/mutants.sh leank-core                       # minutes
+#     PROPTEST_CASES=8 tools/mutants.sh leank-cpu --tests '^(avx2|portable)::'
+#
+# Arguments behind the crate go to tools/mutants.py: --tests REGEX chooses tests, --only REGEX mutants. A second run tries
+# again what survived, with the tests as they are then.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+crate=$1
+shift
+
+work=$PWD/target/mutants
+mkdir -p "$work/$crate"
+cargo mutants --version >/dev/null 2>&1 || cargo install --locked --quiet --debug cargo-mutants
+[ -x "$work/python/bin/python" ] || python3 -m venv "$work/python"
+"$work/python/bin/pip" install --quiet --disable-pip-version-check tree_sitter tree_sitter_rust
+
+# A copy, since it is changed; tracked files and those that git does not ignore.
+rm -rf "$work/tree-$crate"
+mkdir "$work/tree-$crate"
+git ls-files -z --cached --others --exclude-standard | tar c --null --files-from=- | tar x -C "$work/tree-$crate"
+(cd "$work/tree-$crate" && cargo mutants --list --json --package "$crate") >"$work/$crate/mutants.json"
+
+# Compiled a third as long as with the tests' own profile.
+export CARGO_TARGET_DIR=$work/target CARGO_PROFILE_TEST_OPT_LEVEL=1
+"$work/python/bin/python" tools/mutants.py "$work/tree-$crate" "$crate" "$work/$crate/mutants.json" "$work/$crate" "$@"
