@@ -55,7 +55,7 @@ pub use properties::{
     non_finite_values_stay_where_they_are, oracle_agrees, out_of_memory_changes_nothing,
     planner_agrees, pool_order_does_not_matter, wrong_shapes_are_refused,
 };
-pub use reference::Reference;
+pub use reference::{Reference, WriteRow};
 
 use leank_core::{Backend, Dtype, Layer, LeanFormat, Result};
 

@@ -9,13 +9,16 @@ use leank_core::{
 
 use crate::{Kind, Subject, rounding_error};
 
+/// Writes the activations of a sequence at a layer and a position, `[heads, head_dim]`.
+pub type WriteRow<'a> = dyn Fn(Kind, Layer, usize, &mut [f32]) + 'a;
+
 /// One sequence as the oracle sees it. Its activations are a function, so that none are held.
 #[derive(Clone, Copy)]
 pub struct Reference<'a> {
     /// What the cache was made for.
     pub config: &'a CacheConfig,
-    /// Writes the activations of a layer and a position, `[heads, head_dim]`.
-    pub row: &'a dyn Fn(Kind, Layer, usize, &mut [f32]),
+    /// Writes them.
+    pub row: &'a WriteRow<'a>,
     /// Blocks before this index, those of the sink excepted, are lean whatever the windows say: what
     /// a truncation left behind.
     pub packed: usize,
@@ -91,8 +94,7 @@ impl Reference<'_> {
             }
             let bound = bound(i / shape.head_dim % shape.query_heads / shape.group());
             let error = (f64::from(got) - want).abs() / expected.largest;
-            // Written so that NaN fails.
-            if !(error <= bound) {
+            if error.is_nan() || error > bound {
                 return Err(format!(
                     "element {i}: {got}, {against} says {want} (error {error:.2e} > {bound:.0e})"
                 ));
