@@ -57,7 +57,7 @@ pub use properties::{
     out_of_memory_changes_nothing, planner_agrees, pool_order_does_not_matter, twins_agree,
     wrong_shapes_are_refused,
 };
-pub use reference::Reference;
+pub use reference::{Reference, WriteRow};
 
 use leank_core::{Backend, Dtype, Layer, LeanFormat, Result};
 

@@ -12,15 +12,15 @@ use crate::{Kind, Subject, rounding_error};
 /// Up to here `scale · Σ_c |q_c k_c|` goes with the activations that bounds are for.
 const USUAL_TERMS: f64 = 100.0;
 
-/// Writes the activations of a layer and a position, `[heads, head_dim]`.
-type WriteRow<'a> = dyn Fn(Kind, Layer, usize, &mut [f32]) + 'a;
+/// Writes the activations of a sequence at a layer and a position, `[heads, head_dim]`.
+pub type WriteRow<'a> = dyn Fn(Kind, Layer, usize, &mut [f32]) + 'a;
 
 /// One sequence as the oracle sees it. Its activations are a function, so that none are held.
 #[derive(Clone, Copy)]
 pub struct Reference<'a> {
     /// What the cache was made for.
     pub config: &'a CacheConfig,
-    /// Writes the activations of a layer and a position, `[heads, head_dim]`.
+    /// Writes them.
     pub row: &'a WriteRow<'a>,
     /// Blocks before this index, those of the sink excepted, are lean whatever the windows say: what
     /// a truncation left behind.

@@ -1,5 +1,8 @@
 //! One cache that serves simulated users, and what must be true of it after everything that happens.
 
+mod lives;
+mod queue;
+
 use std::collections::VecDeque;
 
 use leank_core::{
@@ -14,25 +17,18 @@ use leank_train::rng::Rng;
 
 use super::{
     counts::Counts,
-    traffic::{Key, Request, Traffic},
+    traffic::{Key, Traffic},
 };
 
 /// Fails with what was wrong.
 pub(super) type Checked<T = ()> = Result<T, String>;
 
-/// Sequences that run at the same time, and requests that wait; both times the scale.
-const RUNNING: usize = 24;
-const WAITING: usize = 64;
-/// Prefixes that are kept for those who come later.
-const PREFIXES: usize = 3;
 /// Tokens of prompts in a step, and of one prompt that attends.
 const READ: usize = 192;
 const READ_ATTENDING: usize = 16;
 /// Simulated seconds of a step, and of a token in it.
 const STEP_SECONDS: f64 = 0.03;
 const TOKEN_SECONDS: f64 = 1e-4;
-/// Prefixes are forgotten when nobody comes for so many simulated seconds.
-const FORGET_SECONDS: f64 = 20.0;
 
 /// What a server is made of.
 #[derive(Clone, Debug)]
@@ -230,183 +226,9 @@ impl<'s, S: Subject> Server<'s, S> {
         same("tokens, blocks and bytes of an empty cache", (tokens, blocks, dense_bytes), nothing)
     }
 
-    fn arrive(&mut self) {
-        while self.traffic.next_at() <= self.clock {
-            let request = self.traffic.next();
-            self.counts.arrivals += 1;
-            if self.waiting.len() < WAITING * self.setting.scale {
-                let job = self.job(request);
-                self.waiting.push_back(job);
-            } else {
-                self.counts.turned_away += 1;
-            }
-        }
-    }
-
-    fn job(&mut self, request: Request) -> Job {
-        let Request { prefix, prompt, answer, answers, draft, attends, until } = request;
-        let mut known = Vec::new();
-        if let Some((key, tokens)) = prefix {
-            // Prefixes have streams of their own, the same whenever they are read.
-            known.resize(tokens, 1 << 31 | key as u32);
-        }
-        known.resize(known.len() + prompt, self.stream());
-        Job {
-            prompt: known.len(),
-            end: known.len() + answer,
-            known,
-            keeps: prefix,
-            more: answers - 1,
-            stream: self.stream(),
-            again: 2,
-            draft,
-            attends,
-            until,
-        }
-    }
-
     fn stream(&mut self) -> u32 {
         self.streams += 1;
         self.streams
-    }
-
-    /// Users give up.
-    fn hang_up(&mut self) -> Checked {
-        let clock = self.clock;
-        let before = self.waiting.len() + self.aside.len() + self.running.len();
-        self.waiting.retain(|job| job.until > clock);
-        self.aside.retain(|aside| aside.job().until > clock);
-        while let Some(index) = self.running.iter().position(|running| running.job.until <= clock) {
-            let Running { id, .. } = self.running.remove(index);
-            self.release(id, "a user who gave up")?;
-        }
-        let after = self.waiting.len() + self.aside.len() + self.running.len();
-        self.counts.given_up += (before - after) as u64;
-        Ok(())
-    }
-
-    /// Whether a sequence of so many tokens can probably begin. It does not count what those that run
-    /// will want.
-    fn has_room_for(&self, tokens: usize) -> Checked<bool> {
-        let footprint = self.planner.footprint(tokens).map_err(says("planning"))?;
-        let needed = self.cache.memory().used_bytes() + footprint.peak_bytes;
-        let limit = self.setting.config.limit.unwrap_or(u64::MAX);
-        Ok(self.running.len() < RUNNING * self.setting.scale && needed <= limit)
-    }
-
-    /// Brings back who had to make room, first come first served.
-    fn resume(&mut self) -> Checked {
-        while let Some(aside) = self.aside.front() {
-            let tokens = aside.job().known.len();
-            // Now and then it is tried where there may be none.
-            if !self.has_room_for(tokens)? && self.random.below(32) > 0 {
-                if !self.running.is_empty() || self.prefixes.is_empty() {
-                    return Ok(());
-                }
-                self.forget_prefixes()?;
-            }
-            match self.aside.pop_front() {
-                Some(Aside::Released(job)) => {
-                    let (id, held) = (self.cache.add_sequence(), Sequence::default());
-                    self.running.push(Running { job, id, held, cut: false });
-                }
-                Some(Aside::Saved { job, bytes, held, cut }) => {
-                    if let Some(back) = self.restore(job, bytes, held, cut)? {
-                        self.aside.push_front(back);
-                        return Ok(());
-                    }
-                }
-                None => return Ok(()),
-            }
-        }
-        Ok(())
-    }
-
-    /// Restores a sequence; gives it back where there is no room for it.
-    fn restore(
-        &mut self,
-        job: Job,
-        bytes: Vec<u8>,
-        held: Sequence,
-        cut: bool,
-    ) -> Checked<Option<Aside>> {
-        let used = self.books.used(self.sequences());
-        let own = self.books.used([&held].into_iter());
-        let all = BlockCount { full: used.full + own.full, lean: used.lean + own.lean };
-        let missing = self.books.missing(all);
-        let mut stream = &bytes[..];
-        match self.cache.restore(&mut stream) {
-            Ok(id) => {
-                same("bytes missing for a sequence that was restored", missing, 0)?;
-                same("bytes behind a sequence that was restored", stream.len(), 0)?;
-                self.books.restore(used, &held);
-                self.running.push(Running { job, id, held, cut });
-                self.counts.restored += 1;
-                self.check("restoring a sequence")?;
-                Ok(None)
-            }
-            Err(CoreError::OutOfMemory { missing: found, .. }) => {
-                same("bytes missing for a sequence that was not restored", found, missing)?;
-                self.counts.refused += 1;
-                self.check("a sequence that was not restored")?;
-                Ok(Some(Aside::Saved { job, bytes, held, cut }))
-            }
-            Err(error) => Err(says("restoring a sequence")(error)),
-        }
-    }
-
-    /// Lets new requests in, unless somebody waits to come back.
-    fn admit(&mut self) -> Checked {
-        while let Some(job) = self.waiting.front()
-            && self.aside.is_empty()
-        {
-            if !self.has_room_for(job.known.len())? {
-                if !self.running.is_empty() || self.prefixes.is_empty() {
-                    return Ok(());
-                }
-                self.forget_prefixes()?;
-            }
-            let Some(mut job) = self.waiting.pop_front() else { return Ok(()) };
-            let kept = |prefix: &&Prefix| job.keeps.is_some_and(|(key, _)| key == prefix.key);
-            let (id, held) = match self.prefixes.iter().find(kept) {
-                Some(prefix) => {
-                    job.keeps = None;
-                    self.counts.forks += 1;
-                    let id = self.cache.fork(prefix.id).map_err(says("forking a prefix"))?;
-                    (id, prefix.held.clone())
-                }
-                None => (self.cache.add_sequence(), Sequence::default()),
-            };
-            self.running.push(Running { job, id, held, cut: false });
-            self.counts.admitted += 1;
-            self.check("admitting a request")?;
-        }
-        Ok(())
-    }
-
-    /// Nobody is there: time passes.
-    fn idle(&mut self) -> Checked {
-        same("requests that wait while nothing runs", self.waiting.len() + self.aside.len(), 0)?;
-        if self.traffic.next_at() > self.clock + FORGET_SECONDS {
-            self.forget_prefixes()?;
-            self.is_empty()?;
-            self.counts.emptied += 1;
-        }
-        self.clock = self.traffic.next_at();
-        Ok(())
-    }
-
-    fn forget_prefixes(&mut self) -> Checked {
-        while !self.prefixes.is_empty() {
-            self.forget_prefix()?;
-        }
-        Ok(())
-    }
-
-    /// The oldest one.
-    fn forget_prefix(&mut self) -> Checked {
-        let Prefix { id, .. } = self.prefixes.remove(0);
-        self.release(id, "forgetting a prefix")
     }
 
     /// Releases a sequence that was taken off the lists.
@@ -475,31 +297,6 @@ impl<'s, S: Subject> Server<'s, S> {
                 Err(error) => return Err(says("planning a step")(error)),
             }
         }
-    }
-
-    /// Forgets a prefix, or puts somebody aside.
-    fn make_room(&mut self) -> Checked {
-        let alone = self.running.len() == 1;
-        if !self.prefixes.is_empty() && (alone || self.random.below(4) == 0) {
-            return self.forget_prefix();
-        }
-        if alone {
-            return Err("a sequence does not fit although it has the cache for itself".into());
-        }
-        let index = self.random.below(self.running.len());
-        let Running { job, id, held, cut } = self.running.remove(index);
-        let aside = if self.random.below(2) == 0 {
-            let mut bytes = Vec::new();
-            self.cache.save(id, &mut bytes).map_err(says("saving a sequence"))?;
-            self.counts.saved += 1;
-            Aside::Saved { job, bytes, held: held.apart(), cut }
-        } else {
-            self.counts.released += 1;
-            Aside::Released(job)
-        };
-        drop(held);
-        self.aside.push_back(aside);
-        self.release(id, "putting a sequence aside")
     }
 
     /// Runs a step that was planned.
@@ -612,100 +409,6 @@ impl<'s, S: Subject> Server<'s, S> {
         self.counts.sampled += 1;
         self.counts.largest_share = self.counts.largest_share.max(largest);
         Ok(())
-    }
-
-    /// What follows a step: drafts are refused, other answers wanted, answers branch off, requests end.
-    fn go_on(&mut self, works: &[Work]) -> Checked {
-        let mut ended = Vec::new();
-        for &Work { index, tokens, new, .. } in works {
-            let Running { job, held, .. } = &mut self.running[index];
-            let len = held.tokens.len();
-            if new {
-                let accepted = 1 + self.random.below(tokens);
-                if accepted < tokens {
-                    self.take_back(index, len - (tokens - accepted))?;
-                } else if job.again > 0 && self.random.below(100) == 0 {
-                    job.again -= 1;
-                    self.counts.again += 1;
-                    let back = self.random.below(len - job.prompt + 1);
-                    self.take_back(index, len - back)?;
-                }
-            } else if job.keeps.is_some_and(|(_, prefix)| prefix == len) {
-                self.keep_prefix(index)?;
-            }
-            let Running { job, held, .. } = &self.running[index];
-            if held.tokens.len() == job.known.len() {
-                if job.known.len() >= job.end {
-                    ended.push(self.running[index].id);
-                }
-                self.branch(index)?;
-            }
-        }
-        for id in ended {
-            self.running.retain(|running| running.id != id);
-            self.counts.finished += 1;
-            self.release(id, "a request that is done")?;
-        }
-        Ok(())
-    }
-
-    /// Takes tokens back, so that `tokens` remain: with one call, or, where that would be inside a lean
-    /// block, some more, which are read again.
-    fn take_back(&mut self, index: usize, tokens: usize) -> Checked {
-        let stream = self.stream();
-        let rules = self.books.rules;
-        let Running { job, id, held, cut } = &mut self.running[index];
-        let (below, above) = rules.nearest_lengths(held, tokens);
-        if below < tokens {
-            let lengths = format!("{below} and {above}");
-            match self.cache.truncate(*id, tokens) {
-                Err(CoreError::Invalid { why, .. }) if why.contains(&lengths) => {}
-                other => {
-                    return Err(format!(
-                        "{id:?}, cut inside a lean block: {other:?}, not {lengths}"
-                    ));
-                }
-            }
-            self.counts.cut_early += 1;
-        }
-        self.cache.truncate(*id, below).map_err(says("taking tokens back"))?;
-        rules.truncate(held, below);
-        job.known.truncate(tokens);
-        job.stream = stream;
-        *cut = true;
-        self.counts.truncations += 1;
-        self.check("taking tokens back")
-    }
-
-    /// Keeps the prefix that was just read for others.
-    fn keep_prefix(&mut self, index: usize) -> Checked {
-        let Some((key, _)) = self.running[index].job.keeps.take() else { return Ok(()) };
-        if self.prefixes.iter().any(|prefix| prefix.key == key) {
-            return Ok(());
-        }
-        if self.prefixes.len() == PREFIXES {
-            self.forget_prefix()?;
-        }
-        let (id, held) = self.fork(index)?;
-        self.prefixes.push(Prefix { key, id, held });
-        self.check("keeping a prefix")
-    }
-
-    fn fork(&mut self, index: usize) -> Checked<(SequenceId, Sequence)> {
-        let Running { id, held, .. } = &self.running[index];
-        self.counts.forks += 1;
-        Ok((self.cache.fork(*id).map_err(says("forking a sequence"))?, held.clone()))
-    }
-
-    /// Branches the other answers of a request off.
-    fn branch(&mut self, index: usize) -> Checked {
-        for _ in 0..std::mem::take(&mut self.running[index].job.more) {
-            let (id, held) = self.fork(index)?;
-            let job = Job { stream: self.stream(), ..self.running[index].job.clone() };
-            let cut = self.running[index].cut;
-            self.running.push(Running { job, id, held, cut });
-        }
-        self.check("branching answers off")
     }
 
     fn sequences(&self) -> impl Iterator<Item = &Sequence> + Clone {
