@@ -62,7 +62,6 @@ TESTS = [
     ("leank-cuda/src/*.rs", CUDA),
     ("leank-bench/src/cuda/*.rs", [*DECODER, "(`read_bandwidth`: no test, `leank-bench cuda` itself)"]),
     ("leank-bench/src/decoder/*.rs", DECODER),
-    ("leank-train/src/dump/mmap.rs", ["leank-train/tests/dump.rs what_is_written_is_read", "leank-train/tests/dump_damage.rs random_damage_is_refused_or_means_nothing"]),
 ]
 
 INTRODUCTION = f"""# Every `unsafe`
