@@ -41,30 +41,38 @@ stat() { sed -n "s/^stat::$1: *//p" "$2" | tail -n 1; }
 coverage() { grep -o 'cov: [0-9]*' "$1" | tail -n 1 | cut -d ' ' -f 2; }
 
 TIMEFORMAT='%U %S'
-failed=
-rows=()
-for target in "$@"; do
-    found=corpus/$target artifacts=artifacts/$target
+# Fuzzes one target; leaves its row of the table, and says so where it failed.
+one() {
+    local target=$1 found=corpus/$1 artifacts=artifacts/$1 folders
     mkdir -p "$found" "$artifacts"
     folders=("$found" "seeds/$target")
     [ ! -d "../attacks/$target" ] || folders+=("../attacks/$target")
-    echo "== $target, $seconds s" >&2
-    log=$artifacts.log spent=$artifacts.time
+    local log=$artifacts.log spent=$artifacts.time status=0
     {
         time "$built/$target" "${folders[@]}" -artifact_prefix="$artifacts/" \
             -max_total_time="$seconds" -timeout=20 -max_len=16384 \
             -rss_limit_mb=1024 -malloc_limit_mb=64 -print_final_stats=1 >"$log" 2>&1
-    } 2>"$spent" || {
-        failed="$failed $target"
+    } 2>"$spent" || status=$?
+    printf '%-16s %12s %10.0f %8s %8s\n' "$target" "$(stat number_of_executed_units "$log")" \
+        "$(tail -n 1 "$spent" | awk '{ print $1 + $2 }')" "$(coverage "$log")" "$(stat peak_rss_mb "$log")" >"$artifacts.row"
+    if [ $status != 0 ]; then
         tail -n 60 "$log" >&2
-    }
-    cpu=$(tail -n 1 "$spent" | awk '{ printf "%.0f", $1 + $2 }')
-    rows+=("$(printf '%-16s %12s %10s %8s %8s' "$target" "$(stat number_of_executed_units "$log")" \
-        "$cpu" "$(coverage "$log")" "$(stat peak_rss_mb "$log")")")
+        echo "$target" >>artifacts/failed
+    fi
+}
+
+mkdir -p artifacts
+rm -f artifacts/failed
+# As many at a time as there are cores.
+cores=$(getconf _NPROCESSORS_ONLN)
+for target in "$@"; do
+    while [ "$(jobs -rp | wc -l)" -ge "$cores" ]; do wait -n; done
+    one "$target" &
 done
+wait
 printf '%-16s %12s %10s %8s %8s\n' target executions 'CPU s' edges 'MiB'
-printf '%s\n' "${rows[@]}"
-if [ -n "$failed" ]; then
-    echo "fuzz/run.sh: failed:$failed" >&2
+for target in "$@"; do cat "artifacts/$target.row"; done
+if [ -e artifacts/failed ]; then
+    echo "fuzz/run.sh: failed:" $(cat artifacts/failed) >&2
     exit 1
 fi

@@ -110,14 +110,16 @@ impl GgufFile {
     /// Refuses tensors that share bytes: no writer makes them, and a small file could stand for many
     /// times its size. Tensors of types that are not known here are no part of any model.
     fn check_places(&self) -> Result<()> {
-        let mut places = Vec::with_capacity(self.tensors.len());
-        for (name, entry) in &self.tensors {
+        // In the order of the file: which one is told of does not change from run to run.
+        let mut tensors: Vec<_> = self.tensors.iter().collect();
+        tensors.sort_unstable_by_key(|&(name, entry)| (entry.offset, name));
+        let mut places = Vec::with_capacity(tensors.len());
+        for (name, entry) in tensors {
             if let Ok(kind) = self.kind(name, entry) {
                 let (start, bytes) = self.place(name, entry, kind)?;
                 places.push((start, start + bytes, name));
             }
         }
-        places.sort_unstable();
         match places.windows(2).find(|pair| pair[0].1 > pair[1].0) {
             Some(pair) => {
                 let (one, other) = (pair[0].2, pair[1].2);

@@ -104,25 +104,23 @@ pub fn extremes_agree<S: Subject>(subject: &S) {
 /// # Panics
 /// When the property does not hold.
 pub fn a_million_tokens_agree<S: Subject>(subject: &S) {
-    let shape = ModelShape::new(1, 2, 1, 16).expect("in range");
-    for &dtype in subject.dtypes() {
-        let case = Case {
-            heads: vec![HeadKind::Some { seed: 1, alignment: 8 }],
-            shape,
-            windows: Windows::default(),
-            block: 64,
-            dtype,
-            formats: None,
-            scale: None,
-            soft_cap: None,
-            sequences: 1,
-            steps: Vec::new(),
-            seed: 3,
-        };
-        let mut world = World::new(subject, &case);
-        world.step(&[Load { sequence: 0, tokens: 1 << 20, attend: false }]).expect("valid");
-        world.checked_step(&[Load { sequence: 0, tokens: 1, attend: true }]);
-    }
+    let case = Case {
+        shape: ModelShape::new(1, 2, 1, 16).expect("in range"),
+        heads: vec![HeadKind::Some { seed: 1, alignment: 8 }],
+        windows: Windows::default(),
+        block: 64,
+        // The most exact one.
+        dtype: subject.dtypes()[0],
+        formats: None,
+        scale: None,
+        soft_cap: None,
+        sequences: 1,
+        steps: Vec::new(),
+        seed: 3,
+    };
+    let mut world = World::new(subject, &case);
+    world.step(&[Load { sequence: 0, tokens: 1 << 20, attend: false }]).expect("valid");
+    world.checked_step(&[Load { sequence: 0, tokens: 1, attend: true }]);
 }
 
 /// Another subject, an executor of the same backend say, gives the same bits.
