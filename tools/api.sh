@@ -19,11 +19,11 @@ trap 'rm -rf "$scratch"' EXIT
 # rustdoc alone is told that it may write JSON: with that said to all, everything would be compiled anew.
 printf '#!/bin/sh\nRUSTC_BOOTSTRAP=1 exec rustdoc "$@"\n' >"$scratch/rustdoc"
 chmod +x "$scratch/rustdoc"
+RUSTDOC=$scratch/rustdoc RUSTDOCFLAGS='-Zunstable-options --output-format json' \
+    cargo doc --quiet --workspace --no-deps --all-features --lib
 mkdir -p docs/api
 status=0
 for crate in "${crates[@]}"; do
-    RUSTDOC=$scratch/rustdoc cargo rustdoc --quiet --package "$crate" --lib --all-features -- \
-        -Zunstable-options --output-format json
     json=$(tools/target_dir.sh)/doc/${crate//-/_}.json
     cargo public-api -sss --rustdoc-json "$json" >"$scratch/api.txt"
     rm "$json"
