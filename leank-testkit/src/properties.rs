@@ -1,6 +1,6 @@
 //! The properties themselves.
 
-use std::{cell::Cell, env};
+use std::env;
 
 use leank_core::{
     Backend, Cache, CacheConfig, Dtype, Error, Layer, LeanFormat, ModelShape, Planner, StepEntry,
@@ -87,16 +87,13 @@ pub fn extremes_agree<S: Subject>(subject: &S) {
         Just(Nature::Dominant),
         faint.prop_map(|(kind, factor)| Nature::Faint(kind, factor)),
     ];
-    let nearest = Cell::new(0.0f64);
     for_cases_and(subject, nature, |case, nature| {
         let mut world = World::new(subject, case);
         world.nature = nature;
         for step in &case.steps {
             world.checked_step(step);
         }
-        nearest.set(nearest.get().max(world.nearest.get()));
     });
-    eprintln!("the largest error is {:.2} of its bound", nearest.get());
 }
 
 /// A context of 2²⁰ tokens: sums of as many weights are as exact.

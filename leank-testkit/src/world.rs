@@ -1,6 +1,6 @@
 //! A cache under test together with what is known about it.
 
-use std::{cell::Cell, collections::HashMap};
+use std::collections::HashMap;
 
 use leank_core::{Backend, Cache, CacheConfig, Error, Layer, Result, SequenceId, StepEntry};
 
@@ -19,8 +19,6 @@ pub(crate) struct World<'s, S: Subject> {
     pub(crate) stain: Option<Stain>,
     /// What activations are like.
     pub(crate) nature: Nature,
-    /// Largest error so far, as a share of its bound.
-    pub(crate) nearest: Cell<f64>,
     /// How often the system refused memory.
     pub(crate) refused: usize,
     seed: u64,
@@ -76,7 +74,6 @@ impl<'s, S: Subject> World<'s, S> {
             histories: HashMap::new(),
             stain: None,
             nature: Nature::Usual,
-            nearest: Cell::new(0.0),
             refused,
             seed: case.seed,
         };
@@ -229,9 +226,8 @@ impl<'s, S: Subject> World<'s, S> {
             packed: self.packed(name),
         };
         let finite = self.stain.is_none();
-        match reference.check(self.subject, layer, positions, &got, finite) {
-            Ok(share) => self.nearest.set(self.nearest.get().max(share)),
-            Err(why) => panic!("{why}"),
+        if let Err(why) = reference.check(self.subject, layer, positions, &got, finite) {
+            panic!("{why}");
         }
     }
 }
