@@ -74,7 +74,7 @@ impl Place {
     pub(super) fn move_in(self) -> Result<PathBuf> {
         let Self { target, existing, directory, manifest } = self;
         check_target(&target, existing)?;
-        sync(&directory.0)?;
+        sync(&directory.0, &target)?;
         // Only Unix renames a directory with open files.
         let manifest = cfg!(unix).then_some(manifest);
         let rename = |from: &Path| {
@@ -91,7 +91,7 @@ impl Place {
         }
         drop(manifest);
         // The rename itself.
-        sync(parent(&target))?;
+        sync(parent(&target), &target)?;
         Ok(target)
     }
 }
@@ -289,11 +289,11 @@ fn occupied(path: &Path, why: &'static str) -> Error {
     Error::Occupied { path: path.to_owned(), why }
 }
 
-/// Makes the names in a directory durable, where the system can.
-fn sync(directory: &Path) -> Result<()> {
+/// Makes the names in a directory durable, where the system can; errors name the dump.
+fn sync(directory: &Path, dump: &Path) -> Result<()> {
     if cfg!(unix) {
         let sync = File::open(directory).and_then(|directory| directory.sync_all());
-        sync.map_err(Error::io(directory, "flushing the directory"))?;
+        sync.map_err(Error::io(dump, "flushing the directory"))?;
     }
     Ok(())
 }
