@@ -22,9 +22,10 @@ chmod +x "$scratch/rustdoc"
 RUSTDOC=$scratch/rustdoc RUSTDOCFLAGS='-Zunstable-options --output-format json' \
     cargo doc --quiet --workspace --no-deps --all-features --lib
 mkdir -p docs/api
+target=$(tools/target_dir.sh)
 status=0
 for crate in "${crates[@]}"; do
-    json=$(tools/target_dir.sh)/doc/${crate//-/_}.json
+    json=$target/doc/${crate//-/_}.json
     cargo public-api -sss --rustdoc-json "$json" >"$scratch/api.txt"
     rm "$json"
     if [ "${1:-}" = --check ]; then
