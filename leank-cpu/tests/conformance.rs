@@ -1,47 +1,11 @@
 //! The conformance suite: every kernel that this CPU can run, and every executor.
 
+mod support;
+
 use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
-use leank_core::{Cache, Dtype, Layer, Result};
-use leank_cpu::{Cpu, CpuCache, Executor, Isa, Pool, Prefetch, Serial};
-use leank_testkit::{Rows, Subject};
-
-struct OnCpu(Cpu);
-
-impl Subject for OnCpu {
-    type Backend = Cpu;
-
-    fn backend(&self) -> &Cpu {
-        &self.0
-    }
-
-    fn append(&self, cache: &mut CpuCache, layer: Layer, k: &Rows, v: &Rows) -> Result<()> {
-        cache.append(layer, k.view(), v.view())
-    }
-
-    fn attend(&self, cache: &mut CpuCache, layer: Layer, q: &Rows) -> Result<Rows> {
-        let mut out = q.like(f32::NAN);
-        cache.attend(layer, q.view(), out.view_mut())?;
-        Ok(out)
-    }
-
-    /// Seven suites share the time that one would take.
-    fn cases(&self) -> u32 {
-        64
-    }
-
-    /// Queries and weights that are rounded to bf16 move logits of up to about 20 by some
-    /// hundredths.
-    fn arithmetic_error(&self, dtype: Dtype) -> f64 {
-        let narrow = self.0.isa() == Isa::Avx512Bf16 && dtype == Dtype::Bf16;
-        if narrow { 6e-2 } else { 2e-5 }
-    }
-
-    /// Queries and weights of 16 bits.
-    fn coded_arithmetic_error(&self) -> f64 {
-        if self.0.isa() == Isa::Avx512Bf16 { 5e-3 } else { 2e-5 }
-    }
-}
+use leank_cpu::{Cpu, Executor, Isa, Pool, Prefetch, Serial};
+use support::OnCpu;
 
 /// The suite on one instruction set; says so where this CPU lacks it.
 macro_rules! kernel {
@@ -51,7 +15,7 @@ macro_rules! kernel {
 
             fn if_available(property: impl Fn(&OnCpu)) {
                 match Cpu::with_executor(Arc::new(Serial)).with_isa($isa) {
-                    Ok(cpu) => property(&OnCpu(cpu)),
+                    Ok(cpu) => property(&OnCpu::new(cpu)),
                     Err(error) => eprintln!("SKIPPED: {error}"),
                 }
             }
@@ -91,7 +55,7 @@ mod backwards {
         Cpu::with_executor(Arc::new(Backwards)).with_prefetch(Prefetch::Everything)
     }
 
-    leank_testkit::conformance!(OnCpu(cpu()));
+    leank_testkit::conformance!(OnCpu::new(cpu()));
 }
 
 mod pool {
@@ -103,19 +67,19 @@ mod pool {
         Cpu::with_executor(Arc::new(pool)).with_prefetch(Prefetch::Jumps)
     }
 
-    leank_testkit::conformance!(OnCpu(cpu()));
+    leank_testkit::conformance!(OnCpu::new(cpu()));
 }
 
 #[cfg(feature = "rayon")]
 mod rayon {
     use super::*;
-    leank_testkit::conformance!(OnCpu(Cpu::with_executor(Arc::new(leank_cpu::Rayon))));
+    leank_testkit::conformance!(OnCpu::new(Cpu::with_executor(Arc::new(leank_cpu::Rayon))));
 }
 
 /// How many threads share the work, and in which order, does not show in a bit.
 #[test]
 fn executors_are_twins() {
-    let serial = OnCpu(Cpu::with_executor(Arc::new(Serial)));
-    leank_testkit::twins_agree(&serial, &OnCpu(backwards::cpu()));
-    leank_testkit::twins_agree(&serial, &OnCpu(pool::cpu()));
+    let serial = OnCpu::new(Cpu::with_executor(Arc::new(Serial)));
+    leank_testkit::twins_agree(&serial, &OnCpu::new(backwards::cpu()));
+    leank_testkit::twins_agree(&serial, &OnCpu::new(pool::cpu()));
 }

@@ -1,14 +1,15 @@
 //! Memory that the system refuses: alone in its process, whose allocator refuses it.
 
+mod support;
+
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     cell::Cell,
     sync::Arc,
 };
 
-use leank_core::{Cache, Layer, Result};
-use leank_cpu::{Cpu, CpuCache, Isa, Serial};
-use leank_testkit::{Rows, Subject};
+use leank_cpu::{Cpu, Isa, Serial};
+use support::OnCpu;
 
 thread_local! {
     /// Allocations of blocks that succeed before one does not.
@@ -49,34 +50,10 @@ unsafe impl GlobalAlloc for Refusing {
     }
 }
 
-struct OnCpu(Cpu);
-
-impl Subject for OnCpu {
-    type Backend = Cpu;
-
-    fn backend(&self) -> &Cpu {
-        &self.0
-    }
-
-    fn append(&self, cache: &mut CpuCache, layer: Layer, k: &Rows, v: &Rows) -> Result<()> {
-        cache.append(layer, k.view(), v.view())
-    }
-
-    fn attend(&self, cache: &mut CpuCache, layer: Layer, q: &Rows) -> Result<Rows> {
-        let mut out = q.like(f32::NAN);
-        cache.attend(layer, q.view(), out.view_mut())?;
-        Ok(out)
-    }
-
-    /// Each is lived as often as it asks for memory.
-    fn cases(&self) -> u32 {
-        8
-    }
-}
-
 #[test]
 fn refused_memory_changes_nothing() {
     let cpu = Cpu::with_executor(Arc::new(Serial)).with_isa(Isa::Portable).unwrap();
-    let cpu = OnCpu(cpu);
+    // Each is lived as often as it asks for memory.
+    let cpu = OnCpu { cases: 8, ..OnCpu::new(cpu) };
     leank_testkit::refused_memory_changes_nothing(&cpu, |after| LEFT.set(after));
 }
