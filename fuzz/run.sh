@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds every fuzz target, then runs each for SECONDS, from its committed seeds, the attack files and what
-# earlier runs found. Ends with a table of what was run.
+# earlier runs found (corpora.tar.gz, and those on this machine). Ends with a table of what was run.
 #
 #     fuzz/run.sh SECONDS [TARGET...]
 #
@@ -27,12 +27,12 @@ export RUSTC_BOOTSTRAP=1
 [ $# -gt 0 ] || set -- $(cargo fuzz list)
 # All at once where all are wanted: a build of one target does little else than link.
 if [ "$*" = "$(cargo fuzz list | xargs)" ]; then
-    cargo fuzz build
+    cargo fuzz build --dev
 else
-    for target in "$@"; do cargo fuzz build "$target"; done
+    for target in "$@"; do cargo fuzz build --dev "$target"; done
 fi
 host=$(rustc -vV | sed -n 's/^host: //p')
-built=${CARGO_TARGET_DIR:-target}/$host/release
+built=${CARGO_TARGET_DIR:-target}/$host/debug
 # cargo-fuzz sets it too: parts of the standard library are there twice.
 export ASAN_OPTIONS=detect_odr_violation=0
 
@@ -63,6 +63,8 @@ one() {
 
 mkdir -p artifacts
 rm -f artifacts/failed
+mkdir -p corpus
+tar -xzf corpora.tar.gz --skip-old-files -C corpus
 # As many at a time as there are cores.
 cores=$(getconf _NPROCESSORS_ONLN)
 for target in "$@"; do
