@@ -35,8 +35,8 @@
 //!   overflows.
 //! - **A group with an infinity or NaN becomes NaN as a whole**: its scale is [`Scale::NAN`]. Codes have
 //!   no room for either, and the queries that see the one element would have given NaN for nearly
-//!   every one of them. It reaches the queries that see the block (of V: the channels of the group), and
-//!   no other head, block or sequence.
+//!   every one of them. It reaches the queries that see the block (of V: the channels of the group, on CUDA
+//!   those of its neighbour too), and no other head, block or sequence.
 
 use bytemuck::{Pod, Zeroable};
 use half::bf16;

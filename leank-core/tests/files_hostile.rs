@@ -145,7 +145,7 @@ const STARTS: [&[u8]; 5] =
     [b"", b"PK\x03\x04", b"PK\x05\x06", b"\x93NUMPY\x01\0", b"\x10\0\0\0\0\0\0\0{"];
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 512 }))]
 
     #[test]
     fn random_bytes(

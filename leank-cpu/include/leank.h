@@ -140,7 +140,7 @@ typedef struct leank_backend_options {
 /* Sets the defaults. `size`: sizeof *options. */
 leank_status leank_backend_options_init(leank_backend_options *options, size_t size);
 
-/* LEANK_UNAVAILABLE for an instruction set that this CPU lacks, and for more threads than the
+/* LEANK_UNAVAILABLE for an instruction set that this CPU or this library lacks, and for more threads than the
  * system gives. */
 leank_status leank_backend_create(const leank_backend_options *options, leank_backend **backend);
 

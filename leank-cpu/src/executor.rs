@@ -7,7 +7,8 @@ use std::fmt;
 ///
 /// [`Rayon`]: crate::Rayon
 pub trait Executor: fmt::Debug + Send + Sync {
-    /// Threads that may run pieces at the same time; work is cut accordingly.
+    /// Threads that may run pieces at the same time: for names in reports. How work is cut, and so what comes
+    /// out, does not depend on it.
     fn threads(&self) -> usize;
 
     /// Calls `piece(i)` exactly once for every `i < count`, in any order, on any threads, and

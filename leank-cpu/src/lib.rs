@@ -116,7 +116,7 @@ impl Cpu {
     /// The same backend with the kernel for another instruction set.
     ///
     /// # Errors
-    /// [`leank_core::Error::Unavailable`] where this CPU lacks it.
+    /// [`leank_core::Error::Unavailable`] where this CPU lacks it, or it was not compiled (feature `avx512`).
     pub fn with_isa(self, isa: Isa) -> Result<Self> {
         Ok(Self { isa, kernel: Kernel::new(isa)?, ..self })
     }
@@ -138,7 +138,9 @@ impl Backend for Cpu {
     type Cache = CpuCache;
 
     fn name(&self) -> String {
-        format!("cpu ({} kernel, {} threads)", self.isa, self.executor.threads())
+        let threads = self.executor.threads();
+        let plural = if threads == 1 { "" } else { "s" };
+        format!("cpu ({} kernel, {threads} thread{plural})", self.isa)
     }
 
     fn layout_rules(&self) -> LayoutRules {

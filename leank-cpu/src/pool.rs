@@ -30,7 +30,7 @@ pub const DEFAULT_SPIN: Duration = Duration::from_micros(100);
 
 type Piece<'a> = &'a (dyn Fn(usize) + Sync);
 
-/// The work that is going on. Fields but `piece` are atomics; see [`Shared::help`].
+/// The work that is going on; see [`Shared::help`].
 struct Shared {
     /// Counts runs; odd while one is open to helpers.
     round: AtomicUsize,
@@ -149,7 +149,7 @@ impl Executor for Pool {
             (0..count).for_each(piece);
             return;
         }
-        let _one_at_a_time = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes, and this function does not return, by value or by
         // panic, before the run is closed and everybody has left (`Close`).
@@ -161,10 +161,12 @@ impl Executor for Pool {
         shared.round.fetch_add(1, Ordering::SeqCst);
         let close = Close(shared);
         self.wake();
-        shared.claim(piece, count);
+        let own = catch_unwind(AssertUnwindSafe(|| shared.claim(piece, count)));
         drop(close);
-        let panicked = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(payload) = panicked {
+        // Taken in any case: it is this run's, and the next one shall not find it.
+        let theirs = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(running);
+        if let Some(payload) = own.err().or(theirs) {
             resume_unwind(payload);
         }
     }
@@ -313,6 +315,19 @@ mod tests {
             }));
             assert!(caught.is_err(), "{bad}");
         }
+        // A piece of each thread: they wait for one another, though not for ever.
+        let came = AtomicUsize::new(0);
+        let caught = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(3, &|i| {
+                came.fetch_add(1, Ordering::Relaxed);
+                let start = Instant::now();
+                while came.load(Ordering::Relaxed) < 3 && start.elapsed().as_secs() < 10 {
+                    thread::yield_now();
+                }
+                panic!("piece {i}");
+            });
+        }));
+        assert!(caught.is_err());
         let ran = AtomicUsize::new(0);
         pool.run(10, &|_| {
             ran.fetch_add(1, Ordering::Relaxed);

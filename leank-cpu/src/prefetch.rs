@@ -24,7 +24,8 @@ impl Prefetch {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
+// Miri has no instruction for it.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 fn is_zen_5() -> bool {
     use std::arch::x86_64::__cpuid;
     let vendor = __cpuid(0);
@@ -34,7 +35,7 @@ fn is_zen_5() -> bool {
     name.as_flattened() == b"AuthenticAMD" && family == 0x1a
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(any(not(target_arch = "x86_64"), miri))]
 fn is_zen_5() -> bool {
     false
 }

@@ -9,7 +9,7 @@
 
 use leank_core::{Block, CacheLayout, Error, KvHead, Layer, ModelShape, Result};
 
-use crate::SECTION_ALIGN;
+use crate::{SECTION_ALIGN, running::Line};
 
 /// Largest slab, in bytes, where a block is no larger.
 const SLAB: usize = 32 << 20;
@@ -17,10 +17,6 @@ const SLAB: usize = 32 << 20;
 /// Bytes of a huge page.
 #[cfg(feature = "huge-pages")]
 const HUGE_PAGE: usize = 2 << 20;
-
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; SECTION_ALIGN]);
 
 /// Zeroed bytes that start at a multiple of a cache line.
 enum Slab {
@@ -69,22 +65,29 @@ impl Slab {
     fn discard(&mut self, range: std::ops::Range<usize>) {
         #[cfg(all(feature = "huge-pages", target_os = "linux"))]
         if let Self::Mapping { map, start } = self {
-            /// No system that Linux runs on has smaller pages; larger ones are refused, which
-            /// leaves the memory with us.
-            const PAGE: usize = 4096;
-            let from = (*start + range.start).next_multiple_of(PAGE);
-            let to = (*start + range.end) / PAGE * PAGE;
-            if from < to {
+            let pages = whole_pages(range, rustix::param::page_size());
+            if !pages.is_empty() {
                 // SAFETY: the mapping is private and anonymous, so that discarded pages read as
-                // zeros, and `&mut self` says that nobody else looks at them.
+                // zeros, and `&mut self` says that nobody else looks at them. Both ends are ends of
+                // the system's pages, as `start` is, so nothing beside the range is discarded.
                 let _ = unsafe {
-                    map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from, to - from)
+                    map.unchecked_advise_range(
+                        memmap2::UncheckedAdvice::DontNeed,
+                        *start + pages.start,
+                        pages.len(),
+                    )
                 };
             }
         }
         #[cfg(not(all(feature = "huge-pages", target_os = "linux")))]
         let _ = range;
     }
+}
+
+/// The pages that lie in a range as a whole.
+#[cfg(all(feature = "huge-pages", target_os = "linux"))]
+fn whole_pages(range: std::ops::Range<usize>, page: usize) -> std::ops::Range<usize> {
+    range.start.next_multiple_of(page)..range.end / page * page
 }
 
 /// K and V of one head in the blocks of one kind and layer.
@@ -324,5 +327,41 @@ mod tests {
         let mut slots = Slots::new(1 << 60, heads.into_iter());
         assert_eq!(slots.cover(0), Err(1 << 60));
         assert_eq!((slots.places.len(), slots.slabs.len()), (0, 0));
+    }
+
+    #[cfg(all(feature = "huge-pages", target_os = "linux"))]
+    #[test]
+    fn pages_are_whole_whatever_their_size() {
+        assert_eq!(whole_pages(4096..12_288, 4096), 4096..12_288);
+        assert_eq!(whole_pages(64..600_064, 4096), 4096..598_016);
+        assert_eq!(whole_pages(64..600_064, 1 << 16), 65_536..589_824);
+        assert!(whole_pages(64..100_000, 1 << 16).is_empty());
+        assert!(whole_pages(64..8000, 1 << 16).is_empty());
+    }
+
+    /// Whole pages of a block, and nothing of its neighbours; in a slab that is a mapping, of heads that end
+    /// within pages.
+    #[cfg(all(feature = "huge-pages", target_os = "linux"))]
+    #[test]
+    fn what_is_given_back_is_zero_and_nothing_else() {
+        let heads = [Head { offset: 0, bytes: 600_000 }, Head { offset: 600_000, bytes: 300_064 }];
+        let mut slots = Slots::new(900_064, heads.into_iter());
+        slots.cover(7).unwrap();
+        assert!(matches!(slots.slabs[slots.places[5].slab], Slab::Mapping { .. }));
+        let all = || (0..8).flat_map(|id| [KvHead(0), KvHead(1)].map(|head| (id, head)));
+        all().for_each(|(id, head)| slots.head_mut(id, head).fill(7));
+        slots.discard(5);
+        for (id, head) in all() {
+            let bytes = slots.head(id, head);
+            let zeros = bytes.iter().filter(|&&byte| byte == 0).count();
+            assert_eq!(zeros + bytes.iter().filter(|&&byte| byte == 7).count(), bytes.len());
+            match id {
+                5 => {
+                    let page = rustix::param::page_size();
+                    assert!(zeros.is_multiple_of(page) && zeros + 2 * page > bytes.len());
+                }
+                _ => assert_eq!(zeros, 0, "block {id}"),
+            }
+        }
     }
 }

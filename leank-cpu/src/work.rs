@@ -8,8 +8,9 @@ use std::ops::Range;
 
 use leank_core::{Block, CacheLayout, KvHead, Layer, Ledger, Result};
 
-/// Most query rows of a piece: their accumulators stay in the first-level cache.
-const MAX_ROWS: usize = 16;
+/// Most query rows of a piece, or one token's where a group is larger: their accumulators stay in the
+/// first-level cache.
+const PIECE_ROWS: usize = 16;
 
 /// Bytes of full blocks in a piece: ten to twenty microseconds of reading.
 const PIECE: usize = 512 << 10;
@@ -64,8 +65,8 @@ impl<'a> Work<'a> {
         group: usize,
     ) -> Result<Self> {
         let mut work = Self::default();
-        let most = (MAX_ROWS / group).max(1);
-        let full = layout.full_k_offset(KvHead(1));
+        let most = (PIECE_ROWS / group).max(1);
+        let full = layout.full_head_bytes();
         let count = PIECE.div_ceil(full);
         let step = ledger.step().map_or(&[][..], |step| &step.sequences[..]);
         for sequence in step.iter().filter(|sequence| sequence.attend) {

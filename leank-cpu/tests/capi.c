@@ -234,7 +234,7 @@ static void backends(const leank_mask *mask)
     float expected[Q_ROW], found[Q_ROW];
     counter counted = {0, 0};
 
-    TRUE(strstr(leank_backend_name(NULL), "1 threads"));
+    TRUE(strstr(leank_backend_name(NULL), "1 thread)"));
     /* On one thread, on a pool, on our own: the same bits. */
     for (int way = 0; way < 3; way++) {
         OK(leank_backend_options_init(&options, sizeof options));
@@ -242,7 +242,7 @@ static void backends(const leank_mask *mask)
         options.threads = way == 0 ? 0 : 3;
         if (way == 2) options.run = backwards, options.user = &counted;
         OK(leank_backend_create(&options, &backend));
-        TRUE(strstr(leank_backend_name(backend), way == 0 ? "1 threads" : "3 threads"));
+        TRUE(strstr(leank_backend_name(backend), way == 0 ? "1 thread)" : "3 threads"));
         config.recent = LEANK_EVERYTHING;
         OK(leank_cache_create(backend, &config, &cache));
         leank_backend_free(backend); /* The cache keeps what it needs. */

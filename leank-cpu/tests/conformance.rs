@@ -1,4 +1,4 @@
-//! The conformance suite: every kernel that this CPU can run, and every executor.
+//! The conformance suite: every kernel that was compiled and this CPU can run, and every executor.
 
 mod support;
 
@@ -35,7 +35,7 @@ kernel!(avx512_bf16, Isa::Avx512Bf16);
 #[cfg(target_arch = "aarch64")]
 kernel!(neon, Isa::Neon);
 
-/// Cuts work even where it is not worth it.
+/// Runs the last piece first.
 #[derive(Debug)]
 struct Backwards;
 

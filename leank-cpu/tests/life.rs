@@ -8,7 +8,9 @@ use leank_core::{
     HostViewMut, Layer, LeanFormat, ModelMask, ModelShape, SequenceId, StepEntry, ViewShape,
     Windows,
 };
-use leank_cpu::{Cpu, CpuCache, Isa, Pool, Serial};
+#[cfg(feature = "rayon")]
+use leank_cpu::Executor as _;
+use leank_cpu::{Cpu, CpuCache, Isa, Pool, Prefetch, Serial};
 
 const LAYERS: usize = 2;
 const SHAPE: (usize, usize, usize) = (6, 3, 20);
@@ -133,6 +135,8 @@ fn a_rollback_leaves_no_trace() {
         // Into the lean blocks: only to where one ends.
         let error = cache.truncate(id, 11).unwrap_err();
         assert!(error.to_string().contains("8 and 16"), "{error}");
+        assert_eq!(cache.nearest_lengths(id, 11).unwrap(), (8, 16));
+        assert_eq!(cache.nearest_lengths(id, 16).unwrap(), (16, 16));
         cache.truncate(id, 16).unwrap();
         step(&mut cache, id, 3, 9);
         assert_eq!(cache.sequence_len(id).unwrap(), 25);
@@ -261,4 +265,96 @@ fn sequences_that_are_not_there_are_named() {
         assert!(matches!(error, Error::UnknownSequence(_)), "{error}");
     }
     assert!(out.is_empty());
+}
+
+/// Under a limit, storage that free blocks of one kind keep is given back where the other kind needs it.
+#[test]
+fn free_full_blocks_make_room_for_lean_ones() {
+    let cpu = Cpu::with_executor(Arc::new(Serial));
+    let config = config(Dtype::F16, Dtype::F16);
+    let mut unlimited = cpu.create(config.clone()).unwrap();
+    let long = unlimited.add_sequence();
+    let want: Vec<_> = (0..40).map(|_| step(&mut unlimited, long, 1, 10)).collect();
+    // What the sequence takes in the end, and a little for the steps between.
+    let limit = unlimited.memory().used_bytes() + 8 * unlimited.layout().full_bytes as u64;
+    let then = step(&mut unlimited, long, 1, 10);
+
+    let mut cache = cpu.create(CacheConfig { limit: Some(limit), ..config }).unwrap();
+    let fill_with_full_blocks = |cache: &mut CpuCache| {
+        let mut short = vec![cache.add_sequence()];
+        while cache.plan(&[StepEntry::decode(short[short.len() - 1], 20)]).is_ok() {
+            cache.cancel();
+            step(cache, short[short.len() - 1], 2, 20);
+            short.push(cache.add_sequence());
+        }
+        assert!(short.len() > 10, "{}", short.len());
+        short.into_iter().for_each(|id| cache.release(id).unwrap());
+    };
+    fill_with_full_blocks(&mut cache);
+    let id = cache.add_sequence();
+    for want in want {
+        assert_eq!(step(&mut cache, id, 1, 10), want);
+        assert!(cache.memory().allocated_bytes <= limit);
+    }
+    let mut saved = Vec::new();
+    cache.save(id, &mut saved).unwrap();
+    cache.release(id).unwrap();
+    fill_with_full_blocks(&mut cache);
+    let back = cache.restore(&mut &saved[..]).unwrap();
+    assert!(cache.memory().allocated_bytes <= limit);
+    assert_eq!(step(&mut cache, back, 1, 10), then);
+}
+
+/// How backends and caches call themselves in reports and messages.
+#[test]
+fn names_say_what_runs() {
+    let pool = Pool::new(NonZeroUsize::new(3).unwrap()).unwrap();
+    assert_eq!(format!("{pool:?}"), "Pool { threads: 3, .. }");
+    let cpu = Cpu::with_executor(Arc::new(pool)).with_isa(Isa::Portable).unwrap();
+    assert_eq!(cpu.name(), "cpu (portable kernel, 3 threads)");
+    assert_eq!(cpu.isa(), Isa::Portable);
+    for prefetch in [Prefetch::Jumps, Prefetch::Everything] {
+        let other = cpu.clone().with_prefetch(prefetch);
+        assert_eq!(other.name(), cpu.name(), "the rest stays");
+    }
+    let serial = Cpu::with_executor(Arc::new(Serial)).with_isa(Isa::Portable).unwrap();
+    assert_eq!(serial.name(), "cpu (portable kernel, 1 thread)");
+    let mut cache = serial.create(config(Dtype::F16, Dtype::F16)).unwrap();
+    let id = cache.add_sequence();
+    step(&mut cache, id, 1, 3);
+    let shown = format!("{cache:?}");
+    assert!(shown.contains("head_dim: 20") && shown.contains("Memory {"), "{shown}");
+}
+
+/// An instruction set that was overlooked would leave out its tests, and say nothing.
+#[test]
+fn instruction_sets_are_those_of_the_cpu() {
+    let mut there = vec![Isa::Portable];
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! has {
+            ($($feature:tt)*) => { true $(&& is_x86_feature_detected!($feature))* };
+        }
+        let avx512 = cfg!(feature = "avx512") && has!("avx512f" "avx512bw" "avx512dq" "avx512vl");
+        there.extend(has!("avx2" "fma" "f16c").then_some(Isa::Avx2));
+        there.extend(avx512.then_some(Isa::Avx512));
+        there.extend((avx512 && has!("avx512bf16" "avx512vnni")).then_some(Isa::Avx512Bf16));
+    }
+    #[cfg(target_arch = "aarch64")]
+    there.push(Isa::Neon);
+    let found: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect();
+    assert_eq!(found, there);
+    assert_eq!(Some(&Isa::best()), there.last());
+    assert_eq!(Cpu::with_executor(Arc::new(Serial)).isa(), Isa::best());
+    for isa in Isa::ALL {
+        assert_eq!(isa.to_string().parse::<Isa>().unwrap(), isa);
+    }
+    assert!("avx".parse::<Isa>().unwrap_err().to_string().contains("portable, avx2"));
+}
+
+#[cfg(feature = "rayon")]
+#[test]
+fn rayon_has_the_threads_of_the_callers_pool() {
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    assert_eq!(threads.install(|| leank_cpu::Rayon.threads()), 3);
 }

@@ -62,7 +62,10 @@ fn a_fault_comes_once_and_in_its_turn() {
 fn refused_memory_changes_nothing() {
     let Some(cuda) = support::cuda() else { return };
     let refuse = |after| inject(Call::Allocate, after, CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-    leank_testkit::refused_memory_changes_nothing(&subject::OnCuda::new(cuda), refuse);
+    // A life is lived as often as it asks for memory.
+    let mut subject = subject::OnCuda::new(cuda);
+    subject.cases = 8;
+    leank_testkit::refused_memory_changes_nothing(&subject, refuse);
 }
 
 /// Something of everything: a prompt, a fork, decoding beyond it, so that blocks are copied and packed, and

@@ -240,7 +240,9 @@ impl Store {
         slots.allocate(id as usize, take).map_err(|error| {
             if is_out_of_memory(error) {
                 let what = "blocks of the cache on the CUDA device";
-                return Error::SystemMemory { what, bytes: slots.slab_bytes(id as usize) };
+                // Of blocks without bytes one is asked for.
+                let bytes = slots.slab_bytes(id as usize).max(1);
+                return Error::SystemMemory { what, bytes };
             }
             let why = error.to_string();
             Error::Device { device: "CUDA".into(), action: "allocating blocks", why }

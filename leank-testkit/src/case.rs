@@ -109,16 +109,24 @@ fn head_kind() -> impl Strategy<Value = HeadKind> {
     ]
 }
 
+/// `small` under Miri, which takes a thousand times as long for everything.
+pub(crate) fn or_small(usual: usize, small: usize) -> usize {
+    if cfg!(miri) { small } else { usual }
+}
+
 fn shape() -> impl Strategy<Value = ModelShape> {
-    let head_dim = prop::sample::select(vec![1usize, 3, 8, 20, 33, 64, 80, 96, 128, 256]);
-    (1usize..3, 1usize..9, 1usize..4, head_dim).prop_map(|(layers, group, kv_heads, head_dim)| {
+    let head_dim = [1usize, 3, 8, 20, 33, 64, 80, 88, 96, 128, 256];
+    let head_dim = prop::sample::select(head_dim[..or_small(11, 5)].to_vec());
+    let (layers, group, kv_heads) = (1..or_small(3, 2), 1..or_small(9, 4), 1..or_small(4, 3));
+    (layers, group, kv_heads, head_dim).prop_map(|(layers, group, kv_heads, head_dim)| {
         ModelShape::new(layers, group * kv_heads, kv_heads, head_dim).expect("in range")
     })
 }
 
 fn windows() -> impl Strategy<Value = Windows> {
-    let sink = prop_oneof![Just(0usize), 1usize..100];
-    let recent = prop_oneof![2 => Just(0usize), 8 => 1usize..150, 1 => Just(usize::MAX)];
+    let sink = prop_oneof![Just(0usize), 1..or_small(100, 8)];
+    let recent = 1..or_small(150, 12);
+    let recent = prop_oneof![2 => Just(0usize), 8 => recent, 1 => Just(usize::MAX)];
     (sink, recent).prop_map(|(sink, recent)| Windows { sink, recent })
 }
 
@@ -128,7 +136,7 @@ fn tokens(block: usize) -> impl Strategy<Value = usize> {
         4 => Just(1usize),
         2 => 2usize..8,
         2 => prop::sample::select(vec![block, block + 1, (block - 1).max(1), 2 * block]),
-        2 => 1usize..300,
+        2 => 1..or_small(300, 20),
     ]
 }
 
@@ -144,7 +152,7 @@ fn steps(block: usize, sequences: usize) -> impl Strategy<Value = Vec<Vec<Load>>
         });
         loads
     });
-    prop::collection::vec(step, 1..8)
+    prop::collection::vec(step, 1..or_small(8, 4))
 }
 
 /// Random cases. `types`: types of full blocks, each with the formats of lean blocks beside them.
@@ -153,8 +161,9 @@ fn steps(block: usize, sequences: usize) -> impl Strategy<Value = Vec<Vec<Load>>
 /// When there are none.
 pub(crate) fn cases(types: Vec<(Dtype, Vec<LeanFormat>)>) -> impl Strategy<Value = Case> {
     let types = prop::sample::select(types);
-    let block = prop::sample::select(vec![1usize, 3, 8, 16, 32, 64]);
-    (shape(), block, 1usize..4, types).prop_flat_map(move |(shape, block, sequences, types)| {
+    let block = prop::sample::select([1usize, 3, 8, 16, 32, 64][..or_small(6, 4)].to_vec());
+    let sequences = 1..or_small(4, 3);
+    (shape(), block, sequences, types).prop_flat_map(move |(shape, block, sequences, types)| {
         let heads = shape.layers * shape.kv_heads;
         let (dtype, formats) = types;
         let format = prop::sample::select(formats);

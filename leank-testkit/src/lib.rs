@@ -52,14 +52,14 @@ pub use life::{
 };
 pub use properties::{
     a_million_tokens_agree, calls_out_of_order_are_refused, cancelled_steps_leave_no_trace,
-    chunks_do_not_matter, extremes_agree, neighbours_do_not_matter,
+    chunks_do_not_matter, extremes_agree, long_contexts_agree, neighbours_do_not_matter,
     non_finite_values_are_packed_as_defined, non_finite_values_stay_where_they_are, oracle_agrees,
     out_of_memory_changes_nothing, planner_agrees, pool_order_does_not_matter, twins_agree,
     wrong_shapes_are_refused,
 };
 pub use reference::{Reference, WriteRow};
 
-use leank_core::{Backend, Dtype, Layer, LeanFormat, Result};
+use leank_core::{Backend, Dtype, Layer, LeanFormat, Result, quant::INT4_GROUP};
 
 /// A backend under test, fed from host memory.
 pub trait Subject {
@@ -105,6 +105,12 @@ pub trait Subject {
         2e-5
     }
 
+    /// Of V in 4 bits: how many channels of a token, counted from the head's first, become NaN together where
+    /// one was infinite or NaN.
+    fn spoiled_channels(&self) -> usize {
+        INT4_GROUP
+    }
+
     /// Random cases per property; or as many as proptest's `PROPTEST_CASES` says.
     fn cases(&self) -> u32 {
         192
@@ -137,6 +143,7 @@ macro_rules! conformance {
         $crate::conformance!(@each ($run)
             oracle_agrees
             extremes_agree
+            long_contexts_agree
             a_million_tokens_agree
             chunks_do_not_matter
             neighbours_do_not_matter

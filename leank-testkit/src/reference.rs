@@ -50,14 +50,14 @@ impl Reference<'_> {
         // A head's outputs depend on its own formats only.
         let heads = self.config.shape.kv_head_indices();
         let bounds: Vec<_> = heads.map(|head| self.bounds(subject, layer, head)).collect();
-        let stored = self.oracle(layer, positions.clone(), true);
+        let stored = self.oracle(layer, positions.clone(), Some(subject.spoiled_channels()));
         let arithmetic = |head: usize| bounds[head].arithmetic;
         let share =
             self.compare(got, &stored, arithmetic, finite, "the oracle on stored values")?;
         if !finite {
             return Ok(share);
         }
-        let exact = self.oracle(layer, positions, false);
+        let exact = self.oracle(layer, positions, None);
         let storage = |head: usize| bounds[head].storage;
         let other = self.compare(got, &exact, storage, finite, "the oracle on exact values")?;
         Ok(share.max(other))
@@ -117,8 +117,9 @@ impl Reference<'_> {
         Ok(share)
     }
 
-    /// What the oracle says; on values as they are stored, or as they were given.
-    fn oracle(&self, layer: Layer, positions: Range<usize>, stored: bool) -> Expected {
+    /// What the oracle says; on values as they are stored where [`Subject::spoiled_channels`] is there, or else
+    /// as they were given.
+    fn oracle(&self, layer: Layer, positions: Range<usize>, stored: Option<usize>) -> Expected {
         let CacheConfig { shape, windows, block, .. } = *self.config;
         let rows = |kind: Kind, positions: Range<usize>| -> Vec<f32> {
             let width = kind.heads(&shape) * shape.head_dim;
@@ -130,8 +131,8 @@ impl Reference<'_> {
         };
         let tokens = |kind: Kind, tensor: Tensor| -> Vec<f64> {
             let mut values = rows(kind, 0..positions.end);
-            if stored {
-                self.store(layer, tensor, positions.start, &mut values);
+            if let Some(spoiled) = stored {
+                self.store(layer, tensor, positions.start, spoiled, &mut values);
             }
             values.into_iter().map(f64::from).collect()
         };
@@ -152,7 +153,8 @@ impl Reference<'_> {
         };
         let largest = values.iter().fold(0.0f64, |most, v| most.max(v.abs()));
         // The least subnormal number that values may be rounded to; arithmetic may take such for 0.
-        let half = if stored || self.config.dtype != Dtype::F16 { 0.0 } else { 2f64.powi(-25) };
+        let half =
+            if stored.is_some() || self.config.dtype != Dtype::F16 { 0.0 } else { 2f64.powi(-25) };
         let finest = f64::from(f32::MIN_POSITIVE).max(half);
         let output = attention.output_packed(self.packed);
         Expected { output, largest, finest, keys, queries, terms: OnceCell::new() }
@@ -179,7 +181,14 @@ impl Reference<'_> {
 
     /// Makes of K or V of the sequence, `[tokens, KV heads, head_dim]`, what the cache holds in a step
     /// whose first query stands at `start`.
-    fn store(&self, layer: Layer, tensor: Tensor, start: usize, values: &mut [f32]) {
+    fn store(
+        &self,
+        layer: Layer,
+        tensor: Tensor,
+        start: usize,
+        spoiled: usize,
+        values: &mut [f32],
+    ) {
         let CacheConfig { shape, block, windows, dtype, .. } = *self.config;
         values.iter_mut().for_each(|x| *x = dtype.round(*x));
         let width = shape.kv_heads * shape.head_dim;
@@ -194,6 +203,14 @@ impl Reference<'_> {
                     rows.chunks(width).flat_map(|row| &row[part.clone()]).copied().collect();
                 let format = self.config.format(layer, head).of(tensor);
                 round_trip(format, tensor, shape.head_dim, &mut own);
+                if (tensor, format) == (Tensor::V, LeanFormat::Int4) {
+                    let tokens = own.chunks_mut(shape.head_dim);
+                    for together in tokens.flat_map(|token| token.chunks_mut(spoiled)) {
+                        if together.iter().any(|x| x.is_nan()) {
+                            together.fill(f32::NAN);
+                        }
+                    }
+                }
                 let own = own.chunks(shape.head_dim);
                 rows.chunks_mut(width).zip(own).for_each(|(row, own)| {
                     row[part.clone()].copy_from_slice(own);

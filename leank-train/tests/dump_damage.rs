@@ -96,7 +96,7 @@ impl Damage {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 400 }))]
 
     #[test]
     fn random_damage_is_refused_or_means_nothing(damage in damages(), which in 0..3usize) {

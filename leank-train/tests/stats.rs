@@ -189,7 +189,7 @@ fn synthetic(group: usize, d: usize, prefixes: Vec<usize>, positions: usize) -> 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 64 }) })]
 
     #[test]
     fn agrees_with_the_definitions(

@@ -454,6 +454,14 @@ mod tests {
             out.data.iter_mut().for_each(|x| *x *= self.gain);
             Ok(out)
         }
+
+        fn arithmetic_error(&self, dtype: Dtype) -> f64 {
+            self.cpu.arithmetic_error(dtype)
+        }
+
+        fn coded_arithmetic_error(&self) -> f64 {
+            self.cpu.coded_arithmetic_error()
+        }
     }
 
     #[test]

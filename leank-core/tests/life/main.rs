@@ -60,7 +60,7 @@ fn windows() -> impl Strategy<Value = Windows> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1500))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 1500 }))]
 
     #[test]
     fn sequences_live_as_in_the_model(
@@ -96,6 +96,19 @@ fn stored(ledger: &mut Ledger, tokens: usize) -> SequenceId {
     ledger.plan(&[StepEntry::store(sequence, tokens)]).unwrap();
     ledger.commit().unwrap();
     sequence
+}
+
+#[test]
+fn a_limit_can_be_filled_to_the_byte() {
+    let config = config(8, Windows { sink: 8, recent: 16 }, [4; 4]);
+    let mut free = ledger(&config);
+    stored(&mut free, 40);
+    let bytes = free.memory().used_bytes();
+    for (limit, fits) in [(bytes, true), (bytes - 1, false)] {
+        let mut ledger = ledger(&CacheConfig { limit: Some(limit), ..config.clone() });
+        let sequence = ledger.add_sequence();
+        assert_eq!(ledger.plan(&[StepEntry::store(sequence, 40)]).is_ok(), fits, "{limit}");
+    }
 }
 
 #[test]

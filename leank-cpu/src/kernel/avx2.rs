@@ -26,7 +26,7 @@ impl Avx2 {
     }
 }
 
-entries!(Avx2, [Bf16Pairs, U8s, U4s], "avx2,fma,f16c");
+entries!(Avx2, [Bf16Pairs, U8s, U4s], Self, "avx2,fma,f16c");
 
 /// One operation of the token's instruction set.
 macro_rules! op {

@@ -38,12 +38,19 @@ impl<const BF16: bool> Avx512<BF16> {
     }
 }
 
-entries!(Avx512<false>, [Bf16Pairs, U8s, U4s], "avx512f,avx512bw,avx512dq,avx512vl");
+entries!(Avx512<false>, [Bf16Pairs, U8s, U4s], Self, "avx512f,avx512bw,avx512dq,avx512vl");
 entries!(
     Avx512<true>,
     [Bf16Dot, CodeDot<1>, CodeDot<2>],
+    Avx512<false>,
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni"
 );
+
+impl From<Avx512<true>> for Avx512<false> {
+    fn from(_: Avx512<true>) -> Self {
+        Self(())
+    }
+}
 
 /// One operation of the token's instruction set.
 macro_rules! op {
@@ -174,11 +181,6 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         let narrow = op!(_mm512_cvtneps_pbh(x));
         // SAFETY: the caller's promise; both are sixteen 16-bit elements.
         unsafe { to.cast::<__m256bh>().write_unaligned(narrow) };
-    }
-
-    #[inline(always)]
-    fn largest(self, x: __m512) -> f32 {
-        op!(_mm512_reduce_max_ps(x))
     }
 
     #[inline(always)]
@@ -333,7 +335,30 @@ impl<const WORDS: usize> Lanes<Avx512<true>> for CodeDot<WORDS> {
 }
 
 impl<const WORDS: usize> CodeLanes<Avx512<true>> for CodeDot<WORDS> {
-    const BOUNDED: bool = true;
+    #[inline(always)]
+    fn largest(simd: Avx512<true>, row: &[f32]) -> f32 {
+        let (whole, rest) = row.as_chunks::<16>();
+        let mut most = simd.splat(0.0);
+        for x in whole {
+            // SAFETY: sixteen numbers.
+            let x = unsafe { simd.load(x.as_ptr()) };
+            // The second one where the first one is NaN.
+            most = simd.max(op!(_mm512_abs_ps(x)), most);
+        }
+        rest.iter().fold(op!(_mm512_reduce_max_ps(most)), |most, x| most.max(x.abs()))
+    }
+
+    #[inline(always)]
+    fn largest_step(simd: Avx512<true>, scales: &[Scale]) -> f32 {
+        let (whole, rest) = scales.as_chunks::<16>();
+        let mut most = simd.splat(0.0);
+        for scales in whole {
+            // SAFETY: sixteen scales.
+            let [step, _] = unsafe { simd.load_scales(scales.as_ptr()) };
+            most = simd.max(step, most);
+        }
+        rest.iter().fold(op!(_mm512_reduce_max_ps(most)), |most, scale| most.max(scale.step()))
+    }
 
     #[inline(always)]
     fn fold(

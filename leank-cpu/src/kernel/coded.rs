@@ -10,7 +10,7 @@ use leank_core::quant::Scale;
 
 use super::{
     Engine,
-    product::{Ahead, ByRow, Finish, Lanes, Product, Right, f32_sums},
+    product::{self, Ahead, ByRow, Finish, Lanes, Product, Right, f32_sums},
     simd::Simd,
 };
 use crate::{
@@ -20,11 +20,21 @@ use crate::{
 
 /// How codes are multiplied.
 pub(crate) trait CodeLanes<S: Simd>: Lanes<S, Group = Word> {
-    /// Whether [`CodeLanes::fold`] needs to know how large factors can become.
-    const BOUNDED: bool;
+    /// The largest magnitude of a row of the left side, NaN apart: half of what bounds factors in
+    /// [`CodeLanes::fold`], where it asks for a bound.
+    #[inline(always)]
+    fn largest(_: S, _row: &[f32]) -> f32 {
+        0.0
+    }
+
+    /// The largest step, NaN apart: the other half.
+    #[inline(always)]
+    fn largest_step(_: S, _scales: &[Scale]) -> f32 {
+        0.0
+    }
 
     /// Writes a row of the left side times the steps of as many scales, as the product reads it.
-    /// `bound`: no factor is larger, where [`CodeLanes::BOUNDED`] asks for it.
+    /// `bound`: [`CodeLanes::largest`] times [`CodeLanes::largest_step`].
     fn fold(simd: S, row: &[f32], scales: &[Scale], bound: f32, to: &mut [f32]) -> Linear;
 }
 
@@ -74,8 +84,6 @@ macro_rules! wide_codes {
         }
 
         impl<S: Simd> CodeLanes<S> for $lanes {
-            const BOUNDED: bool = false;
-
             #[inline(always)]
             fn fold(simd: S, row: &[f32], scales: &[Scale], _: f32, to: &mut [f32]) -> Linear {
                 fold(simd, row, scales, to)
@@ -110,33 +118,6 @@ fn fold<S: Simd>(simd: S, row: &[f32], scales: &[Scale], to: &mut [f32]) -> Line
     Linear { factor: 1.0, offset }
 }
 
-/// The largest magnitude of a multiple of eight numbers, NaN apart.
-#[inline(always)]
-fn largest<S: Simd>(simd: S, numbers: &[f32]) -> f32 {
-    let whole = numbers.len() / S::LANES * S::LANES;
-    let mut most = simd.splat(0.0);
-    for i in (0..whole).step_by(S::LANES) {
-        // SAFETY: there are `LANES` more.
-        let x = unsafe { simd.load(numbers[i..].as_ptr()) };
-        // The second one where the first one is NaN.
-        most = simd.max(simd.max(x, simd.sub(simd.splat(0.0), x)), most);
-    }
-    numbers[whole..].iter().fold(simd.largest(most), |most, x| most.max(x.abs()))
-}
-
-/// The largest step, NaN apart.
-#[inline(always)]
-fn largest_step<S: Simd>(simd: S, scales: &[Scale]) -> f32 {
-    let whole = scales.len() / S::LANES * S::LANES;
-    let mut most = simd.splat(0.0);
-    for i in (0..whole).step_by(S::LANES) {
-        // SAFETY: there are `LANES` more.
-        let [step, _] = unsafe { simd.load_scales(scales[i..].as_ptr()) };
-        most = simd.max(step, most);
-    }
-    scales[whole..].iter().fold(simd.largest(most), |most, scale| most.max(scale.step()))
-}
-
 /// The two sides of a product with codes.
 pub(crate) struct CodedProduct<'a> {
     /// `[rows, stride]`; zero from the depth that counts to a whole step.
@@ -164,7 +145,7 @@ pub(super) fn product<S: Engine, L: CodeLanes<S>>(
     let parts = folded.chunks(left.len()).zip(linear.chunks(tops.len()));
     let groups = codes.groups().take_while(|group| group.first < lanes);
     for (group, (folded, linear)) in groups.zip(parts) {
-        let product = Product {
+        let args = Product {
             left: bytemuck::cast_slice(folded),
             order: ByRow(stride * (size_of::<f32>() / size_of::<L::Left>())),
             rows: linear.len(),
@@ -174,7 +155,7 @@ pub(super) fn product<S: Engine, L: CodeLanes<S>>(
             ahead,
         };
         let add = AddOffsets { linear, first: group.first, finish: &mut finish };
-        simd.product::<L, _>(product, add);
+        product::product::<S, L, _>(simd, args, add);
     }
 }
 
@@ -195,14 +176,14 @@ impl Fold<'_> {
         let Folded { left: to, sums: linear, tops } = folded;
         let (rows, depth) = (tops.len(), codes.shape.depth);
         for (row, top) in tops.iter_mut().enumerate() {
-            *top = if L::BOUNDED { largest(simd, &left[row * stride..][..depth]) } else { 0.0 };
+            *top = L::largest(simd, &left[row * stride..][..depth]);
         }
         for (at, group) in codes.groups().enumerate() {
             let scales = group.scales;
             let asked = ahead.of_steps(scales.as_ptr().cast(), size_of::<Line>());
             let lines = size_of_val(scales).div_ceil(size_of::<Line>());
             (0..lines).filter_map(|line| asked.by(line)).for_each(|to| simd.prefetch(to));
-            let step = if L::BOUNDED { largest_step(simd, scales) } else { 0.0 };
+            let step = L::largest_step(simd, scales);
             for row in 0..rows {
                 let from = &left[row * stride..][..depth];
                 let to = &mut to[(at * rows + row) * stride..][..depth];

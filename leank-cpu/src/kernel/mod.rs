@@ -4,11 +4,11 @@
 //! |---|---|
 //! | `portable.rs` | any |
 //! | `avx2.rs` | x86-64 with AVX2, FMA, F16C |
-//! | `avx512.rs` | x86-64 with AVX-512 F, BW, DQ, VL; and with BF16 and VNNI: pairs of bf16, fours of codes in one instruction |
+//! | `avx512.rs`, with the feature `avx512` | x86-64 with AVX-512 F, BW, DQ, VL; and with BF16 and VNNI: pairs of bf16, fours of codes in one instruction |
 //! | `neon.rs` | 64-bit ARM |
 //!
-//! [`Kernel`] is chosen once per backend; every call goes through one `match` to code that was
-//! compiled for the instruction set.
+//! [`Kernel`] is chosen once per backend; every call goes through one `match`. What takes the time is
+//! compiled for the instruction set ([`Engine`]), the loops around it are for any.
 
 mod coded;
 mod left;
@@ -20,7 +20,7 @@ mod transpose;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", feature = "avx512"))]
 mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -42,7 +42,9 @@ use crate::{
 use coded::{CodeLanes, CodedProduct, Fold, U4s, U8s};
 use left::Factor;
 pub(crate) use product::{Ahead, Right};
-use product::{Bf16Pairs, ByRow, ByStep, F16s, F32s, Finish, Lanes, Order, Product, Sums, ToSteps};
+use product::{
+    Bf16Pairs, ByRow, ByStep, F16s, F32s, Finish, Lanes, Order, Pass, Product, Sums, ToSteps,
+};
 use softmax::{Softmax, Take};
 
 /// An instruction set that a kernel was written for.
@@ -53,11 +55,11 @@ pub enum Isa {
     Portable,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
-    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    /// x86-64 with AVX-512 F, BW, DQ and VL; with the feature `avx512`.
     Avx512,
-    /// AVX-512 with BF16 and VNNI. Queries and softmax weights that meet bf16 storage are rounded to
-    /// bf16, relative error 2⁻⁹, and those that meet codes to 16 bits of a bound on the largest of a block;
-    /// [`Isa::Avx512`] does neither.
+    /// AVX-512 with BF16 and VNNI; with the feature `avx512`. Queries and softmax weights that meet bf16
+    /// storage are rounded to bf16, relative error 2⁻⁹, and those that meet codes to 16 bits of a bound on the
+    /// largest of a block; [`Isa::Avx512`] does neither.
     Avx512Bf16,
     /// 64-bit ARM.
     Neon,
@@ -68,13 +70,13 @@ impl Isa {
     pub const ALL: [Self; 5] =
         [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Neon];
 
-    /// Whether this CPU can run it.
+    /// Whether this CPU can run it, and it was compiled: AVX-512 is with the feature `avx512`.
     #[must_use]
     pub fn is_available(self) -> bool {
         Kernel::detect(self).is_some()
     }
 
-    /// The fastest one that this CPU can run.
+    /// The fastest of those that are available.
     #[must_use]
     pub fn best() -> Self {
         Self::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Self::Portable)
@@ -120,13 +122,23 @@ trait Engine: Simd {
     type U8: CodeLanes<Self>;
     /// How codes of 4 bits are multiplied.
     type U4: CodeLanes<Self>;
+    /// The engine for all that neither is bf16 nor codes, and so for code that both would compile alike.
+    type Wide: Engine;
 
-    /// [`product::product`]
-    fn product<L: Lanes<Self>, O: Order>(
+    /// The engine for what is neither bf16 nor codes.
+    fn wide(self) -> Self::Wide;
+
+    /// [`product::pass_vectors`], a function of its own for each number of rows: of all of them in one the
+    /// compiler would think for minutes.
+    ///
+    /// # Safety
+    /// As [`product::pass_vectors`].
+    unsafe fn pass<L: Lanes<Self>, O: Order, const R: usize>(
         self,
-        args: Product<'_, L::Left, L::Group, O>,
-        finish: impl Finish<Self>,
-    );
+        pass: Pass<L::Left, L::Group, O>,
+        vectors: usize,
+        finish: &mut impl Finish<Self>,
+    ) -> usize;
 
     /// [`Fold::run`]
     fn fold<L: CodeLanes<Self>>(self, fold: Fold<'_>);
@@ -139,13 +151,21 @@ impl Engine for Portable {
     type Bf16 = Bf16Pairs;
     type U8 = U8s;
     type U4 = U4s;
+    type Wide = Self;
 
-    fn product<L: Lanes<Self>, O: Order>(
+    fn wide(self) -> Self {
+        self
+    }
+
+    #[inline(never)]
+    unsafe fn pass<L: Lanes<Self>, O: Order, const R: usize>(
         self,
-        args: Product<'_, L::Left, L::Group, O>,
-        mut finish: impl Finish<Self>,
-    ) {
-        product::product::<Self, L, O>(self, args, &mut finish);
+        pass: Pass<L::Left, L::Group, O>,
+        vectors: usize,
+        finish: &mut impl Finish<Self>,
+    ) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe { product::pass_vectors::<Self, L, O, R>(self, pass, vectors, finish) }
     }
 
     fn fold<L: CodeLanes<Self>>(self, fold: Fold<'_>) {
@@ -160,27 +180,45 @@ impl Engine for Portable {
 /// Compiles the general code for a token's instruction set.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! entries {
-    ($token:ty, [$bf16:ty, $u8:ty, $u4:ty], $features:literal) => {
+    ($token:ty, [$bf16:ty, $u8:ty, $u4:ty], $wide:ty, $features:literal) => {
         impl super::Engine for $token {
             type Bf16 = $bf16;
             type U8 = $u8;
             type U4 = $u4;
+            type Wide = $wide;
 
-            fn product<L: super::Lanes<Self>, O: super::Order>(
+            fn wide(self) -> $wide {
+                self.into()
+            }
+
+            unsafe fn pass<L: super::Lanes<Self>, O: super::Order, const R: usize>(
                 self,
-                args: super::Product<'_, L::Left, L::Group, O>,
-                finish: impl super::Finish<Self>,
-            ) {
+                pass: super::Pass<L::Left, L::Group, O>,
+                vectors: usize,
+                finish: &mut impl super::Finish<Self>,
+            ) -> usize {
+                /// # Safety
+                /// As [`super::product::pass_vectors`].
                 #[target_feature(enable = $features)]
-                fn compiled<L: super::Lanes<$token>, O: super::Order>(
+                #[inline(never)]
+                unsafe fn compiled<
+                    L: super::Lanes<$token>,
+                    O: super::Order,
+                    F: super::Finish<$token>,
+                    const R: usize,
+                >(
                     simd: $token,
-                    args: super::Product<'_, L::Left, L::Group, O>,
-                    mut finish: impl super::Finish<$token>,
-                ) {
-                    super::product::product::<$token, L, O>(simd, args, &mut finish);
+                    pass: super::Pass<L::Left, L::Group, O>,
+                    vectors: usize,
+                    finish: &mut F,
+                ) -> usize {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        super::product::pass_vectors::<$token, L, O, R>(simd, pass, vectors, finish)
+                    }
                 }
-                // SAFETY: a token exists only where the CPU has the instruction set.
-                unsafe { compiled::<L, O>(self, args, finish) }
+                // SAFETY: a token exists only where the CPU has the instruction set; and the caller's promise.
+                unsafe { compiled::<L, O, _, R>(self, pass, vectors, finish) }
             }
 
             fn fold<L: super::CodeLanes<Self>>(self, fold: super::Fold<'_>) {
@@ -212,9 +250,9 @@ pub(crate) enum Kernel {
     Portable(Portable),
     #[cfg(target_arch = "x86_64")]
     Avx2(avx2::Avx2),
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
     Avx512(avx512::Avx512<false>),
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
     Avx512Bf16(avx512::Avx512<true>),
     #[cfg(target_arch = "aarch64")]
     Neon(neon::Neon),
@@ -233,12 +271,12 @@ macro_rules! on_engine {
                 type $S = avx2::Avx2;
                 $body
             }
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
             Kernel::Avx512($simd) => {
                 type $S = avx512::Avx512<false>;
                 $body
             }
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
             Kernel::Avx512Bf16($simd) => {
                 type $S = avx512::Avx512<true>;
                 $body
@@ -252,16 +290,18 @@ macro_rules! on_engine {
     };
 }
 
-/// Runs `$body` with the [`Lanes`] of plain elements.
+/// Runs `$body` with the [`Lanes`] of plain elements, and with the engine for them as `$simd`.
 macro_rules! on_plain {
-    ($dtype:expr, $S:ident, $L:ident => $body:expr) => {
+    ($dtype:expr, $simd:ident: $S:ident, $L:ident => $body:expr) => {
         match $dtype {
             Dtype::F32 => {
                 type $L = F32s;
+                let $simd = $simd.wide();
                 $body
             }
             Dtype::F16 => {
                 type $L = F16s;
+                let $simd = $simd.wide();
                 $body
             }
             Dtype::Bf16 => {
@@ -272,11 +312,11 @@ macro_rules! on_plain {
     };
 }
 
-/// Runs `$plain` or `$coded` with the [`Lanes`] of a format.
+/// Runs `$plain` or `$coded` with the [`Lanes`] of a format, and with the engine for them as `$simd`.
 macro_rules! on_lanes {
-    ($format:expr, $S:ident, $L:ident => $plain:expr, $coded:expr) => {
+    ($format:expr, $simd:ident: $S:ident, $L:ident => $plain:expr, $coded:expr) => {
         match $format {
-            LeanFormat::Plain(dtype) => on_plain!(dtype, $S, $L => $plain),
+            LeanFormat::Plain(dtype) => on_plain!(dtype, $simd: $S, $L => $plain),
             LeanFormat::Int8 => {
                 type $L = <$S as Engine>::U8;
                 $coded
@@ -290,12 +330,12 @@ macro_rules! on_lanes {
     };
 }
 
-/// Runs `$body` with the type of the left side of products with a format.
+/// Runs `$body` with the type of the left side of products with a format: with bf16, `$bf16`.
 macro_rules! on_left {
-    ($format:expr, $S:ident, $W:ident => $body:expr) => {
+    ($format:expr, $W:ident: $bf16:ty => $body:expr) => {
         match $format {
             LeanFormat::Plain(Dtype::Bf16) => {
-                type $W = LeftOf<<$S as Engine>::Bf16, $S>;
+                type $W = $bf16;
                 $body
             }
             _ => {
@@ -319,10 +359,17 @@ impl Kernel {
     /// The kernel for `isa`.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] where this CPU lacks it.
+    /// [`Error::Unavailable`] where this CPU lacks it, or it was not compiled.
     pub(crate) fn new(isa: Isa) -> Result<Self> {
         Self::detect(isa).ok_or_else(|| {
-            let why = format!("this CPU does not have it; its best is {}", Isa::best());
+            let left_out = cfg!(all(target_arch = "x86_64", not(feature = "avx512")))
+                && matches!(isa, Isa::Avx512 | Isa::Avx512Bf16);
+            let absent = if left_out {
+                "leank-cpu was compiled without its feature `avx512`"
+            } else {
+                "this CPU does not have it"
+            };
+            let why = format!("{absent}; the best here is {}", Isa::best());
             Error::Unavailable { what: "a kernel's instruction set", why: format!("{isa}: {why}") }
         })
     }
@@ -337,9 +384,9 @@ impl Kernel {
             Isa::Portable => Some(Self::Portable(Portable)),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::Avx2::detect().map(Self::Avx2),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
             Isa::Avx512 => avx512::Avx512::detect().map(Self::Avx512),
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(all(target_arch = "x86_64", feature = "avx512"))]
             Isa::Avx512Bf16 => avx512::Avx512::detect().map(Self::Avx512Bf16),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => neon::Neon::detect().map(Self::Neon),
@@ -350,7 +397,7 @@ impl Kernel {
 
     /// Bytes of an element on the left of products with this format.
     pub(crate) fn left_bytes(self, format: LeanFormat) -> usize {
-        on_engine!(self, (simd: S) => on_left!(format, S, W => {
+        on_engine!(self, (simd: S) => on_left!(format, W: LeftOf<<S as Engine>::Bf16, S> => {
             let _ = simd;
             size_of::<W>()
         }))
@@ -369,15 +416,16 @@ impl Kernel {
     ) {
         let LeanFormat::Plain(dtype) = format else {
             let to = bytemuck::cast_slice_mut::<Line, f32>(to);
-            let rows = to.chunks_exact_mut(query_stride(format, depth));
+            let stride = query_stride(format, depth);
+            let rows = to[..from.len() / depth * stride].chunks_exact_mut(stride);
             return from.chunks_exact(depth).zip(rows).for_each(|(from, to)| {
                 to[..depth].copy_from_slice(from);
             });
         };
-        on_engine!(self, (simd: S) => on_plain!(dtype, S, L => {
+        on_engine!(self, (simd: S) => on_plain!(dtype, simd: S, L => {
             let to = bytemuck::cast_slice_mut::<Line, LeftOf<L, S>>(to);
             let steps = ToSteps::<_, { <L as Lanes<S>>::STEP }> { from, depth, to };
-            <S as Engine>::run(simd, steps);
+            Engine::run(simd, steps);
         }));
     }
 
@@ -386,20 +434,11 @@ impl Kernel {
         self,
         running: &mut Running<'_>,
         queries: &[Line],
-        (k, ahead): (Matrix<'_>, Ahead),
+        k: (Matrix<'_>, Ahead),
         tokens: usize,
     ) {
-        let Running { bases, logits, stride, folded, .. } = running;
-        let out = Sums { out: logits, stride: *stride, accumulate: false };
-        let rows = bases.len();
-        on_engine!(self, (simd: S) => on_lanes!(k.format(), S, L => {
-            let args = product((queries, rows, ByStep), (k, ahead), (k.depth(), tokens));
-            simd.product::<L, _>(args, out);
-        }, {
-            let left = (queries, rows, query_stride(k.format(), k.depth()));
-            let args = coded(left, (k, ahead), (k.depth(), tokens), folded.reborrow());
-            coded::product::<S, L>(simd, args, out);
-        }));
+        let v = k.0.format(); // no weights are made
+        self.product_with_k(running, queries, k, tokens, None, v);
     }
 
     /// Turns logits, negative infinity where a token does not count, into weights for V of this
@@ -407,7 +446,7 @@ impl Kernel {
     ///
     /// `scale` is the factor on logits, in powers of two.
     pub(crate) fn soften(self, running: &mut Running<'_>, scale: f32, v: LeanFormat) {
-        on_engine!(self, (simd: S) => on_left!(v, S, W => {
+        on_engine!(self, (simd: S) => on_left!(v, W: LeftOf<<S as Engine>::Bf16, S> => {
             let (logits, _, softmax) = softmax::<W>(running, scale);
             <S as Engine>::run(simd, Take { logits, softmax });
         }));
@@ -419,20 +458,44 @@ impl Kernel {
         self,
         running: &mut Running<'_>,
         queries: &[Line],
-        (k, ahead): (Matrix<'_>, Ahead),
+        k: (Matrix<'_>, Ahead),
         scale: f32,
         v: LeanFormat,
     ) {
-        let (rows, tokens) = (running.bases.len(), running.stride);
-        on_engine!(self, (simd: S) => on_left!(v, S, W => {
-            let (_, folded, softmax) = softmax::<W>(running, scale);
-            on_lanes!(k.format(), S, L => {
+        let (tokens, format) = (running.stride, k.0.format());
+        // What makes weights in bf16 multiplies bf16 and codes alone.
+        let wide = matches!(format, LeanFormat::Plain(Dtype::F32 | Dtype::F16));
+        if wide && self.left_bytes(v) < size_of::<f32>() {
+            self.logits(running, queries, k, tokens);
+            self.soften(running, scale, v);
+        } else {
+            self.product_with_k(running, queries, k, tokens, Some(scale), v);
+        }
+    }
+
+    /// Logits of a block's first `tokens` tokens: to memory, or with a scale into the softmax.
+    fn product_with_k(
+        self,
+        running: &mut Running<'_>,
+        queries: &[Line],
+        (k, ahead): (Matrix<'_>, Ahead),
+        tokens: usize,
+        scale: Option<f32>,
+        v: LeanFormat,
+    ) {
+        let rows = running.bases.len();
+        on_engine!(self, (simd: S) => on_lanes!(k.format(), simd: S, L => {
+            on_left!(v, W: LeftOf<L, S> => {
+                let (_, finish) = Logits::<W>::of(running, scale);
                 let args = product((queries, rows, ByStep), (k, ahead), (k.depth(), tokens));
-                simd.product::<L, _>(args, softmax);
-            }, {
+                product::product::<_, L, _>(simd, args, finish);
+            })
+        }, {
+            on_left!(v, W: LeftOf<<S as Engine>::Bf16, S> => {
+                let (folded, finish) = Logits::<W>::of(running, scale);
                 let left = (queries, rows, query_stride(k.format(), k.depth()));
                 let args = coded(left, (k, ahead), (k.depth(), tokens), folded);
-                coded::product::<S, L>(simd, args, softmax);
+                coded::product::<S, L>(simd, args, finish);
             })
         }));
     }
@@ -447,9 +510,10 @@ impl Kernel {
         let Running { bases, sums, head_dim, weights, stride, folded, .. } = running;
         let (rows, stride) = (bases.len(), *stride);
         let out = Sums { out: sums, stride: *head_dim, accumulate: true };
-        on_engine!(self, (simd: S) => on_lanes!(v.format(), S, L => {
+        on_engine!(self, (simd: S) => on_lanes!(v.format(), simd: S, L => {
             let left = (&**weights, rows, ByRow(stride));
-            simd.product::<L, _>(product(left, (v, ahead), (tokens, *head_dim)), out);
+            let args = product(left, (v, ahead), (tokens, *head_dim));
+            product::product::<_, L, _>(simd, args, out);
         }, {
             let left = (&**weights, rows, stride);
             let args = coded(left, (v, ahead), (tokens, *head_dim), folded.reborrow());
@@ -459,7 +523,7 @@ impl Kernel {
 
     /// Runs loops that were compiled for the instruction set.
     pub(crate) fn run(self, loops: impl Loops) {
-        on_engine!(self, (simd: S) => <S as Engine>::run(simd, loops));
+        on_engine!(self, (simd: S) => <S as Engine>::Wide::run(simd.wide(), loops));
     }
 }
 
@@ -493,6 +557,57 @@ fn coded<'a>(
 ) -> CodedProduct<'a> {
     let left = &bytemuck::cast_slice(left)[..rows * stride];
     CodedProduct { left, stride, depth, codes: right.codes(), lanes, ahead, folded }
+}
+
+/// Where logits go from the registers.
+enum Logits<'a, W> {
+    ToMemory(Sums<'a>),
+    ToSoftmax(Softmax<'a, W>),
+}
+
+impl<'a, W: Factor> Logits<'a, W> {
+    /// With a scale to the softmax; and what the scales of a block's codes are folded into.
+    #[inline(always)]
+    fn of(running: &'a mut Running<'_>, scale: Option<f32>) -> (Folded<'a>, Self) {
+        if let Some(scale) = scale {
+            let (_, folded, softmax) = softmax(running, scale);
+            return (folded, Self::ToSoftmax(softmax));
+        }
+        let Running { logits, stride, folded, .. } = running;
+        let sums = Sums { out: logits, stride: *stride, accumulate: false };
+        (folded.reborrow(), Self::ToMemory(sums))
+    }
+}
+
+impl<S: Simd, W: Factor> Finish<S> for Logits<'_, W> {
+    #[inline(always)]
+    fn begin<const R: usize, const V: usize>(&mut self, simd: S, row: usize, lane: usize) {
+        match self {
+            Self::ToMemory(sums) => sums.begin::<R, V>(simd, row, lane),
+            Self::ToSoftmax(softmax) => softmax.begin::<R, V>(simd, row, lane),
+        }
+    }
+
+    #[inline(always)]
+    fn vectors<const R: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        lane: usize,
+        logits: [[S::F32; V]; R],
+    ) {
+        match self {
+            Self::ToMemory(sums) => sums.vectors(simd, row, lane, logits),
+            Self::ToSoftmax(softmax) => softmax.vectors(simd, row, lane, logits),
+        }
+    }
+
+    fn single(&mut self, row: usize, lane: usize, logit: f32) {
+        match self {
+            Self::ToMemory(sums) => Finish::<S>::single(sums, row, lane, logit),
+            Self::ToSoftmax(softmax) => Finish::<S>::single(softmax, row, lane, logit),
+        }
+    }
 }
 
 /// The logits of a block, what its scales are folded into, and where the softmax goes.

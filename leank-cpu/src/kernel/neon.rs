@@ -23,7 +23,7 @@ impl Neon {
     }
 }
 
-entries!(Neon, [Bf16Pairs, U8s, U4s], "neon");
+entries!(Neon, [Bf16Pairs, U8s, U4s], Self, "neon");
 
 /// One operation of the token's instruction set.
 macro_rules! op {

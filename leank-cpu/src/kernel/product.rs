@@ -9,7 +9,7 @@
 use half::{bf16, f16};
 
 use super::{
-    Loops,
+    Engine, Loops,
     left::Factor,
     simd::{MAX_LANES, Simd},
 };
@@ -417,7 +417,7 @@ impl<S: Simd> Finish<S> for Sums<'_> {
 }
 
 /// Where one pass reads.
-struct Pass<L, G, O> {
+pub(super) struct Pass<L, G, O> {
     left: *const L,
     order: O,
     right: *const G,
@@ -435,11 +435,10 @@ struct Pass<L, G, O> {
 ///
 /// # Panics
 /// When a slice is shorter than its shape says.
-#[inline(always)]
-pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
+pub(crate) fn product<S: Engine, L: Lanes<S>, O: Order>(
     simd: S,
     args: Product<'_, L::Left, L::Group, O>,
-    finish: &mut impl Finish<S>,
+    mut finish: impl Finish<S>,
 ) {
     let Product { left, order, rows, depth, right, lanes, ahead } = args;
     let steps = depth.div_ceil(L::STEP);
@@ -473,8 +472,9 @@ pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
                 };
                 // SAFETY: the assertions above and the loop's conditions keep every row, step and
                 // vector inside the slices.
-                lane +=
-                    S::LANES * unsafe { pass_rows::<S, L, O>(simd, pass, (some, vectors), finish) };
+                let taken =
+                    unsafe { pass_rows::<S, L, O>(simd, pass, (some, vectors), &mut finish) };
+                lane += taken * S::LANES;
             }
             // What is left of a width that is no multiple of a vector.
             for lane in lane..width.min(lanes - first) {
@@ -494,9 +494,9 @@ pub(crate) fn product<S: Simd, L: Lanes<S>, O: Order>(
 /// Runs one pass for `rows` rows and up to `vectors` vectors of lanes; returns how many it took.
 ///
 /// # Safety
-/// As [`pass`].
+/// As [`pass`], for every number of vectors from 1 to `vectors`.
 #[inline(always)]
-unsafe fn pass_rows<S: Simd, L: Lanes<S>, O: Order>(
+unsafe fn pass_rows<S: Engine, L: Lanes<S>, O: Order>(
     simd: S,
     args: Pass<L::Left, L::Group, O>,
     (rows, vectors): (usize, usize),
@@ -506,7 +506,7 @@ unsafe fn pass_rows<S: Simd, L: Lanes<S>, O: Order>(
         ($($rows:literal)*) => {
             match rows {
                 // SAFETY: the caller's promise.
-                $($rows => unsafe { pass_vectors::<S, L, O, $rows>(simd, args, vectors, finish) },)*
+                $($rows => unsafe { simd.pass::<L, O, $rows>(args, vectors, finish) },)*
                 _ => unreachable!("at most {MAX_ROWS} rows in a pass"),
             }
         };
@@ -514,16 +514,21 @@ unsafe fn pass_rows<S: Simd, L: Lanes<S>, O: Order>(
     with_rows!(1 2 3 4 5 6 7 8)
 }
 
+/// Runs one pass for `R` rows and up to `vectors` vectors of lanes; returns how many it took.
+///
 /// # Safety
-/// As [`pass`].
+/// As [`pass`], for every number of vectors from 1 to `vectors`.
 #[inline(always)]
-unsafe fn pass_vectors<S: Simd, L: Lanes<S>, O: Order, const R: usize>(
+pub(super) unsafe fn pass_vectors<S: Simd, L: Lanes<S>, O: Order, const R: usize>(
     simd: S,
     args: Pass<L::Left, L::Group, O>,
     vectors: usize,
     finish: &mut impl Finish<S>,
 ) -> usize {
-    let fits = |vectors: usize| (R * L::SUMS + L::VECTORS - 1) * vectors <= S::ACCUMULATORS;
+    // Registers, and lanes of a panel: known when this is compiled.
+    let fits = |vectors: usize| {
+        (R * L::SUMS + L::VECTORS - 1) * vectors <= S::ACCUMULATORS && vectors * S::LANES <= PANEL
+    };
     let (row, lane) = (args.row, args.lane);
     if vectors >= 4 && fits(4) {
         finish.begin::<R, 4>(simd, row, lane);

@@ -97,8 +97,8 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, x: Self::F32) {
         let mut wide = [0.0; MAX_LANES];
-        // SAFETY: no vector is longer.
-        unsafe { self.store(wide.as_mut_ptr(), x) };
+        // SAFETY: the slice has `LANES` elements.
+        unsafe { self.store(wide[..Self::LANES].as_mut_ptr(), x) };
         for (lane, x) in wide[..Self::LANES].iter().enumerate() {
             // SAFETY: the caller's promise.
             unsafe { *to.wrapping_add(lane) = bf16::from_f32(*x) };
@@ -109,18 +109,9 @@ pub(crate) trait Simd: Copy {
     #[inline(always)]
     fn sum(self, x: Self::F32) -> f32 {
         let mut lanes = [0.0; MAX_LANES];
-        // SAFETY: no vector is longer.
-        unsafe { self.store(lanes.as_mut_ptr(), x) };
+        // SAFETY: the slice has `LANES` elements.
+        unsafe { self.store(lanes[..Self::LANES].as_mut_ptr(), x) };
         lanes[..Self::LANES].iter().sum()
-    }
-
-    /// The largest lane; none is NaN.
-    #[inline(always)]
-    fn largest(self, x: Self::F32) -> f32 {
-        let mut lanes = [f32::NEG_INFINITY; MAX_LANES];
-        // SAFETY: no vector is longer.
-        unsafe { self.store(lanes.as_mut_ptr(), x) };
-        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
 
     /// Asks for the cache line at `address`, which need not be valid.

@@ -120,8 +120,8 @@ impl<S: Simd, W: Factor> Finish<S> for Softmax<'_, W> {
                 let relative = simd.mul_add(largest, scale, simd.splat(-self.bases[row + r]));
                 let mut lanes = [[0.0; MAX_LANES]; 2];
                 for (to, x) in lanes.iter_mut().zip([largest, relative]) {
-                    // SAFETY: no vector is longer than `to`.
-                    unsafe { simd.store(to.as_mut_ptr(), x) };
+                    // SAFETY: the slice has `LANES` elements.
+                    unsafe { simd.store(to[..S::LANES].as_mut_ptr(), x) };
                 }
                 self.rebase(row + r, lane, lanes.each_ref().map(|x| &x[..S::LANES]));
             }
@@ -158,16 +158,17 @@ fn soften<S: Simd, W: Factor, const V: usize>(
     to: &mut [W],
 ) {
     assert!(to.len() == V * S::LANES, "a weight per logit");
-    // SAFETY: no vector is longer than a line.
-    let mut sum = unsafe { simd.load(total.0.as_ptr()) };
+    let total = &mut total.0[..S::LANES];
+    // SAFETY: the slice has `LANES` elements.
+    let mut sum = unsafe { simd.load(total.as_ptr()) };
     for (v, x) in logits.into_iter().enumerate() {
         let weight = exp2::<S, W>(simd, simd.mul_add(x, scale, base));
         sum = simd.add(sum, weight);
         // SAFETY: `to` holds `V` vectors.
         unsafe { W::store(simd, to.as_mut_ptr().wrapping_add(v * S::LANES), weight) };
     }
-    // SAFETY: no vector is longer than a line.
-    unsafe { simd.store(total.0.as_mut_ptr(), sum) };
+    // SAFETY: as above.
+    unsafe { simd.store(total.as_mut_ptr(), sum) };
 }
 
 /// `2^x` for `x ≤ SLACK`, as exact as a weight of type `W` needs; 0 somewhere below `2^−126`, NaN

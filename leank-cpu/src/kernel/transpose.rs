@@ -34,8 +34,8 @@ pub(crate) fn transpose<S: Simd>(
     }
     let mut words = [0.0; MAX_LANES];
     for (i, &row) in rows[..S::LANES].iter().enumerate() {
-        // SAFETY: no vector is longer.
-        unsafe { simd.store(words.as_mut_ptr(), row) };
+        // SAFETY: the slice has `LANES` elements.
+        unsafe { simd.store(words[..S::LANES].as_mut_ptr(), row) };
         put(i, &words[..S::LANES]);
     }
 }

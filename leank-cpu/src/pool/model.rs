@@ -109,6 +109,19 @@ fn a_pool_without_work_ends() {
     every_order(6, || drop(pool(3)));
 }
 
+/// A run whose pieces all panic, on one thread or on both, leaves nothing to the next.
+#[test]
+fn panics_end_with_their_run() {
+    every_order(5, || {
+        let pool = pool(2);
+        let caught = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(2, &|i| resume_unwind(Box::new(i)));
+        }));
+        assert!(caught.is_err());
+        run(&pool, 2);
+    });
+}
+
 /// What a piece says that panics, on whichever thread, and the others' writes reach the caller.
 #[test]
 fn panics_reach_the_caller() {

@@ -4,12 +4,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::driver::CudaSlice;
 use half::{bf16, f16};
-use leank_core::{Cache, Dtype, Layer, Result};
+use leank_core::{Cache, Dtype, Layer, Result, quant::INT4_GROUP};
 use leank_cuda::{Cuda, CudaCache, DeviceView, DeviceViewMut};
 use leank_testkit::{Rows, Subject};
 
 /// Hands rows over as f32 and as the cache's own type in turn: they are rounded to it in any case.
-pub(crate) struct OnCuda(&'static Cuda, AtomicUsize);
+pub(crate) struct OnCuda {
+    cuda: &'static Cuda,
+    uploads: AtomicUsize,
+    /// Random cases per property.
+    pub(crate) cases: u32,
+}
 
 /// Rows on the device.
 enum Uploaded {
@@ -20,12 +25,12 @@ enum Uploaded {
 
 impl OnCuda {
     pub(crate) fn new(cuda: &'static Cuda) -> Self {
-        Self(cuda, AtomicUsize::new(0))
+        Self { cuda, uploads: AtomicUsize::new(0), cases: 192 }
     }
 
     fn upload(&self, cache: &CudaCache, rows: &Rows) -> Uploaded {
-        let stream = self.0.stream();
-        let own = self.1.fetch_add(1, Ordering::Relaxed) % 2 == 1;
+        let stream = self.cuda.stream();
+        let own = self.uploads.fetch_add(1, Ordering::Relaxed) % 2 == 1;
         let data = rows.data.iter();
         match cache.config().dtype {
             Dtype::F16 if own => {
@@ -56,7 +61,11 @@ impl Subject for OnCuda {
     type Backend = Cuda;
 
     fn backend(&self) -> &Cuda {
-        self.0
+        self.cuda
+    }
+
+    fn cases(&self) -> u32 {
+        self.cases
     }
 
     fn append(&self, cache: &mut CudaCache, layer: Layer, k: &Rows, v: &Rows) -> Result<()> {
@@ -66,7 +75,7 @@ impl Subject for OnCuda {
 
     fn attend(&self, cache: &mut CudaCache, layer: Layer, q: &Rows) -> Result<Rows> {
         let q_data = self.upload(cache, q);
-        let stream = self.0.stream();
+        let stream = self.cuda.stream();
         let mut out = q.like(f32::NAN);
         let mut out_data = stream.clone_htod(&out.data).expect("it fits");
         let out_view = DeviceViewMut::new(&mut out_data, q.shape())?;
@@ -95,5 +104,10 @@ impl Subject for OnCuda {
     /// Weights and their products with steps are rounded to bf16, whatever full blocks are.
     fn coded_arithmetic_error(&self) -> f64 {
         3e-2
+    }
+
+    /// Zeros of two groups are multiplied at once, and 0 · NaN is NaN.
+    fn spoiled_channels(&self) -> usize {
+        2 * INT4_GROUP
     }
 }

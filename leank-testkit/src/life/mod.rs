@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use crate::{
     Case, Load, Subject,
+    case::or_small,
     properties::{for_cases_and, same},
     world::World,
 };
@@ -28,7 +29,7 @@ enum Event {
 
 fn events() -> impl Strategy<Value = Vec<Event>> {
     let sequence = 0usize..4;
-    let tokens = || prop_oneof![3 => Just(1usize), 2 => 2usize..10, 2 => 1usize..150];
+    let tokens = || prop_oneof![3 => Just(1usize), 2 => 2usize..10, 2 => 1..or_small(150, 20)];
     let load = (sequence.clone(), tokens(), prop::bool::weighted(0.7));
     let event = prop_oneof![
         6 => prop::collection::vec(load, 1..4).prop_map(Event::Step),
@@ -37,7 +38,7 @@ fn events() -> impl Strategy<Value = Vec<Event>> {
         1 => sequence.clone().prop_map(Event::Reload),
         1 => sequence.prop_map(Event::Release),
     ];
-    prop::collection::vec(event, 1..14)
+    prop::collection::vec(event, 1..or_small(14, 6))
 }
 
 /// Loads of distinct sequences among those that are there.
@@ -89,7 +90,7 @@ type Life = (usize, Vec<Event>);
 
 fn lives() -> impl Strategy<Value = Life> {
     // Longer than most windows, so that there is something lean.
-    (1usize..400, events())
+    (1..or_small(400, 40), events())
 }
 
 /// Every step gives what the oracle says, and in the end no bytes are used; how often memory was refused.
@@ -141,7 +142,7 @@ fn live<S: Subject>(subject: &S, case: &Case, (prompt, events): &Life) -> usize 
 /// # Panics
 /// When the property does not hold.
 pub fn forks_go_on_as_twins<S: Subject>(subject: &S) {
-    let more = (1usize..200, 1usize..4, any::<usize>());
+    let more = (1..or_small(200, 20), 1usize..4, any::<usize>());
     for_cases_and(subject, more, |case, (prompt, forks, release)| {
         let mut shared = World::new(subject, &Case { sequences: 1, ..case.clone() });
         let mut apart = World::new(subject, &Case { sequences: forks + 1, ..case.clone() });
@@ -177,7 +178,7 @@ pub fn forks_go_on_as_twins<S: Subject>(subject: &S) {
 /// When the property does not hold.
 pub fn tokens_taken_back_leave_no_trace<S: Subject>(subject: &S) {
     let value = prop::sample::select(vec![1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
-    let drafts = prop::collection::vec((prop_oneof![1usize..9, 1usize..90], value), 8);
+    let drafts = prop::collection::vec((prop_oneof![1usize..9, 1..or_small(90, 12)], value), 8);
     for_cases_and(subject, drafts, |case, drafts| {
         let case = Case { sequences: 1, ..case.clone() };
         let mut plain = World::new(subject, &case);
@@ -218,7 +219,7 @@ pub fn tokens_taken_back_leave_no_trace<S: Subject>(subject: &S) {
 /// # Panics
 /// When the property does not hold.
 pub fn saved_sequences_come_back<S: Subject>(subject: &S) {
-    let more = (0usize..200, any::<prop::sample::Index>(), 1u8..=255);
+    let more = (0..or_small(200, 20), any::<prop::sample::Index>(), 1u8..=255);
     for_cases_and(subject, more, |case, (back, damage, flip)| {
         let mut world = World::new(subject, &Case { sequences: 1, ..case.clone() });
         let (last, steps) = case.steps.split_last().expect("there are steps");
@@ -273,7 +274,7 @@ pub fn saved_sequences_come_back<S: Subject>(subject: &S) {
 /// # Panics
 /// When the property does not hold.
 pub fn sequences_change_between_steps_only<S: Subject>(subject: &S) {
-    for_cases_and(subject, 1usize..100, |case, tokens| {
+    for_cases_and(subject, 1..or_small(100, 20), |case, tokens| {
         let mut world = World::new(subject, &Case { sequences: 1, ..case.clone() });
         world.step(&[Load { sequence: 0, tokens, attend: false }]).expect("valid");
         let bytes = world.save(0);

@@ -59,7 +59,10 @@ impl Place {
         let Left { directory, manifest, json } = match left {
             Some(left) => left,
             None => {
-                fs::create_dir_all(parent).map_err(Error::io(parent, "creating the directory"))?;
+                if !parent.is_dir() {
+                    let failed = Error::io(parent, "creating the directory");
+                    fs::create_dir_all(parent).map_err(failed)?;
+                }
                 begin(parent, &prefix(&name), json)?
             }
         };
