@@ -30,8 +30,12 @@ cargo() {
         *) echo "cargo $*: not here" >&2; return 1 ;;
     esac
 }
-# The demo in small: its full size is minutes in a debug build.
-leank() { if [ "$1" = demo ]; then shift; command leank demo --context 1024 --items 2 "$@"; else command leank "$@"; fi; }
+# The demo in small: its full size is minutes in a debug build. Where it was made before it stands for itself.
+leank() {
+    if [ "$1" != demo ]; then command leank "$@"
+    elif [ ! -d leank-demo ]; then shift; command leank demo --context 1024 --items 2 "$@"
+    fi
+}
 srun() { "$@"; }
 export SLURM_ARRAY_TASK_ID=0 SLURM_CPUS_PER_TASK=2 DUMP=leank-demo/dump RECORDS=records
 """
@@ -52,6 +56,9 @@ def read(path):
         if line.startswith("```"):
             if fence is None:
                 fence = Fence(path, at, line[3:].strip())
+                # Markdown takes no backtick there (the block would begin where it ends), rustdoc no apostrophe.
+                if re.search("[`']", line[3:]):
+                    raise SystemExit(f"{fence.where}: a quote or backtick behind the language")
             else:
                 fences.append(fence)
                 fence = None

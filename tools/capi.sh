@@ -47,7 +47,7 @@ same_names() {
 }
 
 cargo rustc --quiet --locked --release --package $crate --lib --no-default-features \
-    --features capi,huge-pages --crate-type staticlib,cdylib -- -C link-arg=-Wl,-soname,$soname
+    --features avx512,capi,huge-pages --crate-type staticlib,cdylib -- -C link-arg=-Wl,-soname,$soname
 cp "$target/release/libleank_cpu.a" "$lib/"
 cp "$target/release/libleank_cpu.so" "$lib/$soname"
 ln -sf $soname "$lib/libleank_cpu.so"

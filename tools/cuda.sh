@@ -27,6 +27,7 @@ fi
 # With the profile and the features of tools/test.sh, so that its build serves.
 cargo build --quiet --profile test --workspace --all-features --example compile --example compile_decoder
 [ $# -gt 0 ] || set -- 8.0 8.6 9.0 10.0 12.0
+# The longer ones first.
 for example in compile compile_decoder; do
-    printf '%s\n' "$@" | xargs -P "$(nproc)" -n 1 "$target/debug/examples/$example"
-done
+    for capability in "$@"; do echo "$example" "$capability"; done
+done | xargs -P "$(nproc)" -n 2 sh -c '"$0/debug/examples/$1" "$2"' "$target"

@@ -6,11 +6,13 @@ alone to see which mutants it reaches; of each mutant only those tests run that 
 fails. What cannot be switched at run time is printed: constants, `const fn`, let chains, fields of structs, returned
 `impl Trait`.
 
-Usage: mutants.py TREE PACKAGE MUTANTS.json STATE [--tests REGEX] [--only REGEX] [--jobs N], with TREE a copy of the repository,
-which is changed, and STATE a folder for what was found out. A second run takes up what an earlier one left, and tries
-again what survived.
+Usage: mutants.py TREE PACKAGE MUTANTS.json STATE [--tests REGEX] [--only REGEX] [--jobs N] [--step build|run], with TREE a
+copy of the repository, which is changed, and STATE a folder for what was found out. A second run takes up what an
+earlier one left, and tries again what survived. With `--step build` it ends when the tests are compiled, their binaries in
+STATE; with `--step run` it takes those, so that another machine, with more cores or more instructions, can run them (TREE
+at the same path there, or `--tests` without those that read files of the repository).
 """
-import argparse, collections, json, os, pathlib, re, resource, subprocess, sys, threading
+import argparse, collections, json, os, pathlib, re, resource, shutil, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 
 import tree_sitter, tree_sitter_rust
@@ -34,6 +36,9 @@ mod mutant_switch {
     #[cold]
     #[inline(never)]
     fn slow(n: u32) -> bool {
+        if ACTIVE.load(Relaxed) == RECORD && REACHED[n as usize].load(Relaxed) {
+            return false; // in inner loops, again and again
+        }
         let record = std::env::var("MUTANTS_REACHED");
         if ACTIVE.load(Relaxed) == UNKNOWN {
             let active = std::env::var("MUTANT").map_or(NONE, |n| n.parse().unwrap());
@@ -194,7 +199,8 @@ def build(tree, package, pristine, mutants, state):
     binaries, why mutants are left to others, and which do not compile."""
     lib = f'{package}/src/lib.rs'
     record = state / 'broken.json'
-    broken = {int(n): why for n, why in json.loads(record.read_text()).items()} if record.exists() else {}
+    known = json.loads(record.read_text()) if record.exists() else {}
+    broken = {m['n']: known[m['name']] for m in mutants if m['name'] in known}
     while True:
         left = {}
         for path, text in pristine.items():
@@ -210,7 +216,7 @@ def build(tree, package, pristine, mutants, state):
         run = subprocess.run([*command, '--message-format=json'], cwd=tree, stdin=subprocess.DEVNULL, capture_output=True)
         messages = [json.loads(line) for line in run.stdout.splitlines() if line.startswith(b'{')]
         if run.returncode == 0:
-            tests = [(m['executable'], pathlib.Path(m['manifest_path']).parent) for m in messages
+            tests = [m['executable'] for m in messages
                      if m['reason'] == 'compiler-artifact' and m['executable'] and m['profile']['test']]
             return tests, left, broken
         errors = [m['message'] for m in messages if m['reason'] == 'compiler-message' and m['message']['level'] == 'error']
@@ -222,7 +228,7 @@ def build(tree, package, pristine, mutants, state):
                     broken |= {n: error['message'] for n in found if n not in broken}
                     break
         print(f'{len(errors)} errors: {len(broken) - before} mutants do not compile', flush=True)
-        record.write_text(json.dumps(broken))
+        record.write_text(json.dumps(known | {mutants[n]['name']: why for n, why in broken.items()}))
         if len(broken) == before:
             sys.exit(run.stderr.decode()[-3000:] + ''.join(e['rendered'] for e in errors)[-3000:])
 
@@ -246,7 +252,7 @@ class Test:
         process = subprocess.Popen([self.binary, '--exact', self.name], cwd=self.folder, env=os.environ | environment,
                                    preexec_fn=limits, **quiet)
         # And those that sleep do not wake.
-        watch = threading.Timer(600, process.kill)
+        watch = threading.Timer(120 + 2 * limit, process.kill)
         watch.start()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = status
@@ -291,14 +297,29 @@ def main():
     arguments.add_argument('--tests', default='')
     arguments.add_argument('--only', default='')
     arguments.add_argument('--jobs', type=int, default=os.cpu_count())
+    arguments.add_argument('--step', choices=('build', 'run'))
     options = arguments.parse_args()
     tree, state = options.tree.resolve(), options.state.resolve()
-    mutants = json.loads(options.mutants.read_text())
+    mutants = [m for m in json.loads(options.mutants.read_text()) if re.search(options.only, m['name'])]
     for n, m in enumerate(mutants):
         m['n'] = n
-    pristine = {m['file'] for m in mutants} | {f'{options.package}/src/lib.rs'}
-    binaries, left, broken = build(tree, options.package, {p: (tree / p).read_text() for p in pristine}, mutants, state)
-    live = [m for m in mutants if m['n'] not in left and m['n'] not in broken and re.search(options.only, m['name'])]
+    built = state / 'built.json'
+    if options.step != 'run':
+        pristine = {m['file'] for m in mutants} | {f'{options.package}/src/lib.rs'}
+        binaries, left, broken = build(tree, options.package, {p: (tree / p).read_text() for p in pristine}, mutants, state)
+        shutil.rmtree(state / 'tests', ignore_errors=True)
+        (state / 'tests').mkdir()
+        binaries = [shutil.copy(binary, state / 'tests') for binary in binaries]
+        names = [m['name'] for m in mutants]
+        built.write_text(json.dumps([names, [pathlib.Path(b).name for b in binaries], left, broken]))
+    if options.step == 'build':
+        return
+    names, binaries, left, broken = json.loads(built.read_text())
+    if names != [m['name'] for m in mutants]:
+        sys.exit(f'{options.mutants} has other mutants than were built')
+    left, broken = ({int(n): why for n, why in of.items()} for of in (left, broken))
+    binaries = [(state / 'tests' / name, tree / options.package) for name in binaries]
+    live = [m for m in mutants if m['n'] not in left and m['n'] not in broken]
     tests = list(tests_of(binaries, options.tests))
     by = reached(tests, state, options.jobs)
     print(f'{len(mutants)} mutants; {len(broken)} do not compile, {len(left)} cannot be switched; {len(live)} are tried '

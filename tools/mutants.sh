@@ -4,10 +4,11 @@
 # is missing. Everything else lies below target/mutants.
 #
 #     tools/mutants.sh leank-core                       # minutes
-#     PROPTEST_CASES=8 tools/mutants.sh leank-cpu --tests '^(avx2|portable)::'
+#     PROPTEST_CASES=8 tools/mutants.sh leank-cpu --tests '^(avx2|portable)::' --only 'src/(store|write)'
 #
-# Arguments behind the crate go to tools/mutants.py: --tests REGEX chooses tests, --only REGEX mutants. A second run tries
-# again what survived, with the tests as they are then.
+# Arguments behind the crate go to tools/mutants.py: --tests REGEX chooses tests, --only REGEX mutants (of a part of a
+# large crate: only those are compiled), --step build compiles and runs nothing, --step run the opposite. A second run
+# tries again what survived, with the tests as they are then.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 crate=$1

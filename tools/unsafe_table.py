@@ -27,7 +27,6 @@ KERNELS = [
     "leank-cpu/src/codes.rs every_instruction_set_packs_alike",
     "leank-cpu/src/panels.rs rows_are_gathered_like_single_elements",
     "leank-cpu/src/kernel/transpose.rs every_instruction_set_transposes",
-    "fuzz/fuzz_targets/cache_ops.rs",
 ]
 CAPI = [
     "leank-cpu/src/capi/tests.rs results_are_those_of_rust threads_of_others_are_used_and_watched a_cache_in_use_says_so",
@@ -49,16 +48,17 @@ TESTS = [
     ("leank-candle/src/quantized/*.rs", ["leank-candle/src/quantized/mod.rs products_are_those_of_the_widened_weights"]),
     ("leank-cpu/src/capi/*.rs", CAPI),
     ("leank-cpu/src/kernel/neon.rs", ["leank-cpu/tests/conformance.rs neon", "tools/aarch64.sh"]),
-    ("leank-cpu/src/kernel/*.rs", KERNELS),
+    ("leank-cpu/src/kernel/avx*.rs", KERNELS),
+    ("leank-cpu/src/kernel/*.rs", [*KERNELS, "fuzz/fuzz_targets/cache_ops.rs"]),
     (
         "leank-cpu/src/pool.rs",
         [
             "leank-cpu/src/pool.rs every_piece_runs_once a_panic_reaches_the_caller_and_the_pool_goes_on",
-            "leank-cpu/src/pool/model.rs two_helpers_and_two_runs panics_reach_the_caller",
+            "leank-cpu/src/pool/model.rs two_helpers_and_two_runs panics_reach_the_caller panics_end_with_their_run",
             "leank-cpu/tests/conformance.rs pool",
         ],
     ),
-    ("leank-cpu/src/store.rs", ["leank-cpu/tests/life.rs", "fuzz/fuzz_targets/cache_ops.rs"]),
+    ("leank-cpu/src/store.rs", ["leank-cpu/src/store.rs what_is_given_back_is_zero_and_nothing_else"]),
     ("leank-cuda/src/*.rs", CUDA),
     ("leank-bench/src/cuda/*.rs", [*DECODER, "(`read_bandwidth`: no test, `leank-bench cuda` itself)"]),
     ("leank-bench/src/decoder/*.rs", DECODER),
@@ -68,7 +68,7 @@ INTRODUCTION = f"""# Every `unsafe`
 
 Written by `tools/unsafe_table.py`, which CI runs: it fails where one has no invariant, where a file with `unsafe`
 names no test or fuzz target that runs it, and where this page is not what it writes.
-`leank-core`, `leank-testkit`, `leank` and the commands forbid `unsafe` outright; the other crates deny it but in
+The libraries `leank-core`, `leank-train`, `leank-testkit` and `leank` and the commands forbid `unsafe` outright; the other crates deny it but in
 the modules below. "Of the trait": the invariant is that of the trait's function. The C ABI's functions ask for what
 [leank.h](../{HEADER}) says.
 """
