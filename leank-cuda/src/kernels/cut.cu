@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cut(const __grid_constant_
         u32 from = (at * workers + all - 1) / all;
         u32 until = (end * workers + all - 1) / all;
         bool from_start = cost.slice(from * all / workers - at) == 0;
-        Start start;
+        Start start = {};
         start.item = place.item;
         start.slice = cost.slice(start_at - at);
         start.sequence = place.index;
@@ -170,9 +170,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) cut(const __grid_constant_
         start.its_extent = cost.extent;
         starts[worker] = start;
     }
-    // The end, which workers without work have for a start too.
+    // The end, which workers without work have for a start too. They read all of it.
     for (u32 w = u32(workers) + threadIdx.x; w <= args.workers; w += THREADS) {
-        starts[w].item = args.items;
-        starts[w].slice = 0;
+        Start end = {};
+        end.item = args.items;
+        starts[w] = end;
     }
 }
