@@ -92,6 +92,7 @@ def native():
         ("alignment-0", '"alignment": 0', ["alignment"]),
         ("alignment-2-63", '"alignment": 9223372036854775808', ["alignment"]),
         ("exempt-2-63", '"exempt_layers": [9223372036854775808]', ["layer"]),
+        ("exempt-twice", '"exempt_layers": [0, 0]', ["ascending"]),
         ("kl-1e999", '"predicted_kl": 1e999', ["out of range"]),
         ("kl-negative", '"predicted_kl": -1.0', ["predicted KL"]),
         ("fingerprint-2-63", '"fingerprint": {"architecture": "a", "config_hash": "0", "rope_base": 1.0, "shape": '
@@ -328,11 +329,12 @@ class Noise:
 class Model:
     """A model of one layer as a GGUF file, to be changed before it is written."""
 
-    def __init__(self, family="llama", hidden=8, kind=0):
+    def __init__(self, family="llama", hidden=8, kind=0, tokens=None):
         heads, kv, self.dim = 2, 1, hidden // 2
-        vocab, mlp = 12, hidden
         bytewise = family != "llama"
-        tokens = [chr(ord("a") + n) for n in range(12)] if bytewise else ["<unk>", "<s>", "</s>", "▁", *"abcdef", "▁a", "ab"]
+        if tokens is None:
+            tokens = [chr(ord("a") + n) for n in range(12)] if bytewise else ["<unk>", "<s>", "</s>", "▁", *"abcdef", "▁a", "ab"]
+        vocab, mlp = len(tokens), hidden
         self.meta = {
             "general.architecture": family,
             f"{family}.block_count": 1,
@@ -350,7 +352,7 @@ class Model:
             self.meta |= {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.merges": ["a b"]}
             tokens[11] = "ab"
         else:
-            types = [2, 3, 3] + [1] * 9
+            types = [2, 3, 3] + [1] * (vocab - 3)
             self.meta |= {
                 "tokenizer.ggml.scores": [-float(n) for n in range(vocab)],
                 "tokenizer.ggml.token_type": types,
@@ -461,6 +463,9 @@ def gguf():
     tokens = model.meta["tokenizer.ggml.tokens"]
     changed("tokens-more", "more tokens than rows of the embedding", ["tokens of the tokenizer"], "tokenizer.ggml.tokens", tokens + ["x"])
     changed("tokens-long", "a token of 5000 letters, of which every pair of parts is tried", ["5000 bytes"], "tokenizer.ggml.tokens", tokens[:-1] + ["a" * 5000])
+    # Of each token every pair of parts is a merge.
+    merging = Model(tokens=[*tokens, *("a" * n for n in range(2, 900))])
+    file("tokens-merges", "898 tokens that 403 000 merges make, of 300 MB", ["merges of the tokenizer"], merging.bytes())
     changed("tokens-numbers", "tokens that are numbers", ["array of texts"], "tokenizer.ggml.tokens", [1] * 12)
     changed("scores-few", "fewer scores than tokens", ["scores"], "tokenizer.ggml.scores", [0.0])
     changed("types-negative", "types of tokens below zero", ["token_type"], "tokenizer.ggml.token_type", u32(9) + u32(5) + u64(12) + b"\xff" * 48)
@@ -529,7 +534,7 @@ def folder_config(**changes):
     return json.dumps(config | changes).encode()
 
 
-def folder_weights(change=None):
+def folder_weights(change=None, more=()):
     noise, header, data = Noise(), {}, b""
     layer = "model.layers.0."
     for name, dims in [
@@ -537,6 +542,7 @@ def folder_weights(change=None):
         (layer + "post_attention_layernorm", [8]), (layer + "self_attn.q_proj", [8, 8]),
         (layer + "self_attn.k_proj", [4, 8]), (layer + "self_attn.v_proj", [4, 8]), (layer + "self_attn.o_proj", [8, 8]),
         (layer + "mlp.gate_proj", [8, 8]), (layer + "mlp.up_proj", [8, 8]), (layer + "mlp.down_proj", [8, 8]),
+        *((name, [8]) for name in more),
     ]:
         own = noise.bytes(dims[0] * (dims[1] if len(dims) == 2 else 1), 0)
         header[name + ".weight"] = {"dtype": "F32", "shape": dims, "data_offsets": [len(data), len(data) + len(own)]}
@@ -585,6 +591,11 @@ def models():
     model("weights-2-63", "an axis of 2⁶³", ["model.safetensors"], model__safetensors=changed("shape", [huge, 8]))
     model("weights-shape", "another shape of the same bytes", ["up_proj"], model__safetensors=changed("shape", [64]))
     model("weights-twice", "a tensor that is described twice", ["twice"], model__safetensors=twice(folder_weights(), name))
+    twin = folder_weights(more=["language_model.model.norm"])
+    model("weights-renamed", "two tensors of one name, but for the place that it has in a model of images", ["another tensor"], model__safetensors=twin)
+    shards = {"one__safetensors": folder_weights(), "two__safetensors": folder_weights(), **gone}
+    both = b'{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}'
+    model("shards-twice", "two shards with the same tensors", ["another tensor"], model__safetensors__index__json=both, **shards)
     model("weights-length-2-63", "a header of 2⁶³ bytes", ["model.safetensors"], model__safetensors=safetensors(b"{}", b"", huge))
 
 
@@ -737,6 +748,7 @@ def sequences():
     sequence("shape-2-32", "2³² − 1 layers", ["shape"], shape=((1 << 32) - 1, 1, 1, 4))
     sequence("block-0", "blocks of no tokens", ["block size"], block=0)
     sequence("format-99", "an unknown format", ["unknown format"], formats=(1, 99, 1))
+    sequence("model-5000", "a model's description of 5000 bytes", ["description of 5000 bytes"], model=b"m" * 5000)
     sequence("mask-other", "another mask", ["mask"], mask=b"\x05")
     sequence("version-0", "version 0", ["version 0"], version=0)
     sequence("version-2-32", "version 2³² − 1", ["version 4294967295"], version=(1 << 32) - 1)

@@ -213,11 +213,10 @@ impl GgufSource {
         let key = |name: &str| format!("{architecture}.rope.scaling.{name}");
         let number = |name: &str| self.file.optional(&key(name), "a number", Value::as_f64);
         if let Some(entry) = self.file.tensors.get("rope_freqs.weight") {
-            let divisors = f32_values(&self.file, "rope_freqs.weight", entry)?;
-            if divisors.len() != head_dim / 2 {
+            if entry.dims != [head_dim / 2] {
                 return Err(self.shape_error("rope_freqs.weight", &[head_dim / 2], entry));
             }
-            return Ok(RopeScaling::Divisors(divisors));
+            return Ok(RopeScaling::Divisors(f32_values(&self.file, "rope_freqs.weight", entry)?));
         }
         let kind = self.file.optional(&key("type"), "a name", |v| v.as_str().map(str::to_owned))?;
         let factor = number("factor")?;

@@ -20,6 +20,9 @@ const MAX_DEPTH: usize = 4;
 /// byte takes 32 in memory.
 const MAX_ELEMENTS: usize = 1 << 24;
 
+/// Longest text of the metadata; templates of conversations take some ten thousand bytes.
+const MAX_TEXT_BYTES: usize = 1 << 24;
+
 /// A metadata value; integers and floats of all widths as the widest.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Value {
@@ -138,7 +141,11 @@ impl GgufFile {
     pub(crate) fn bytes(&self, name: &str, entry: &TensorEntry) -> Result<AlignedBytes> {
         let (start, bytes) = self.place(name, entry, self.kind(name, entry)?)?;
         let io = |source| Error::Io { path: self.path.clone(), action: "reading a tensor", source };
-        let mut memory = AlignedBytes::new(bytes as usize);
+        let too_large = || {
+            let why = format!("memory is too small for the {bytes} bytes of {name}");
+            io(std::io::Error::new(std::io::ErrorKind::OutOfMemory, why))
+        };
+        let mut memory = AlignedBytes::new(bytes as usize).ok_or_else(too_large)?;
         let mut file = &self.file;
         file.seek(SeekFrom::Start(start)).map_err(io)?;
         file.read_exact(memory.as_mut()).map_err(io)?;
@@ -236,8 +243,12 @@ pub(crate) struct AlignedBytes {
 }
 
 impl AlignedBytes {
-    pub(crate) fn new(len: usize) -> Self {
-        Self { words: vec![0; len.div_ceil(8)], len }
+    /// None where memory is too small: the length is a file's, which may be sparse.
+    pub(crate) fn new(len: usize) -> Option<Self> {
+        let mut words = Vec::new();
+        words.try_reserve_exact(len.div_ceil(8)).ok()?;
+        words.resize(len.div_ceil(8), 0);
+        Some(Self { words, len })
     }
 }
 
@@ -308,6 +319,9 @@ impl<R: Read> Header<'_, R> {
 
     fn text(&mut self) -> Result<String> {
         let n = self.count("bytes of text", 1)?;
+        if n > MAX_TEXT_BYTES {
+            return Err(self.damaged(format!("a text of {n} bytes, more than {MAX_TEXT_BYTES}")));
+        }
         let mut bytes = vec![0; n];
         self.reader.read_exact(&mut bytes).map_err(|source| Error::Io {
             path: self.path.to_owned(),

@@ -355,7 +355,7 @@ fn refuse_yarn_variants(path: &Path, value: &Value, factor: f64) -> Result<()> {
     Ok(())
 }
 
-/// All tensors of the folder: one `model.safetensors`, or the shards that its index names.
+/// All tensors of the folder, each once: one `model.safetensors`, or the shards that its index names.
 fn read_tensors(folder: &Path) -> Result<HashMap<String, Tensor>> {
     let index = folder.join("model.safetensors.index.json");
     let shards = if index.exists() {
@@ -385,7 +385,14 @@ fn read_tensors(folder: &Path) -> Result<HashMap<String, Tensor>> {
             let why = format!("its header has {name:?} twice");
             return Err(Error::Damaged { path, format: "safetensors", why });
         }
-        tensors.extend(loaded.into_iter().map(|(name, tensor)| (plain_name(name), tensor)));
+        for (name, tensor) in loaded {
+            let name = plain_name(name);
+            if tensors.contains_key(&name) {
+                let why = format!("it has another tensor {name:?}, which must be there once");
+                return Err(Error::Damaged { path, format: "safetensors", why });
+            }
+            tensors.insert(name, tensor);
+        }
     }
     Ok(tensors)
 }

@@ -28,6 +28,11 @@ const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}
 /// place where a token can be split is tried, so time grows with the square of its length.
 const MAX_TOKEN_BYTES: usize = 1024;
 
+/// Most memory for the merges of a vocabulary with scores, each `MERGE_BYTES` and the text of its token;
+/// of 262 144 real tokens they take some 80 MB.
+const MAX_MERGES_BYTES: usize = 1 << 28;
+const MERGE_BYTES: usize = 128;
+
 /// Stands for a space in SentencePiece's vocabularies.
 const SPACE: &str = "▁";
 
@@ -297,7 +302,7 @@ fn sentence_piece_bpe(file: &GgufFile, tokens: &[String]) -> Result<tokenizers::
     let unknown = unknown.and_then(|id| tokens.get(usize::try_from(id).ok()?)).cloned();
     let vocab: Vocab = tokens.iter().cloned().zip(0u32..).collect();
     let mut model = BPE::builder()
-        .vocab_and_merges(vocab, merges_by_score(tokens, &scores, &types))
+        .vocab_and_merges(vocab, merges_by_score(tokens, &scores, &types)?)
         .byte_fallback(true)
         .fuse_unk(true);
     if let Some(unknown) = unknown {
@@ -321,20 +326,30 @@ fn sentence_piece_bpe(file: &GgufFile, tokens: &[String]) -> Result<tokenizers::
 }
 
 /// Merges of normal tokens into normal tokens, the highest score of the result first.
-fn merges_by_score(tokens: &[String], scores: &[f64], types: &[u64]) -> Vec<(String, String)> {
+fn merges_by_score(
+    tokens: &[String],
+    scores: &[f64],
+    types: &[u64],
+) -> Result<Vec<(String, String)>> {
     let normal = || tokens.iter().enumerate().filter(|&(id, _)| types[id] == NORMAL);
     let ids: HashMap<&str, usize> = normal().map(|(id, token)| (token.as_str(), id)).collect();
     let mut merges = Vec::new();
+    let mut room = MAX_MERGES_BYTES;
     for (id, token) in normal() {
         for (at, _) in token.char_indices().skip(1) {
             let (left, right) = token.split_at(at);
             if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
+                let Some(less) = room.checked_sub(MERGE_BYTES + token.len()) else {
+                    let expected = format!("{MAX_MERGES_BYTES} bytes at most");
+                    return Err(Error::mismatch("merges of the tokenizer", expected, "more"));
+                };
+                room = less;
                 merges.push((id, left, right));
             }
         }
     }
     merges.sort_by(|a, b| scores[b.0].total_cmp(&scores[a.0]).then(a.cmp(b)));
-    merges.into_iter().map(|(_, l, r)| (tokens[l].clone(), tokens[r].clone())).collect()
+    Ok(merges.into_iter().map(|(_, l, r)| (tokens[l].clone(), tokens[r].clone())).collect())
 }
 
 fn numbers(v: &Value) -> Option<Vec<u64>> {

@@ -312,12 +312,16 @@ impl ModelMask {
     ///
     /// # Errors
     /// [`Error::Mismatch`] when the fingerprint's shape is not the mask's, or an exempt layer is
-    /// out of range or pruned; [`Error::Invalid`] when kept counts are not multiples of the
-    /// alignment.
+    /// out of range or pruned; [`Error::Invalid`] when exempt layers do not ascend, or kept counts are
+    /// not multiples of the alignment.
     pub fn with_info(mut self, info: MaskInfo) -> Result<Self> {
         if let Some(fingerprint) = &info.fingerprint {
             fingerprint.shape.validate()?;
             self.check_shape(&fingerprint.shape)?;
+        }
+        if !info.exempt_layers.is_sorted_by(|a, b| a < b) {
+            let why = "its exempt layers are not in ascending order, each once";
+            return Err(Error::invalid("mask", why));
         }
         for &layer in &info.exempt_layers {
             if layer >= self.layers {

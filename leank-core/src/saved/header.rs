@@ -122,6 +122,9 @@ impl Header {
         }
         fields.masks(config)?;
         let length = fields.u32()? as usize;
+        if length > MAX_MODEL_BYTES {
+            return Err(bad(format!("a model's description of {length} bytes")));
+        }
         let model = String::from_utf8_lossy(fields.bytes(length)?);
         let expected = self::model(config);
         if !model.is_empty() && !expected.is_empty() {

@@ -20,12 +20,12 @@
 //!
 //! | part | bytes |
 //! |---|---|
-//! | header | `LEANKSEQ`, `u32` version, `u32` length of what follows without the checksum; `u32` layers, query heads, KV heads, head_dim, tokens per block; `u64` sink, recent (all ones: everything), tokens of the sequence, end of its lean blocks (index in the block table); `u8` element type (0 f32, 1 f16, 2 bf16); per layer and KV head two `u8`, lean formats of K and V (the element types' numbers; in version 2 also 3 int8, 4 int4); per layer and KV head ⌈head_dim/8⌉ bytes, bit `c % 8` of byte `c / 8` is 1 where channel `c` is kept; `u32` length and UTF-8 text that identifies the model, or nothing |
+//! | header | `LEANKSEQ`, `u32` version, `u32` length of what follows without the checksum; `u32` layers, query heads, KV heads, head_dim, tokens per block; `u64` sink, recent (all ones: everything), tokens of the sequence, end of its lean blocks (index in the block table); `u8` element type (0 f32, 1 f16, 2 bf16); per layer and KV head two `u8`, lean formats of K and V (the element types' numbers; in version 2 also 3 int8, 4 int4, 5 fp8); per layer and KV head ⌈head_dim/8⌉ bytes, bit `c % 8` of byte `c / 8` is 1 where channel `c` is kept; `u32` length and UTF-8 text that identifies the model, or nothing |
 //! | per block, per layer | per KV head K `[tokens, channels]`, then V `[tokens, head_dim]`. A full block has all channels in the element type. A lean one has the kept channels, ascending, in the lean formats, and nothing of a dead head. The last block has only the tokens that are there |
 //!
-//! In int8 and int4, K is `[channels, tokens]` and V `[tokens, channels]`, so that the groups of elements
+//! In int8, int4 and fp8, K is `[channels, tokens]` and V `[tokens, channels]`, so that the groups of elements
 //! that share a scale lie in rows. First come the scales of all groups, row by row: a bf16 step, an `i16`
-//! zero point. Then come the codes, row after row: in int8 a byte each; in int4 two in a byte, the
+//! zero point. Then come the codes, row after row: in int8 and fp8 a byte each; in int4 two in a byte, the
 //! first one in the lower half, across the ends of rows, and the upper half of the last byte is 0 where
 //! their number is odd.
 //!

@@ -29,7 +29,7 @@ const ATTACKS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../attacks");
 
 /// Memory that a command may ask for, in KiB. Two threads, the program and its libraries take half.
 const MEMORY_KIB: u64 = 1 << 20;
-/// Seconds after which a command hangs.
+/// Seconds of the processors that a command may take. It hangs after ten times as many by the clock.
 const SECONDS: u64 = 60;
 
 /// A row of the table in `attacks/README.md`.
@@ -100,7 +100,10 @@ fn the_table_is_of_what_is_there() {
 
 /// Runs the command within bounds of memory and time.
 fn bounded(world: &World, arguments: &str) -> Outcome {
-    let script = format!("ulimit -v {MEMORY_KIB}; exec timeout -s KILL {SECONDS} \"$@\"");
+    let script = format!(
+        "ulimit -v {MEMORY_KIB}; ulimit -t {SECONDS}; exec timeout -s KILL {} \"$@\"",
+        10 * SECONDS
+    );
     let plain = world.command(arguments);
     let mut command = Command::new("sh");
     command.args(["-c", &script, "sh", env!("CARGO_BIN_EXE_leank"), "--threads", "2"]);

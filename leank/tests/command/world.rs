@@ -78,6 +78,10 @@ impl World {
             .args(arguments.split_whitespace())
             .current_dir(self.folder.path())
             .stdin(Stdio::null());
+        // What would change how messages look.
+        for variable in ["COLUMNS", "LINES", "CLICOLOR", "CLICOLOR_FORCE", "NO_COLOR"] {
+            command.env_remove(variable);
+        }
         command
     }
 

@@ -190,9 +190,7 @@ fn facts(info: &MaskInfo) -> Vec<(&'static str, String)> {
         [("made by", made)].into_iter().chain(inputs)
     });
     let facts = facts.into_iter().filter_map(|(name, value)| Some((name, value?))).chain(runs);
-    // The file may come from anywhere: what steers a terminal is shown, not done.
-    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
-    facts.map(|(name, value)| (name, value.chars().map(shown).collect())).collect()
+    facts.map(|(name, value)| (name, output::escaped(&value))).collect()
 }
 
 /// A bar of up to 40 characters.

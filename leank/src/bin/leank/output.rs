@@ -14,6 +14,9 @@ use crate::flags;
 /// What failed when standard output cannot be written.
 pub(crate) const STDOUT: &str = "writing to standard output";
 
+/// Letters of a text that may come from anywhere.
+const MOST_LETTERS: usize = 4096;
+
 /// Prints a line; a reader that went away is not an error worth a message.
 pub(crate) fn line(text: impl std::fmt::Display) -> anyhow::Result<()> {
     writeln!(io::stdout().lock(), "{text}").context(STDOUT)
@@ -77,5 +80,31 @@ pub(crate) fn message(error: &anyhow::Error) -> String {
             message = format!("{message}: {cause}");
         }
     }
-    message
+    escaped(&message)
+}
+
+/// A text that may come from anywhere: what breaks lines or steers a terminal is shown, not done, and it ends
+/// where it takes pages.
+pub(crate) fn escaped(text: &str) -> String {
+    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+    let mut escaped: String = text.chars().take(MOST_LETTERS).map(shown).collect();
+    if text.chars().nth(MOST_LETTERS).is_some() {
+        escaped.push('…');
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_one_line_whatever_they_quote() {
+        let error = anyhow::anyhow!("\u{1b}[2Jé\n").context("a: \"\u{7f}\"");
+        assert_eq!(message(&error), "a: \"\\u{7f}\": \\u{1b}[2Jé\\n");
+        let long = message(&anyhow::anyhow!("é".repeat(MOST_LETTERS + 1)));
+        assert_eq!(long, "é".repeat(MOST_LETTERS) + "…");
+        let longest = "\u{1b}".repeat(MOST_LETTERS);
+        assert_eq!(escaped(&longest), "\\u{1b}".repeat(MOST_LETTERS));
+    }
 }
