@@ -66,7 +66,7 @@ rm -f artifacts/failed
 mkdir -p corpus
 tar -xzf corpora.tar.gz --skip-old-files -C corpus
 # As many at a time as there are cores.
-cores=$(getconf _NPROCESSORS_ONLN)
+cores=$(nproc)
 for target in "$@"; do
     while [ "$(jobs -rp | wc -l)" -ge "$cores" ]; do wait -n; done
     one "$target" &

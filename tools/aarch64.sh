@@ -21,7 +21,7 @@ missing() {
 emulator() {
     command -v qemu-aarch64-static >/dev/null && return
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null &&
-        apt-get update &&
+        timeout 600 apt-get update &&
         DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install --yes --no-install-recommends qemu-user-static
 }
 

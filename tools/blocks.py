@@ -33,7 +33,7 @@ cargo() {
 # The demo in small: its full size is minutes in a debug build. Where it was made before it stands for itself.
 leank() {
     if [ "$1" != demo ]; then command leank "$@"
-    elif [ ! -d leank-demo ]; then shift; command leank demo --context 1024 --items 2 "$@"
+    elif [ ! -e leank-demo/report.html ]; then rm -rf leank-demo; shift; command leank demo --context 1024 --items 2 "$@"
     fi
 }
 srun() { "$@"; }

@@ -16,7 +16,7 @@ shift
 
 work=$PWD/target/mutants
 mkdir -p "$work/$crate"
-cargo mutants --version >/dev/null 2>&1 || cargo install --locked --quiet --debug cargo-mutants
+cargo mutants --version 2>/dev/null | grep -q ' 27\.1\.' || cargo install --locked --quiet --debug cargo-mutants@27.1.0
 [ -x "$work/python/bin/python" ] || python3 -m venv "$work/python"
 "$work/python/bin/pip" install --quiet --disable-pip-version-check tree_sitter tree_sitter_rust
 

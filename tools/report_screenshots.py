@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import pathlib
+import select
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,8 @@ class Browser:
 
     def receive(self):
         while b"\0" not in self.buffer:
+            if not select.select([self.into], [], [], 120)[0]:
+                raise RuntimeError("Chromium said nothing for two minutes")
             piece = os.read(self.into.fileno(), 1 << 16)
             if not piece:
                 raise RuntimeError("Chromium went away")

@@ -29,7 +29,7 @@ find_browser() {
 # Installs it, where this is Debian and we may.
 install() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
-    { apt-get update && DEBIAN_FRONTEND=noninteractive timeout 600 \
+    { timeout 600 apt-get update && DEBIAN_FRONTEND=noninteractive timeout 600 \
         apt-get install --yes --no-install-recommends chromium; } >"$out/apt.log" 2>&1
 }
 

@@ -10,8 +10,7 @@ pub(crate) struct Folder(TempDir);
 impl Folder {
     pub(crate) fn new() -> Self {
         let memory = Path::new("/dev/shm");
-        let folder =
-            if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+        let folder = tempfile::tempdir_in(memory).or_else(|_| tempfile::tempdir());
         Self(folder.expect("a folder can be made"))
     }
 
