@@ -238,16 +238,14 @@ impl GgufFile {
 
 /// Bytes in memory aligned to 8.
 pub(crate) struct AlignedBytes {
-    words: Vec<u64>,
+    words: Box<[u64]>,
     len: usize,
 }
 
 impl AlignedBytes {
     /// None where memory is too small: the length is a file's, which may be sparse.
     pub(crate) fn new(len: usize) -> Option<Self> {
-        let mut words = Vec::new();
-        words.try_reserve_exact(len.div_ceil(8)).ok()?;
-        words.resize(len.div_ceil(8), 0);
+        let words = bytemuck::allocation::try_zeroed_slice_box(len.div_ceil(8)).ok()?;
         Some(Self { words, len })
     }
 }
