@@ -33,9 +33,8 @@ fn it_shows_what_it_promises_and_again() {
     let measured: Value = serde_json::from_slice(&world.read("leank-demo/eval.json")).unwrap();
     let (dense, lean, items) = found(&measured, "k70");
     assert_eq!(items, 24);
-    // All of them, on the machines that it was tried on; another CPU rounds otherwise.
-    assert!(dense + 1 >= items, "dense finds {dense} of {items}");
-    assert!(lean + 1 >= dense, "E2 finds {lean}, dense {dense}");
+    assert!(dense as f64 >= 0.98 * items as f64, "dense finds {dense} of {items}");
+    assert!(lean as f64 >= 0.97 * dense as f64, "E2 finds {lean}, dense {dense}");
     let (_, norms, _) = found(&measured, "norms");
     assert!(dense as f64 - norms as f64 >= 0.2 * items as f64, "norms find {norms} of {dense}");
 
