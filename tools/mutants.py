@@ -6,18 +6,16 @@ alone to see which mutants it reaches; of each mutant only those tests run that 
 fails. What cannot be switched at run time is printed: constants, `const fn`, let chains, fields of structs, returned
 `impl Trait`.
 
-Usage: mutants.py TREE PACKAGE MUTANTS.json STATE [--tests REGEX] [--only REGEX] [--jobs N] [--step build|run], with TREE a
-copy of the repository, which is changed, and STATE a folder for what was found out. A second run takes up what an
-earlier one left, and tries again what survived. With `--step build` it ends when the tests are compiled, their binaries in
-STATE; with `--step run` it takes those, so that another machine, with more cores or more instructions, can run them (TREE
-at the same path there, or `--tests` without those that read files of the repository).
+Usage: mutants.py TREE PACKAGE MUTANTS.json STATE [--tests REGEX] [--only REGEX] [--jobs N] [--programs COMMAND]
+[--step build|run], with TREE a copy of the repository, which is changed, and STATE a folder for what was found out. A
+second run takes up what an earlier one left, and tries again what survived. COMMAND, run by bash in TREE, writes more
+tests into the folder $PROGRAMS: programs without arguments. With `--step build` it ends when the tests are compiled,
+their binaries in STATE; with `--step run` it takes those, so that another machine, with more cores or more instructions,
+can run them (TREE at the same path there, or `--tests` without those that read files of the repository).
 """
 import argparse, collections, json, os, pathlib, re, resource, shutil, subprocess, sys, threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
-import tree_sitter, tree_sitter_rust
-
-PARSER = tree_sitter.Parser(tree_sitter.Language(tree_sitter_rust.language()))
 ON = 'crate::mutant_switch::on'
 ALLOW = '#![allow(warnings, arithmetic_overflow, unconditional_panic)]'
 SWITCH = '''
@@ -72,8 +70,10 @@ class File:
     """A source file and the mutants in it."""
 
     def __init__(self, text, mutants):
+        # Here, since a machine that only runs the tests may have neither.
+        import tree_sitter, tree_sitter_rust
         self.source = text.encode()
-        self.tree = PARSER.parse(self.source)
+        self.tree = tree_sitter.Parser(tree_sitter.Language(tree_sitter_rust.language())).parse(self.source)
         self.lines = text.split('\n')
         self.starts = [0]
         for line in self.lines:
@@ -234,8 +234,8 @@ def build(tree, package, pristine, mutants, state):
 
 
 class Test:
-    def __init__(self, binary, folder, name):
-        self.binary, self.folder, self.name, self.seconds = binary, folder, name, 60.0
+    def __init__(self, name, command, folder):
+        self.name, self.command, self.folder, self.seconds = name, command, folder, 60.0
 
     def run(self, **environment):
         """Whether it passes, and the processor's seconds it took."""
@@ -248,9 +248,10 @@ class Test:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
         quiet = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.DEVNULL)
-        environment |= {'PROPTEST_DISABLE_FAILURE_PERSISTENCE': '1', 'PROPTEST_MAX_SHRINK_ITERS': '0'}
-        process = subprocess.Popen([self.binary, '--exact', self.name], cwd=self.folder, env=os.environ | environment,
-                                   preexec_fn=limits, **quiet)
+        # Of the same cases each time: they reach the same mutants and take as long.
+        environment |= {'PROPTEST_RNG_SEED': '1', 'PROPTEST_DISABLE_FAILURE_PERSISTENCE': '1',
+                        'PROPTEST_MAX_SHRINK_ITERS': '0'}
+        process = subprocess.Popen(self.command, cwd=self.folder, env=os.environ | environment, preexec_fn=limits, **quiet)
         # And those that sleep do not wake.
         watch = threading.Timer(120 + 2 * limit, process.kill)
         watch.start()
@@ -260,11 +261,12 @@ class Test:
         return status, usage.ru_utime + usage.ru_stime
 
 
-def tests_of(binaries, pattern):
-    for binary, folder in binaries:
+def tests_of(binaries, programs, folder, pattern):
+    for binary in binaries:
         names = subprocess.run([binary, '--list', '--format', 'terse'], cwd=folder, capture_output=True, text=True).stdout
         names = [line.removesuffix(': test') for line in names.splitlines() if line.endswith(': test')]
-        yield from (Test(binary, folder, name) for name in names if re.search(pattern, name))
+        yield from (Test(name, [binary, '--exact', name], folder) for name in names if re.search(pattern, name))
+    yield from (Test(p.name, [p], folder) for p in programs if re.search(pattern, p.name))
 
 
 def reached(tests, state, jobs):
@@ -297,6 +299,7 @@ def main():
     arguments.add_argument('--tests', default='')
     arguments.add_argument('--only', default='')
     arguments.add_argument('--jobs', type=int, default=os.cpu_count())
+    arguments.add_argument('--programs', default='')
     arguments.add_argument('--step', choices=('build', 'run'))
     options = arguments.parse_args()
     tree, state = options.tree.resolve(), options.state.resolve()
@@ -310,6 +313,10 @@ def main():
         shutil.rmtree(state / 'tests', ignore_errors=True)
         (state / 'tests').mkdir()
         binaries = [shutil.copy(binary, state / 'tests') for binary in binaries]
+        programs = state / 'programs'
+        shutil.rmtree(programs, ignore_errors=True)
+        programs.mkdir()
+        subprocess.run(['bash', '-euc', options.programs], cwd=tree, env=os.environ | {'PROGRAMS': str(programs)}, check=True)
         names = [m['name'] for m in mutants]
         built.write_text(json.dumps([names, [pathlib.Path(b).name for b in binaries], left, broken]))
     if options.step == 'build':
@@ -318,9 +325,10 @@ def main():
     if names != [m['name'] for m in mutants]:
         sys.exit(f'{options.mutants} has other mutants than were built')
     left, broken = ({int(n): why for n, why in of.items()} for of in (left, broken))
-    binaries = [(state / 'tests' / name, tree / options.package) for name in binaries]
+    binaries = [state / 'tests' / name for name in binaries]
+    programs = sorted((state / 'programs').iterdir())
     live = [m for m in mutants if m['n'] not in left and m['n'] not in broken]
-    tests = list(tests_of(binaries, options.tests))
+    tests = list(tests_of(binaries, programs, tree / options.package, options.tests))
     by = reached(tests, state, options.jobs)
     print(f'{len(mutants)} mutants; {len(broken)} do not compile, {len(left)} cannot be switched; {len(live)} are tried '
           f'with {len(tests)} tests that take {sum(test.seconds for test in tests):.0f} s', flush=True)
@@ -344,8 +352,9 @@ def main():
             print(f'{found[m["name"]]}: {m["name"]}', flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        for i, _ in enumerate(pool.map(one, live)):
-            if i % 50 == 0:
+        for i, done in enumerate(as_completed([pool.submit(one, m) for m in live])):
+            done.result()
+            if i % 20 == 0:
                 record.write_text(json.dumps(dict(found), indent=0))
     record.write_text(json.dumps(found, indent=0))
     (state / 'left.json').write_text(json.dumps({mutants[n]['name']: why for n, why in left.items()}, indent=0))

@@ -28,4 +28,13 @@ git ls-files -z --cached --others --exclude-standard | tar c --null --files-from
 
 # Compiled a third as long as with the tests' own profile.
 export CARGO_TARGET_DIR=$work/target CARGO_PROFILE_TEST_OPT_LEVEL=1
-"$work/python/bin/python" tools/mutants.py "$work/tree-$crate" "$crate" "$work/$crate/mutants.json" "$work/$crate" "$@"
+programs=
+if [ "$crate" = leank-cpu ]; then
+    programs='
+        cargo rustc --package leank-cpu --lib --no-default-features --features avx512,capi,huge-pages \
+            --crate-type staticlib
+        cc -std=c99 -I leank-cpu/include leank-cpu/tests/capi.c "$CARGO_TARGET_DIR/debug/libleank_cpu.a" \
+            -lgcc_s -lpthread -lm -ldl -lc -o "$PROGRAMS/capi.c"'
+fi
+"$work/python/bin/python" tools/mutants.py "$work/tree-$crate" "$crate" "$work/$crate/mutants.json" "$work/$crate" \
+    --programs "$programs" "$@"

@@ -317,7 +317,12 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(all(feature = "huge-pages", target_os = "linux"))]
+    use leank_core::{CacheConfig, LayoutRules, saved::BlockStore as _};
+
     use super::*;
+    #[cfg(all(feature = "huge-pages", target_os = "linux"))]
+    use crate::rows::Restoring;
 
     /// More than any machine can address, on the heap and in a mapping.
     #[test]
@@ -344,23 +349,38 @@ mod tests {
     #[cfg(all(feature = "huge-pages", target_os = "linux"))]
     #[test]
     fn what_is_given_back_is_zero_and_nothing_else() {
-        let heads = [Head { offset: 0, bytes: 600_000 }, Head { offset: 600_000, bytes: 300_064 }];
-        let mut slots = Slots::new(900_064, heads.into_iter());
-        slots.cover(7).unwrap();
-        assert!(matches!(slots.slabs[slots.places[5].slab], Slab::Mapping { .. }));
-        let all = || (0..8).flat_map(|id| [KvHead(0), KvHead(1)].map(|head| (id, head)));
-        all().for_each(|(id, head)| slots.head_mut(id, head).fill(7));
-        slots.discard(5);
-        for (id, head) in all() {
-            let bytes = slots.head(id, head);
-            let zeros = bytes.iter().filter(|&&byte| byte == 0).count();
-            assert_eq!(zeros + bytes.iter().filter(|&&byte| byte == 7).count(), bytes.len());
-            match id {
-                5 => {
+        let slots = || {
+            let heads =
+                [Head { offset: 0, bytes: 600_000 }, Head { offset: 600_000, bytes: 300_064 }];
+            let mut slots = Slots::new(900_064, heads.into_iter());
+            slots.cover(7).unwrap();
+            assert!(matches!(slots.slabs[slots.places[5].slab], Slab::Mapping { .. }));
+            (0..8).for_each(|id| slots.head_mut(id, KvHead(0)).fill(7));
+            (0..8).for_each(|id| slots.head_mut(id, KvHead(1)).fill(7));
+            slots
+        };
+        let mut store = Store { full: vec![slots(), slots()], lean: vec![slots(), slots()] };
+        store.free(Block::Full(5));
+        // As a restoration that fails does.
+        let shape = ModelShape { layers: 2, query_heads: 2, kv_heads: 2, head_dim: 64 };
+        let config = CacheConfig::dense(shape).unwrap();
+        let layout = CacheLayout::new(&config, LayoutRules::PACKED).unwrap();
+        let mut restoring = Restoring { store: &mut store, config: &config, layout: &layout };
+        restoring.free(Block::Lean(6));
+
+        let kinds = [(&store.full, 5), (&store.lean, 6)];
+        let all = kinds.iter().flat_map(|(kind, free)| kind.iter().map(move |slots| (slots, free)));
+        for (slots, free) in all {
+            for (id, head) in (0..8).flat_map(|id| [(id, KvHead(0)), (id, KvHead(1))]) {
+                let bytes = slots.head(id, head);
+                let zeros = bytes.iter().filter(|&&byte| byte == 0).count();
+                assert_eq!(zeros + bytes.iter().filter(|&&byte| byte == 7).count(), bytes.len());
+                if id == *free {
                     let page = rustix::param::page_size();
                     assert!(zeros.is_multiple_of(page) && zeros + 2 * page > bytes.len());
+                } else {
+                    assert_eq!(zeros, 0, "block {id}");
                 }
-                _ => assert_eq!(zeros, 0, "block {id}"),
             }
         }
     }

@@ -304,7 +304,7 @@ static void backends(const leank_mask *mask)
 
 static void steps(const leank_mask *mask)
 {
-    static float q[2 * Q_ROW], out[3 * Q_ROW];
+    static float q[3 * Q_ROW], out[3 * Q_ROW];
     static uint16_t half_out[3 * Q_ROW];
     leank_config config = config_with(mask);
     leank_cache *cache;

@@ -230,3 +230,22 @@ pub(super) unsafe fn answer<T: Copy>(
     unsafe { rest.write_bytes(0, size - common) };
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ptr::without_provenance;
+
+    use super::*;
+
+    #[test]
+    fn what_is_longer_than_memory_is_refused() {
+        let most = isize::MAX as usize;
+        let fits =
+            |at: usize, len| check_many::<u64>("numbers", without_provenance(at), len).is_ok();
+        assert!(fits(8, most / 8) && !fits(8, most / 8 + 1) && !fits(8, usize::MAX));
+        assert!(check_many::<u8>("bytes", without_provenance(1), most).is_ok());
+        assert!(check_many::<u8>("bytes", without_provenance(1), most + 1).is_err());
+        // Ends where addresses do, and beyond.
+        assert!(fits(usize::MAX - 15, 1) && !fits(usize::MAX - 15, 2));
+    }
+}

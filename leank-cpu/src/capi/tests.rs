@@ -13,7 +13,7 @@ use std::{
 };
 
 use leank_core::{
-    Backend as _, Cache as _, CacheConfig, ChannelMask, Dtype, HostView, HostViewMut, Layer,
+    Backend as _, Cache as _, CacheConfig, ChannelMask, Dtype, Error, HostView, HostViewMut, Layer,
     ModelMask, ModelShape, StepEntry, ViewShape,
 };
 
@@ -22,6 +22,7 @@ use super::{
     cache::*,
     callback::{Injected, Piece, Run},
     config::*,
+    leank_version,
     mask::*,
     memory::Options,
     status::*,
@@ -128,6 +129,43 @@ macro_rules! abi {
         // SAFETY: every pointer in these tests is NULL or points to what the header asks for.
         unsafe { $call }
     }};
+}
+
+#[test]
+fn errors_have_their_status() {
+    let of = |error: Error| (call(|| Err(error.into())), leank_last_error_bytes());
+    let system = Error::SystemMemory { what: "blocks", bytes: 70 };
+    assert_eq!(of(system), (Status::SystemMemory, 70));
+    let limit = Error::OutOfMemory { needed: 9, available: 4, missing: 5, limit: 8 };
+    assert_eq!(of(limit), (Status::MemoryLimit, 5));
+    let device =
+        Error::Device { device: "gpu".into(), action: "copying", why: "it is gone".into() };
+    assert_eq!(of(device), (Status::Internal, 0));
+    let other = Error::OtherModel {
+        field: "head_dim",
+        expected: "64".into(),
+        found: "128".into(),
+        model: "mine".into(),
+    };
+    assert_eq!(of(other), (Status::Mismatch, 0));
+}
+
+#[test]
+fn the_version_is_that_of_the_crate() {
+    let version = leank_version();
+    assert!(!version.is_null());
+    assert_eq!(abi!(CStr::from_ptr(version)).to_str().unwrap(), env!("CARGO_PKG_VERSION"));
+}
+
+/// Of a pool that would start as many there is no test.
+#[test]
+fn so_many_threads_and_no_more() {
+    let mut backend = ptr::null_mut();
+    for (threads, status) in [(1024, Status::Ok), (1025, Status::Invalid)] {
+        let options = BackendOptions { threads, run: Some(shared), ..Options::defaults() };
+        assert_eq!(abi!(leank_backend_create(&options, &mut backend)), status);
+        abi!(leank_backend_free(backend));
+    }
 }
 
 /// Kept channels of the two heads.

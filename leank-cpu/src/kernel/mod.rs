@@ -622,3 +622,6 @@ fn softmax<'a, W: Factor>(
     let softmax = Softmax { scale, bases, totals, sums, head_dim, weights, stride };
     (logits, folded.reborrow(), softmax)
 }
+
+#[cfg(test)]
+mod tests;

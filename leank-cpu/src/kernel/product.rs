@@ -595,3 +595,39 @@ unsafe fn pass<S: Simd, L: Lanes<S>, O: Order, const R: usize, const V: usize>(
     }
     finished
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every step of a right side asks for what lies `distance` on, or as much of what comes next.
+    fn asked(prefetch: Prefetch, len: usize, follows: bool, distance: usize) -> Vec<bool> {
+        const STEP: usize = 512;
+        let (bytes, next) = (vec![0u8; len], [0u8]);
+        let ahead = Ahead::of(prefetch, &bytes, follows.then_some(&next));
+        let asked = ahead.of_steps(bytes.as_ptr(), STEP);
+        let steps = (0..len / STEP).map(|step| {
+            let at = step * STEP + distance;
+            let beyond = if follows { next.as_ptr() } else { bytes.as_ptr_range().end };
+            let want = if at < len {
+                bytes.as_ptr().wrapping_add(at)
+            } else {
+                beyond.wrapping_add(at - len)
+            };
+            asked.by(step).inspect(|&found| assert_eq!(found, want, "step {step}")).is_some()
+        });
+        steps.collect()
+    }
+
+    #[test]
+    fn what_comes_next_is_asked_for() {
+        let jumps = |steps: usize, from: usize| (0..steps).map(|i| i >= from).collect::<Vec<_>>();
+        assert_eq!(asked(Prefetch::Everything, 20 << 10, true, 8 << 10), vec![true; 40]);
+        assert_eq!(asked(Prefetch::Everything, 20 << 10, false, 8 << 10), vec![true; 40]);
+        assert_eq!(asked(Prefetch::Everything, 3 << 10, true, 3 << 10), vec![true; 6]);
+        assert_eq!(asked(Prefetch::Jumps, 20 << 10, true, 2 << 10), jumps(40, 36));
+        assert_eq!(asked(Prefetch::Jumps, 1 << 10, true, 1 << 10), jumps(2, 0));
+        assert_eq!(asked(Prefetch::Jumps, 20 << 10, false, 0), jumps(40, 40));
+        assert!(Asked::NOTHING.by(usize::MAX - 1).is_none());
+    }
+}
