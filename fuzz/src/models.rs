@@ -2,7 +2,12 @@
 
 use std::{fs, path::Path};
 
-use leank_candle::{DenseAttention, Error, LoadOptions, Model, Precision};
+use leank_candle::{
+    DenseAttention, Error, LeanAttention, LoadOptions, Model, Precision, SlidingKv, SlidingRows,
+    store_prefix,
+};
+use leank_core::{Backend as _, Cache as _, CacheConfig, StepEntry};
+use leank_cpu::Cpu;
 
 use crate::{folder::Folder, split};
 
@@ -56,8 +61,28 @@ fn load(path: &Path, options: LoadOptions) {
             // As a generation would, whatever is the most likely.
             let text = model.tokenizer().decode(&[0, vocab as u32 - 1]);
             drop(text);
+            if let Err(error) = go_on(&model, &attention) {
+                assert!(matches!(error, Error::Core(_) | Error::Context { .. }), "{error}");
+            }
         }
         Err(Error::Token { .. } | Error::Context { .. } | Error::Mismatch { .. }) => {}
         Err(error) => panic!("{error}"),
     }
+}
+
+/// Three more tokens from a lean cache, with sliding layers beside it.
+fn go_on(model: &Model, prompt: &DenseAttention) -> Result<(), Error> {
+    let mut cache = Cpu::new().create(CacheConfig::dense(model.config().shape)?)?;
+    let sequence = cache.add_sequence();
+    store_prefix(&mut cache, sequence, prompt)?;
+    let mut sliding = SlidingKv::of(prompt)?;
+    for position in prompt.len()..prompt.len() + 3 {
+        cache.plan(&[StepEntry::decode(sequence, 1)])?;
+        let rows = vec![SlidingRows { kv: &mut sliding, rows: 1 }];
+        let mut attention = LeanAttention::with_sliding(&mut cache, rows);
+        let hidden = model.hidden(&[0], &[position], &mut attention)?;
+        cache.commit()?;
+        assert_eq!(model.logits(&hidden)?.dims(), [1, model.config().vocab]);
+    }
+    Ok(())
 }

@@ -251,9 +251,12 @@ impl ModelConfig {
             return wrong("RoPE base", "a positive number", self.rope_base.to_string());
         }
         if let Some(sliding) = &self.sliding {
-            if sliding.window == 0 || sliding.layers.len() != self.shape.layers {
-                let found = format!("{}, {} layers", sliding.window, sliding.layers.len());
-                return wrong("sliding window", "at least 1, and a kind per layer", found);
+            if sliding.window == 0 || sliding.window > 1 << 28 {
+                return wrong("sliding window", "1..=268435456", sliding.window.to_string());
+            }
+            if sliding.layers.len() != self.shape.layers {
+                let found = sliding.layers.len().to_string();
+                return wrong("kinds of layers", "one per layer", found);
             }
             if let Some(base) = sliding.rope_base.filter(|&base| !positive(base)) {
                 return wrong("RoPE base of sliding layers", "a positive number", base.to_string());

@@ -21,7 +21,8 @@ fn other_forward_passes_of_gemma3_are_refused() {
         ("layer_types", json!(["full_attention", "chunked_attention"]), "chunked_attention"),
         ("layer_types", json!(["full_attention"]), "layer_types: expected 2 of them, found 1"),
         ("sliding_window", json!(null), "sliding_window: expected a count of tokens"),
-        ("sliding_window", json!(0), "sliding window: expected at least 1"),
+        ("sliding_window", json!(0), "sliding window: expected 1..=268435456"),
+        ("sliding_window", json!(1u64 << 63), "sliding window: expected 1..=268435456"),
         ("sliding_window_pattern", json!(0), "sliding_window_pattern: expected at least 1"),
         ("query_pre_attn_scalar", json!(-1.0), "attention scale"),
         ("rope_local_base_freq", json!(0.0), "RoPE base of sliding layers"),
@@ -48,7 +49,12 @@ fn other_forward_passes_of_gemma3_are_refused() {
 fn hostile_metadata_of_gemma3_are_named() {
     for (key, value, expected) in [
         ("attention.sliding_window", None, "attention.sliding_window: expected a count"),
-        ("attention.sliding_window", Some(Value::U32(0)), "sliding window: expected at least 1"),
+        ("attention.sliding_window", Some(Value::U32(0)), "sliding window: expected 1..=268435456"),
+        (
+            "attention.sliding_window",
+            Some(Value::U32(u32::MAX)),
+            "sliding window: expected 1..=268435456",
+        ),
         ("attention.sliding_window_pattern", Some(Value::U32(0)), "expected at least 1, found 0"),
         ("final_logit_softcapping", Some(Value::F32(30.0)), "final_logit_softcapping 30"),
         ("rope.freq_base_swa", Some(Value::F32(-1.0)), "RoPE base of sliding layers"),

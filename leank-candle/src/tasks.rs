@@ -101,8 +101,8 @@ fn riddle(task: Task, rng: &mut Rng) -> Riddle {
 /// Lays a task out over the start of `text` so that it has exactly `length` tokens.
 ///
 /// # Errors
-/// [`Error::Mismatch`] when `text` is too short or `length` leaves no room for the task;
-/// [`Error::Tokenizer`].
+/// [`Error::Mismatch`] when `text` is too short or `length` leaves no room for the task, and when the
+/// vocabulary cannot say what is hidden or answered; [`Error::Tokenizer`].
 pub(crate) fn lay_out(
     task: Task,
     tokenizer: &Tokenizer,
@@ -119,6 +119,15 @@ pub(crate) fn lay_out(
         .iter()
         .map(|text| tokenizer.encode_piece(text))
         .collect::<Result<Vec<_>>>()?;
+    // What has no tokens is neither hidden nor asked for, and nothing is easy to get right.
+    let says = |tokens: &[u32]| -> Result<bool> {
+        Ok(tokenizer.decode(tokens)?.contains(riddle.answer.trim()))
+    };
+    if asking.is_empty() || !says(&whole[shared..])? || !says(&hidden.concat())? {
+        let expected = "tokens for English words and digits, which retrieval tasks are made of";
+        let found = format!("a vocabulary of {} without", tokenizer.vocab());
+        return Err(Error::mismatch("vocabulary", expected, found));
+    }
     let added: usize = hidden.iter().map(Vec::len).sum();
     let before = length.saturating_sub(whole.len());
     if before <= added || before > text.len() {
@@ -134,7 +143,23 @@ pub(crate) fn lay_out(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::TinyModel;
+    use crate::Precision;
+    use crate::testing::{TinyModel, load};
+
+    #[test]
+    fn what_a_vocabulary_cannot_say_is_no_task() {
+        let tiny = TinyModel::llama();
+        let folder = tiny.write_folder();
+        let letters = r#"{"version": "1.0", "model": {"type": "BPE", "vocab": {"i": 0, "s": 1, "t": 2},
+            "merges": []}}"#;
+        std::fs::write(folder.join("tokenizer.json"), letters).unwrap();
+        let model = load(&folder, Precision::F32).unwrap();
+        for task in Task::ALL {
+            let text = vec![0; 2000];
+            let error = lay_out(task, model.tokenizer(), &text, 900, &mut Rng::new(1)).unwrap_err();
+            assert!(error.to_string().contains("digits"), "{error}");
+        }
+    }
 
     #[test]
     fn the_answer_is_hidden_once_and_asked_for_at_the_end() {

@@ -44,6 +44,8 @@ pub struct CacheConfig {
 pub const DEFAULT_BLOCK: usize = 64;
 /// Largest number of tokens per block.
 pub const MAX_BLOCK: usize = 1 << 12;
+/// Largest scale and soft-cap: backends multiply them by log₂ e or its inverse.
+const MAX_FACTOR: f32 = 1e30;
 
 impl CacheConfig {
     /// A configuration with the mask's windows (or the default ones), blocks of
@@ -97,9 +99,10 @@ impl CacheConfig {
         }
         for (what, value) in [("scale", self.scale), ("logit soft-cap", self.soft_cap)] {
             if let Some(value) = value
-                && !(value.is_finite() && value > 0.0)
+                && !(value > 0.0 && value <= MAX_FACTOR)
             {
-                return Err(Error::invalid(what, format!("{value} is not a positive number")));
+                let why = format!("{value} is not a positive number up to {MAX_FACTOR:e}");
+                return Err(Error::invalid(what, why));
             }
         }
         Ok(())
@@ -201,6 +204,7 @@ mod tests {
             CacheConfig { block: MAX_BLOCK, ..dense.clone() },
             CacheConfig { formats: Some(vec![HeadFormat::plain(Dtype::F16); 4]), ..dense.clone() },
             CacheConfig { scale: Some(f32::MIN_POSITIVE), soft_cap: Some(50.0), ..dense.clone() },
+            CacheConfig { scale: Some(MAX_FACTOR), soft_cap: Some(MAX_FACTOR), ..dense.clone() },
         ] {
             good.validate().unwrap();
         }
@@ -214,7 +218,7 @@ mod tests {
             let formats = Some(vec![HeadFormat::plain(Dtype::F16); heads]);
             bad(CacheConfig { formats, ..dense.clone() }, "lean formats");
         }
-        for value in [0.0, -1.0, f32::NAN, f32::INFINITY].map(Some) {
+        for value in [0.0, -1.0, f32::NAN, f32::INFINITY, 1.01e30, 3e38].map(Some) {
             bad(CacheConfig { scale: value, ..dense.clone() }, "scale");
             bad(CacheConfig { soft_cap: value, ..dense.clone() }, "soft-cap");
         }

@@ -1,6 +1,10 @@
 //! `leank generate`
 
-use std::{io::Write as _, path::PathBuf, time::Instant};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    path::PathBuf,
+    time::Instant,
+};
 
 use anyhow::Context as _;
 use leank::{
@@ -128,6 +132,7 @@ impl<'a> Generation<'a> {
 
     fn run(mut self, most: usize, json: bool) -> anyhow::Result<()> {
         let mut out = std::io::stdout().lock();
+        let terminal = out.is_terminal();
         let mut stream = self.model.tokenizer().stream();
         let mut text = String::new();
         let mut tell = |piece: &str| {
@@ -135,7 +140,8 @@ impl<'a> Generation<'a> {
             if json {
                 return Ok(());
             }
-            write!(out, "{piece}").and_then(|()| out.flush()).context(output::STDOUT)
+            let shown = if terminal { output::written(piece) } else { piece.to_owned() };
+            write!(out, "{shown}").and_then(|()| out.flush()).context(output::STDOUT)
         };
         let start = Instant::now();
         let mut decoded = 0;

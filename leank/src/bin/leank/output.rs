@@ -86,12 +86,23 @@ pub(crate) fn message(error: &anyhow::Error) -> String {
 /// A text that may come from anywhere: what breaks lines or steers a terminal is shown, not done, and it ends
 /// where it takes pages.
 pub(crate) fn escaped(text: &str) -> String {
-    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
-    let mut escaped: String = text.chars().take(MOST_LETTERS).map(shown).collect();
+    // Marks that turn the direction of writing make letters stand elsewhere than they are.
+    let turns = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let mut escaped: String =
+        text.chars().take(MOST_LETTERS).map(|c| shown(c, c.is_control() || turns(c))).collect();
     if text.chars().nth(MOST_LETTERS).is_some() {
         escaped.push('…');
     }
     escaped
+}
+
+/// What a model writes, for a terminal: its lines, and nothing that steers.
+pub(crate) fn written(text: &str) -> String {
+    text.chars().map(|c| shown(c, c.is_control() && c != '\n' && c != '\t')).collect()
+}
+
+fn shown(c: char, escaped: bool) -> String {
+    if escaped { c.escape_default().to_string() } else { c.into() }
 }
 
 #[cfg(test)]
@@ -106,5 +117,11 @@ mod tests {
         assert_eq!(long, "é".repeat(MOST_LETTERS) + "…");
         let longest = "\u{1b}".repeat(MOST_LETTERS);
         assert_eq!(escaped(&longest), "\\u{1b}".repeat(MOST_LETTERS));
+        assert_eq!(escaped("a\u{202e}b"), "a\\u{202e}b");
+    }
+
+    #[test]
+    fn a_model_writes_lines_and_does_not_steer() {
+        assert_eq!(written("a\tb\né\r\u{1b}]0;x\u{7}"), "a\tb\né\\r\\u{1b}]0;x\\u{7}");
     }
 }
