@@ -240,6 +240,29 @@ fn a_killed_dump_goes_on_where_it_was() {
     assert_eq!(read_all(&path).unwrap(), read_all(whole.dir()).unwrap());
 }
 
+/// A line of the journal that no writer wrote, with checksums that are right.
+#[test]
+fn lines_of_other_layers_and_sequences_mean_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dump");
+    let from = synthetic(7);
+    let mut writer = DumpWriter::create(&path, from.manifest()).unwrap();
+    write(&mut writer, &from, 0, 0);
+    let left = kill(writer, folder.path());
+    let journal = left.join("written.txt");
+    let line = fs::read_to_string(&journal).unwrap();
+    let sums = line.trim_end().rsplit(' ').next().unwrap();
+    // Four tensors a sequence: the product wraps to 0, to 4 or to just below 2⁶⁴.
+    let sequences = [1 << 62, 1 << 63, (1 << 62) + 1, u64::MAX, u64::MAX / 4, 3];
+    let mut lines: String = sequences.map(|sequence| format!("0 {sequence} {sums}\n")).concat();
+    for layer in [2, 1 << 62, u64::MAX] {
+        lines += &format!("{layer} 0 {sums}\n");
+    }
+    fs::write(&journal, lines + &line).unwrap();
+    let writer = DumpWriter::create(&path, from.manifest()).unwrap();
+    assert_eq!(written(&writer), [(0, 0)]);
+}
+
 #[test]
 fn what_is_not_the_same_work_is_not_taken_over() {
     let folder = tempfile::tempdir().unwrap();
