@@ -399,27 +399,6 @@ fn hostile_manifests_are_refused() {
     }
 }
 
-/// `/dev/full` stands for a full disk.
-#[cfg(target_os = "linux")]
-#[test]
-fn a_full_disk_is_told() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("dump");
-    let synthetic = tiny(Dtype::F16);
-    let mut writer = DumpWriter::create(&path, synthetic.manifest()).unwrap();
-    let partial = fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
-    let file = partial.join(layer_file_name(Layer(0)));
-    fs::remove_file(&file).unwrap();
-    std::os::unix::fs::symlink("/dev/full", &file).unwrap();
-    let own = synthetic.sequence(Layer(0), 0);
-    let tensors = SequenceTensors { q: &own.q, k: &own.k, v: &own.v, g: &own.g };
-    let error = writer.write(Layer(0), 0, tensors).unwrap_err();
-    assert!(matches!(error, Error::DiskFull { .. }), "{error}");
-    assert!(error.to_string().contains(&writer.total_bytes().to_string()), "{error}");
-    drop(writer);
-    assert!(siblings(&path).is_empty());
-}
-
 #[test]
 fn probes_have_names() {
     for probe in Probe::ALL {

@@ -263,6 +263,73 @@ fn lines_of_other_layers_and_sequences_mean_nothing() {
     assert_eq!(written(&writer), [(0, 0)]);
 }
 
+/// What stands in the place of a file of the dump is somebody's who put it there.
+#[cfg(unix)]
+#[test]
+fn links_in_what_is_taken_over_are_not_written_through() {
+    for (name, hard) in [
+        (layer_file_name(Layer(1)), false),
+        (layer_file_name(Layer(1)), true),
+        ("written.txt".into(), false),
+        ("written.txt".into(), true),
+        ("manifest.json".into(), false),
+        ("manifest.json".into(), true),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("dump");
+        let from = synthetic(7);
+        let mut writer = DumpWriter::create(&path, from.manifest()).unwrap();
+        write(&mut writer, &from, 0, 0);
+        let left = kill(writer, folder.path());
+        // All that the dump would take for its own.
+        let elsewhere = tempfile::tempdir_in(folder.path()).unwrap();
+        let target = elsewhere.path().join("thesis");
+        fs::rename(left.join(&name), &target).unwrap();
+        let whole = fs::read(&target).unwrap();
+        if hard {
+            fs::hard_link(&target, left.join(&name)).unwrap();
+        } else {
+            std::os::unix::fs::symlink(&target, left.join(&name)).unwrap();
+        }
+        let created = DumpWriter::create(&path, from.manifest());
+        if name == "manifest.json" {
+            // Not known for the same dump: it begins anew.
+            let mut writer = created.unwrap();
+            assert_eq!(written(&writer), []);
+            write(&mut writer, &from, 0, 0);
+        } else {
+            let error = created.unwrap_err();
+            let message = error.to_string();
+            assert!(matches!(error, Error::Io { .. }), "{message}");
+            assert!(message.contains(&name) && message.contains("a link"), "{message}");
+        }
+        assert_eq!(fs::read(&target).unwrap(), whole, "{name}");
+        assert!(!left.exists(), "the next dump begins anew");
+    }
+}
+
+/// One that comes while the dump is written.
+#[cfg(unix)]
+#[test]
+fn links_that_come_later_are_not_written_through() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dump");
+    let from = synthetic(7);
+    let mut writer = DumpWriter::create(&path, from.manifest()).unwrap();
+    let growing = fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+    let put_link = |layer| {
+        let file = growing.join(layer_file_name(Layer(layer)));
+        fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("/dev/full", &file).unwrap();
+    };
+    put_link(1);
+    let own = from.sequence(Layer(1), 0);
+    let tensors = SequenceTensors { q: &own.q, k: &own.k, v: &own.v, g: &own.g };
+    let message = writer.write(Layer(1), 0, tensors).unwrap_err().to_string();
+    assert!(message.contains("layer-001") && message.contains("a link"), "{message}");
+    assert!(!writer.is_written(Layer(1), 0));
+}
+
 #[test]
 fn what_is_not_the_same_work_is_not_taken_over() {
     let folder = tempfile::tempdir().unwrap();

@@ -5,17 +5,20 @@
 //! have its checksums: lines and activations reach the disk in any order.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, Read as _, Write as _},
     path::Path,
 };
 
 use leank_core::Layer;
 
-use super::sums;
+use super::{again::open_again, sums};
 
 /// Name of the journal within a dump's directory; gone from a finished dump.
 pub(super) const JOURNAL_FILE: &str = "written.txt";
+
+/// Bytes of a journal that are believed: ten times those of a large dump's.
+const MAX_JOURNAL: u64 = 1 << 28;
 
 /// A line of a journal.
 #[derive(Debug, PartialEq)]
@@ -49,9 +52,16 @@ impl Journal {
     /// Opens or begins the journal at `path`; what it says so far, with `parts` checksums a line. Lines
     /// that were cut off are none.
     pub(super) fn open(path: &Path, parts: usize) -> io::Result<(Self, Vec<Entry>)> {
-        let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
+        let mut options = File::options();
+        options.read(true).append(true);
+        let mut file = match open_again(path, &options) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                options.create_new(true).open(path)?
+            }
+            opened => opened?,
+        };
         let mut text = Vec::new();
-        file.read_to_end(&mut text)?;
+        (&file).take(MAX_JOURNAL).read_to_end(&mut text)?;
         let text = String::from_utf8_lossy(&text);
         let entries = text.split_inclusive('\n').filter_map(|line| Entry::from_line(line, parts));
         let entries = entries.collect();

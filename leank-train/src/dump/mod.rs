@@ -21,6 +21,7 @@
 //! dump ([`Dump::id`]) covers them. Reading takes one head of one tensor of one sequence at a time, so
 //! that memory stays bounded whatever the dump's size.
 
+mod again;
 mod convert;
 mod journal;
 mod layout;

@@ -8,13 +8,13 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
 };
 
-use leank_core::files::{abandoned, mark_in_use, read_regular};
+use leank_core::files::{abandoned, mark_in_use};
 
-use super::{layout::MANIFEST_FILE, reader::MAX_MANIFEST, writer::Existing};
+use super::{again::open_again, layout::MANIFEST_FILE, reader::MAX_MANIFEST, writer::Existing};
 use crate::{Error, Result};
 
 /// Ending of the name of a dump that was moved aside to be replaced.
@@ -139,33 +139,65 @@ pub(super) fn create_file(path: &Path, bytes: &[u8]) -> io::Result<Option<File>>
 fn adopt(target: &Path, name: &str, is_same: &dyn Fn(&[u8]) -> bool) -> Option<Left> {
     for (directory, _) in growing(target, name).filter(|(_, replaced)| !replaced) {
         let path = directory.join(MANIFEST_FILE);
-        let Ok(manifest) = File::options().read(true).write(true).open(&path) else { continue };
+        let Ok(manifest) = open_again(&path, File::options().read(true).write(true)) else {
+            continue;
+        };
         // Under its lock nobody else sweeps or adopts it.
         if manifest.try_lock().is_err() {
             continue;
         }
-        match read_regular(&path, MAX_MANIFEST) {
-            Ok(json) if is_same(&json) => {
-                return Some(Left { directory: Growing(directory), manifest, json });
-            }
-            _ => {}
+        let mut json = Vec::new();
+        // A longer one is of no dump that could be read.
+        let read = (&manifest).take(MAX_MANIFEST + 1).read_to_end(&mut json);
+        if read.is_ok() && is_same(&json) {
+            return Some(Left { directory: Growing(directory), manifest, json });
         }
     }
     None
 }
 
 /// Directories beside `target` in which a dump for it grows or grew, and whether it is one that was
-/// moved aside.
+/// moved aside. Those of other users are theirs: they could change what is in there while it is believed.
 fn growing(target: &Path, name: &str) -> impl Iterator<Item = (PathBuf, bool)> {
+    let all = growing_of_all(target, name);
+    // Without any there is no need to know who this is.
+    let user = if all.is_empty() { None } else { user_of_new_files(parent(target)) };
+    let is_own = move |found: &fs::Metadata| user.is_some_and(|user| owner(found) == user);
+    let own = all.into_iter().filter(move |(_, _, found)| is_own(found));
+    own.map(|(path, replaced, _)| (path, replaced))
+}
+
+/// As [`growing`], of all users.
+fn growing_of_all(target: &Path, name: &str) -> Vec<(PathBuf, bool, fs::Metadata)> {
     let prefix = prefix(name);
-    fs::read_dir(parent(target)).into_iter().flatten().flatten().filter_map(move |entry| {
+    let entries = fs::read_dir(parent(target)).into_iter().flatten().flatten();
+    let growing = entries.filter_map(move |entry| {
         let name = entry.file_name();
         let rest = name.to_str()?.strip_prefix(&prefix)?;
         let random = rest.strip_suffix(REPLACED).unwrap_or(rest);
         let is_ours = !random.is_empty() && random.bytes().all(|byte| byte.is_ascii_alphanumeric());
-        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        (is_ours && is_folder).then(|| (entry.path(), rest != random))
-    })
+        // Of the entry itself: a link to a directory is none.
+        let found = entry.metadata().ok().filter(fs::Metadata::is_dir)?;
+        is_ours.then(|| (entry.path(), rest != random, found))
+    });
+    growing.collect()
+}
+
+/// To whom files belong that this process makes in a directory: the user of the process, or whom the file
+/// system puts in their place.
+fn user_of_new_files(directory: &Path) -> Option<u32> {
+    let file = tempfile::tempfile_in(directory).and_then(|file| file.metadata());
+    file.ok().map(|file| owner(&file))
+}
+
+fn owner(found: &fs::Metadata) -> u32 {
+    #[cfg(unix)]
+    return std::os::unix::fs::MetadataExt::uid(found);
+    #[cfg(not(unix))]
+    {
+        let _ = found;
+        0
+    }
 }
 
 /// Puts the directory `new` at `target`. At every moment one of both stands there, whole, where the system
@@ -361,6 +393,35 @@ mod tests {
         drop(lock);
         sweep(&temp.path().join("dump"), "dump");
         assert_eq!(names(temp.path()), left);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    #[cfg_attr(miri, ignore = "it has no chown")]
+    fn links_to_directories_and_those_of_others_are_left_alone() {
+        let temp = tempfile::tempdir().unwrap();
+        let target = temp.path().join("dump");
+        let (own, theirs, link) =
+            (".dump.partial-own001", ".dump.partial-theirs", ".dump.partial-link01");
+        directories(temp.path(), &[own, theirs, "elsewhere"]);
+        std::os::unix::fs::symlink(temp.path().join("elsewhere"), temp.path().join(link)).unwrap();
+        let user = user_of_new_files(temp.path()).unwrap();
+        assert!(growing_of_all(&target, "dump").iter().all(|(.., found)| owner(found) == user));
+        // Only root can give a directory away.
+        let given = std::os::unix::fs::chown(temp.path().join(theirs), Some(user + 1), None);
+        let mut expected = vec![temp.path().join(own)];
+        if given.is_err() {
+            expected.push(temp.path().join(theirs));
+        }
+        let mut found: Vec<_> = growing(&target, "dump").map(|(path, _)| path).collect();
+        found.sort();
+        assert_eq!(found, expected);
+        assert!(adopt(&target, "dump", &|json| json != own.as_bytes()).is_none() || given.is_err());
+        sweep(&target, "dump");
+        let left = names(temp.path());
+        assert!(left.contains(&link.into()) && left.contains(&"elsewhere".into()), "{left:?}");
+        assert!(temp.path().join("elsewhere").join(MANIFEST_FILE).exists());
+        assert!(left.contains(&theirs.into()) == given.is_ok() && !left.contains(&own.into()));
     }
 
     #[test]

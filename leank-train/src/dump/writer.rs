@@ -1,7 +1,7 @@
 //! Writing a dump: streamed into a temporary sibling directory, renamed when whole.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, Read as _, Seek, SeekFrom, Write as _},
     ops::Range,
     path::{Path, PathBuf},
@@ -10,6 +10,7 @@ use std::{
 use leank_core::{Layer, files::sha256_hex};
 
 use super::{
+    again::open_again,
     convert,
     journal::{Entry, JOURNAL_FILE, Journal},
     layout::{LENGTH_BYTES, Layout, MANIFEST_FILE, Tensor, layer_path, tensor_bytes},
@@ -147,7 +148,12 @@ impl DumpWriter {
         }
         for (layer, header) in layers.into_iter().zip(&headers) {
             let path = layer_path(self.place.path(), layer);
-            let is_there = fs::metadata(&path).is_ok_and(|file| file.len() >= header.len() as u64);
+            let left =
+                open_again(&path, File::options().read(true)).and_then(|file| file.metadata());
+            let is_there = match left {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+                left => left.map_err(Error::io(&path, "opening"))?.len() >= header.len() as u64,
+            };
             if !is_there {
                 let _ = fs::remove_file(&path);
                 create_file(&path, header).map_err(self.io(&path, "creating"))?;
@@ -166,7 +172,8 @@ impl DumpWriter {
         let Some(file) = self.layers.get_mut(layer) else { return Ok(()) };
         // A damaged line may name any sequence.
         let Some(ranges) = file.data.chunks_exact(tensors).nth(sequence) else { return Ok(()) };
-        let mut opened = File::open(&file.path).map_err(Error::io(&file.path, "opening"))?;
+        let mut opened = open_again(&file.path, File::options().read(true))
+            .map_err(Error::io(&file.path, "opening"))?;
         let mut found = Vec::with_capacity(sums.len());
         for (range, tensor) in ranges.iter().zip(Tensor::ALL) {
             let parts = sums::parts(tensor, &self.manifest);
@@ -250,7 +257,7 @@ impl DumpWriter {
         }
         let path = self.layers[layer.0].path.clone();
         let mut file =
-            OpenOptions::new().write(true).open(&path).map_err(Error::io(&path, "opening"))?;
+            open_again(&path, File::options().write(true)).map_err(Error::io(&path, "opening"))?;
         let mut sums = Vec::new();
         for tensor in Tensor::ALL {
             let at = TensorAt { layer, sequence, tensor };
@@ -317,9 +324,7 @@ impl DumpWriter {
             let sums = file.sums.iter().flatten().flatten().copied();
             // As long as the one that holds its place.
             let header = self.header(layer, &sums::to_text(sums));
-            let mut opened = OpenOptions::new()
-                .write(true)
-                .open(&file.path)
+            let mut opened = open_again(&file.path, File::options().write(true))
                 .map_err(self.io(&file.path, "opening"))?;
             opened.write_all(&header).map_err(self.io(&file.path, "writing"))?;
             opened.sync_all().map_err(self.io(&file.path, "flushing"))?;
@@ -392,5 +397,37 @@ impl TensorAt {
             row: element / channels % rows,
             channel: element % channels,
         }
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::synthetic::Synthetic;
+
+    /// `/dev/full` stands for a full disk.
+    #[test]
+    fn a_full_disk_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let synthetic = Synthetic {
+            shape: leank_core::ModelShape::new(2, 4, 2, 8).unwrap(),
+            prefixes: vec![5],
+            positions: 3,
+            draws: 2,
+            dtype: leank_core::Dtype::F16,
+            seed: 7,
+        };
+        let manifest = synthetic.manifest();
+        let mut writer = DumpWriter::create(&folder.path().join("dump"), manifest).unwrap();
+        let mut full = File::options().write(true).open("/dev/full").unwrap();
+        let own = synthetic.sequence(Layer(0), 0);
+        let at = TensorAt { layer: Layer(0), sequence: 0, tensor: Tensor::Q };
+        let error = writer.write_tensor(&mut full, at, &own.q, &mut Vec::new()).unwrap_err();
+        assert!(matches!(error, Error::DiskFull { .. }), "{error}");
+        let message = error.to_string();
+        assert!(message.contains(&writer.total_bytes().to_string()), "{message}");
+        assert!(message.contains("layer-000"), "{message}");
+        drop(writer);
+        assert!(fs::read_dir(folder.path()).unwrap().next().is_none());
     }
 }
