@@ -399,6 +399,57 @@ fn hostile_manifests_are_refused() {
     }
 }
 
+/// A manifest of so many sequences as their headers may describe, or one more.
+fn many_sequences(sequences: usize) -> leank_train::dump::Manifest {
+    let synthetic = Synthetic {
+        shape: ModelShape::new(1, 1, 1, 1).unwrap(),
+        prefixes: vec![0; sequences],
+        positions: 1,
+        draws: 1,
+        ..tiny(Dtype::F16)
+    };
+    synthetic.manifest()
+}
+
+/// Numbers that are possible one by one ask for a header that no reader of safetensors takes.
+#[test]
+fn headers_beyond_all_are_refused_before_they_are_written_or_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dump").join("manifest.json");
+    // 512 bytes each.
+    let (most, beyond) = (many_sequences(195_000), many_sequences(196_000));
+    most.validate(&file).unwrap();
+    let error = DumpWriter::create(&dir.path().join("dump"), beyond.clone()).unwrap_err();
+    let message = error.to_string();
+    assert!(matches!(error, Error::Manifest { .. }), "{message}");
+    assert!(message.contains("manifest.json") && message.contains("fewer sequences"), "{message}");
+    assert!(fs::read_dir(dir.path()).unwrap().next().is_none());
+
+    fs::create_dir(dir.path().join("dump")).unwrap();
+    fs::write(&file, serde_json::to_vec(&beyond).unwrap()).unwrap();
+    let error = Dump::open(&dir.path().join("dump")).unwrap_err();
+    assert!(matches!(error, Error::Manifest { .. }), "{error}");
+}
+
+/// On the disk it takes some kilobytes.
+#[test]
+fn a_sparse_header_gets_no_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(layer_file_name(Layer(0)));
+    let manifest = many_sequences(195_000);
+    let data: u64 = 195_000 * 4 * 2;
+    fs::write(dir.path().join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
+    for (header, why) in [(100_000_001, "more than any layer has"), (100_000_000, "not valid")] {
+        let mut file = fs::File::create(&path).unwrap();
+        std::io::Write::write_all(&mut file, &u64::to_le_bytes(header)).unwrap();
+        file.set_len(8 + header + data).unwrap();
+        let error = Dump::open(dir.path()).unwrap_err();
+        let message = error.to_string();
+        assert!(matches!(error, Error::LayerFile { .. }), "{message}");
+        assert!(message.contains("layer-000") && message.contains(why), "{message}");
+    }
+}
+
 #[test]
 fn probes_have_names() {
     for probe in Probe::ALL {

@@ -141,9 +141,18 @@ pub(super) fn tensor_bytes(tensor: Tensor, manifest: &Manifest, sequence: usize)
     shape.iter().try_fold(manifest.dtype.bytes() as u64, |n, &d| n.checked_mul(d as u64))
 }
 
+/// Longest header of any layer file: what the crate `safetensors` and its kin read at most.
+pub(super) const MAX_HEADER: u64 = 100_000_000;
+
+/// Bytes that the writer's header of a layer takes at most: 120 a tensor, then the checksums.
+pub(super) fn needed_header(manifest: &Manifest) -> u64 {
+    let sums = (sums::DIGITS * sums::parts_of_sequence(manifest)) as u64;
+    (1 << 10) + (4 * 120 + sums) * manifest.sequences.len() as u64
+}
+
 /// Longest header that is read: several times what the writer makes.
 pub(super) fn max_header(manifest: &Manifest) -> u64 {
-    (1 << 16) + 4 * 512 * manifest.sequences.len() as u64 + 2 * sums::text_len(manifest) as u64
+    ((1 << 16) + 4 * needed_header(manifest)).min(MAX_HEADER)
 }
 
 /// The dtype's name in a safetensors header.

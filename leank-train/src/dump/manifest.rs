@@ -5,6 +5,7 @@ use std::{fmt, path::Path, str::FromStr};
 use leank_core::{Dtype, Fingerprint, ModelShape, RunRecord, Windows};
 use serde::{Deserialize, Serialize};
 
+use super::layout::{MAX_HEADER, needed_header};
 use crate::{Error, Result};
 
 /// Version of the dump format that this build writes and reads.
@@ -183,6 +184,14 @@ impl Manifest {
             if n == 0 || n > max {
                 return fail(format!("{what} is {n}, not in 1..={max}"));
             }
+        }
+        // Each number may be possible, and the description of so many tensors not.
+        let header = needed_header(self);
+        if header > MAX_HEADER {
+            return fail(format!(
+                "the header of a layer's file would take {header} bytes, and a safetensors header has \
+                 {MAX_HEADER} at most; dump fewer sequences or draws"
+            ));
         }
         for (i, sequence) in self.sequences.iter().enumerate() {
             if let Err(why) = self.validate_sequence(sequence) {

@@ -142,8 +142,12 @@ impl Header<'_> {
             let whole = whole.map_or("more".into(), |n| n.to_string());
             return self.fail(format!("it has {size} bytes where {whole} are expected"));
         }
-        let mut json = vec![0; length as usize];
-        file.read_exact(&mut json).map_err(Error::io(self.path, "reading the header"))?;
+        let mut json = Vec::new();
+        // Memory comes with the bytes: the length is the file's own word, and a sparse one has none.
+        let read = file.take(length).read_to_end(&mut json);
+        if read.map_err(Error::io(self.path, "reading the header"))? as u64 != length {
+            return self.fail("it became shorter while it was read".into());
+        }
         let metadata: Metadata = match serde_json::from_slice(&json) {
             Ok(metadata) => metadata,
             Err(error) => return self.fail(format!("its header is not valid: {error}")),

@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 use super::{layout::Tensor, manifest::Manifest};
 
 /// Hexadecimal digits of a checksum.
-const DIGITS: usize = 8;
+pub(super) const DIGITS: usize = 8;
 
 /// Parts of a tensor of one sequence.
 pub(super) fn parts(tensor: Tensor, manifest: &Manifest) -> usize {
