@@ -7,6 +7,8 @@ use crate::{Error, Result};
 
 /// Largest table of the dynamic program, in entries.
 const MAX_TABLE: usize = 1 << 28;
+/// Most sums that are tried: the largest table with 128 choices a head.
+const MAX_SUMS: usize = 1 << 35;
 
 /// What a head may keep.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +54,14 @@ impl<'a> Program<'a> {
         if width.saturating_mul(choices.len()) > MAX_TABLE {
             let heads = choices.len();
             let why = format!("{heads} heads × {limit} units are too many; use a larger one");
+            return Err(Error::options("alignment", why));
+        }
+        let all: usize = choices.iter().map(Vec::len).sum();
+        if width.saturating_mul(all) > MAX_SUMS {
+            let why = format!(
+                "{all} choices of all heads × {limit} units are too many; use a larger one, or offer \
+                 fewer formats"
+            );
             return Err(Error::options("alignment", why));
         }
         // best[w]: least loss of the heads so far within a cost of w.

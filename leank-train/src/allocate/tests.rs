@@ -216,6 +216,23 @@ fn bits_pay_for_channels() {
     assert!(bytes(&found, 64, PADDED) <= 3 * 8192);
 }
 
+/// Each head alone is possible, and so is the table.
+#[test]
+fn too_many_choices_are_refused_before_they_are_tried() {
+    let choice =
+        |cost| Choice { count: cost, precision: HeadPrecision::default(), cost, loss: 0.0 };
+    let heads = vec![(0..600).map(choice).collect::<Vec<_>>(); 2];
+    let solve = |limit| match Program::solve(&heads, limit) {
+        Ok(_) => String::new(),
+        Err(error) => error.to_string(),
+    };
+    assert_eq!(solve(1199), "");
+    let message = solve((1 << 26) - 1);
+    assert!(message.contains("1200 choices") && message.contains("fewer formats"), "{message}");
+    let message = solve((1 << 28) - 1);
+    assert!(message.contains("2 heads"), "{message}");
+}
+
 #[test]
 fn wrong_options_are_named_with_the_mend() {
     let curves = curves(vec![curve(24, 8, &[3.0, 2.0, 1.0, 0.0]); 2]);
