@@ -439,6 +439,7 @@ def gguf():
         ("block_count", 1 << 31, ["layers"]),
         ("block_count", 1 << 63, ["layers"]),
         ("block_count", 200, ["blk.1.attn"]),
+        ("block_count", 12000, ["layers"]),
         ("attention.head_count", 0, ["query heads"]),
         ("attention.head_count", 1 << 63, ["query heads"]),
         ("attention.head_count_kv", 0, ["KV heads"]),
@@ -565,12 +566,13 @@ def models():
     huge = 1 << 63
     for key, value, words in [
         ("num_hidden_layers", huge, ["layers"]), ("num_hidden_layers", 1 << 20, ["layers"]),
+        ("num_hidden_layers", 12000, ["layers"]),
         ("hidden_size", huge, ["hidden size"]), ("vocab_size", huge, ["vocabulary"]), ("head_dim", huge, ["head_dim"]),
         ("max_position_embeddings", huge, ["context length"]), ("num_attention_heads", 0, ["query heads"]),
         ("num_key_value_heads", -1, ["config.json"]), ("rope_scaling", {"rope_type": "linear", "factor": 0.0}, ["RoPE scaling"]),
         ("rope_theta", -1.0, ["RoPE base"]), ("layer_types", ["full_attention"] * 3, ["layer_types"]),
     ]:
-        shown = {huge: "2-63", 1 << 20: "2-20", 0: "0"}.get(value, "wrong") if isinstance(value, int) else "wrong"
+        shown = {huge: "2-63", 1 << 20: "2-20", 12000: "12000", 0: "0"}.get(value, "wrong") if isinstance(value, int) else "wrong"
         model(f"{key.replace('_', '-')}-{shown}", f"`config.json` with `{key}` of {json.dumps(value)[:40]}", words, config__json=folder_config(**{key: value}))
     model("config-nested", "`config.json` of 5000 open brackets", ["config.json", "recursion limit"], config__json=b"[" * 5000)
     model("config-not-utf8", "`config.json` that is no text", ["config.json"], config__json=b'{"model_type": "\xff"}')

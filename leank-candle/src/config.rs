@@ -4,6 +4,10 @@ use leank_core::ModelShape;
 
 use crate::{Error, Result};
 
+/// Most layers of a model. The backward pass of the Fisher probe calls itself twice a layer: so many fit
+/// into a thread's stack, ten times as many do not. Models of today have 126.
+pub(crate) const MAX_LAYERS: usize = 1 << 10;
+
 /// A family of models: the same forward pass with other details.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -233,6 +237,9 @@ impl ModelConfig {
                 found,
             })
         };
+        if self.shape.layers > MAX_LAYERS {
+            return wrong("layers", "1..=1024", self.shape.layers.to_string());
+        }
         for (key, n) in [
             ("hidden size", self.hidden),
             ("intermediate size", self.intermediate),

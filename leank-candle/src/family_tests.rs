@@ -59,6 +59,7 @@ fn hostile_metadata_of_gemma3_are_named() {
         ("final_logit_softcapping", Some(Value::F32(30.0)), "final_logit_softcapping 30"),
         ("rope.freq_base_swa", Some(Value::F32(-1.0)), "RoPE base of sliding layers"),
         ("block_count", Some(Value::U32(u32::MAX)), "layers is"),
+        ("block_count", Some(Value::U32(1025)), "layers: expected 1..=1024, found 1025"),
     ] {
         let tiny = TinyModel::gemma3();
         let key = format!("gemma3.{key}");

@@ -289,6 +289,8 @@ impl CustomOp3 for CausalOp {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Family;
+    use crate::config::MAX_LAYERS;
     use crate::testing::TinyModel;
 
     const PREFIX: usize = 11;
@@ -365,6 +367,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// On the stack of a thread, which is a quarter of a process's.
+    #[test]
+    fn the_deepest_model_has_a_backward_pass() {
+        let model = TinyModel::with_layers(MAX_LAYERS, Family::Llama, true, 6).load();
+        let tokens = [3, 1, 2];
+        let options = ProbeOptions { prefix: 2, probe: Probe::Fisher, draws: 1, seed: 9 };
+        let probe = || probe(&model, &tokens, &options).unwrap().layers.len();
+        let probed = std::thread::scope(|scope| {
+            let builder = std::thread::Builder::new().stack_size(2 << 20);
+            builder.spawn_scoped(scope, probe).unwrap().join().unwrap()
+        });
+        assert_eq!(probed, MAX_LAYERS);
     }
 
     #[test]

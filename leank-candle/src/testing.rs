@@ -31,6 +31,7 @@ pub(crate) fn random(rng: &mut Rng, dims: (usize, usize, usize)) -> Tensor {
 pub(crate) struct TinyModel {
     pub(crate) family: Family,
     pub(crate) tied: bool,
+    layers: usize,
     pub(crate) weights: Vec<(Part, Tensor)>,
     pub(crate) folder: tempfile::TempDir,
 }
@@ -78,6 +79,10 @@ impl TinyModel {
     }
 
     pub(crate) fn new(family: Family, tied: bool, seed: u64) -> Self {
+        Self::with_layers(LAYERS, family, tied, seed)
+    }
+
+    pub(crate) fn with_layers(layers: usize, family: Family, tied: bool, seed: u64) -> Self {
         let mut rng = Rng::new(seed);
         let mut weights = Vec::new();
         let mut add = |part: Part, dims: &[usize], spread: f64, middle: f64| {
@@ -94,7 +99,7 @@ impl TinyModel {
             add(Part::Output, &[vocab(), HIDDEN], 0.3, 0.0);
         }
         add(Part::OutputNorm, &[HIDDEN], 0.1, 1.0);
-        for l in 0..LAYERS {
+        for l in 0..layers {
             add(Part::AttentionNorm(l), &[HIDDEN], 0.1, 1.0);
             add(Part::MlpNorm(l), &[HIDDEN], 0.1, 1.0);
             for (part, rows, cols) in [
@@ -122,7 +127,7 @@ impl TinyModel {
                 add(Part::ValueBias(l), &[kv], 0.3, 0.0);
             }
         }
-        Self { family, tied, weights, folder: tempfile::tempdir().unwrap() }
+        Self { family, tied, layers, weights, folder: tempfile::tempdir().unwrap() }
     }
 
     /// The model from a safetensors folder, in f32.
@@ -144,7 +149,7 @@ impl TinyModel {
             "model_type": if gemma { "gemma3_text" } else { self.family.name() },
             "hidden_size": HIDDEN,
             "intermediate_size": MLP,
-            "num_hidden_layers": LAYERS,
+            "num_hidden_layers": self.layers,
             "num_attention_heads": QUERY_HEADS,
             "num_key_value_heads": KV_HEADS,
             "vocab_size": vocab(),
@@ -215,7 +220,7 @@ impl TinyModel {
         let types = (0..tokens.len()).map(|i| Value::I32(if i >= 258 { 3 } else { 1 })).collect();
         let number = |n: usize| Value::U32(n as u32);
         let own = [
-            ("block_count", number(LAYERS)),
+            ("block_count", number(self.layers)),
             ("context_length", number(CONTEXT)),
             ("embedding_length", number(HIDDEN)),
             ("feed_forward_length", number(MLP)),
