@@ -205,22 +205,22 @@ impl GgufFile {
     }
 
     /// A metadata value that must be there.
-    pub(crate) fn required<T>(
-        &self,
+    pub(crate) fn required<'a, T>(
+        &'a self,
         key: &str,
         expected: &str,
-        get: impl FnOnce(&Value) -> Option<T>,
+        get: impl FnOnce(&'a Value) -> Option<T>,
     ) -> Result<T> {
         self.optional(key, expected, get)?
             .ok_or_else(|| self.wrong(key, expected, "nothing".into()))
     }
 
     /// A metadata value that may be missing but must not be wrong.
-    pub(crate) fn optional<T>(
-        &self,
+    pub(crate) fn optional<'a, T>(
+        &'a self,
         key: &str,
         expected: &str,
-        get: impl FnOnce(&Value) -> Option<T>,
+        get: impl FnOnce(&'a Value) -> Option<T>,
     ) -> Result<Option<T>> {
         let Some(value) = self.metadata.get(key) else { return Ok(None) };
         get(value).map(Some).ok_or_else(|| self.wrong(key, expected, value.describe()))

@@ -62,6 +62,9 @@ mod tasks;
 mod testing;
 mod texts;
 mod tokenizer;
+mod tokenizer_json;
+#[cfg(test)]
+mod tokenizer_tests;
 mod weights;
 
 pub use config::{Family, ModelConfig, RopeScaling, SlidingLayers};

@@ -38,7 +38,10 @@ pub(crate) fn tokenize(
         if text.trim().is_empty() {
             return Err(Error::EmptyText(name.clone()));
         }
-        let tokens = model.tokenizer().encode_piece(text)?;
+        let tokens = model.tokenizer().encode_piece(text).map_err(|error| match error {
+            Error::Tokenizer(why) => Error::Tokenizer(format!("text {name}: {why}")),
+            other => other,
+        })?;
         if tokens.len() < needed {
             let (name, found, why) = (name.clone(), tokens.len(), why.to_owned());
             return Err(Error::ShortText { name, found, needed, why });

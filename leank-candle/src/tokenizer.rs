@@ -1,6 +1,7 @@
 //! Text to tokens and back.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::byte_level::ByteLevel;
@@ -18,20 +19,24 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use crate::gguf_file::{GgufFile, Value};
-use crate::{Error, Result};
+use crate::{Error, Result, tokenizer_json};
 
 /// What byte-level BPE of Llama 3 and of Qwen2 splits a text into; only the digits differ.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Longest token of a vocabulary in a GGUF file; real ones take 512 bytes at most (runs of spaces). Every
-/// place where a token can be split is tried, so time grows with the square of its length.
+/// Longest token of a vocabulary in a GGUF file; real ones take 512 bytes at most (runs of spaces). A token
+/// has as many merges as places where it can be split into two others.
 const MAX_TOKEN_BYTES: usize = 1024;
 
-/// Most memory for the merges of a vocabulary with scores, each `MERGE_BYTES` and the text of its token;
-/// of 262 144 real tokens they take some 80 MB.
+/// Most memory for the merges of a vocabulary, each `MERGE_BYTES` and the text of its token; of 262 144 real
+/// tokens with scores they take some 80 MB.
 const MAX_MERGES_BYTES: usize = 1 << 28;
 const MERGE_BYTES: usize = 128;
+
+/// Longest text whose tokens are told at once, a million of English: until they are, each byte takes up to
+/// 260 in memory.
+const MAX_TEXT_BYTES: usize = 4 << 20;
 
 /// Stands for a space in SentencePiece's vocabularies.
 const SPACE: &str = "▁";
@@ -67,12 +72,9 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the text is not one.
     pub(crate) fn from_json(text: &str, bos: Option<u32>, eos: Vec<u32>) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_bytes(text.as_bytes())
-            .map_err(|e| Error::Tokenizer(e.to_string()))?;
-        // Its post-processor tells whether the model wants BOS in front.
-        let around = inner.encode_fast("", true).map_err(|e| Error::Tokenizer(e.to_string()))?;
-        let prepend =
-            around.get_ids().first().copied().filter(|id| bos.is_none_or(|bos| bos == *id));
+        let (file, first) = tokenizer_json::read(text)?;
+        let inner = guarded(|| Ok(serde_json::from_value(file)?))?;
+        let prepend = first.filter(|id| bos.is_none_or(|bos| bos == *id));
         Ok(Self { inner, prepend, bos: bos.or(prepend), eos })
     }
 
@@ -91,13 +93,6 @@ impl Tokenizer {
                     supported: "gpt2 (byte-level BPE), llama (SentencePiece BPE); for others use a folder with tokenizer.json",
                 });
             }
-        };
-        let texts = |v: &Value| match v {
-            Value::Array(items) => items
-                .iter()
-                .map(|item| item.as_str().map(str::to_owned))
-                .collect::<Option<Vec<_>>>(),
-            _ => None,
         };
         let tokens = file.required("tokenizer.ggml.tokens", "an array of texts", texts)?;
         if let Some(long) = tokens.iter().find(|token| token.len() > MAX_TOKEN_BYTES) {
@@ -164,11 +159,10 @@ impl Tokenizer {
     /// in the text become these tokens.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when a character cannot be expressed.
+    /// [`Error::Tokenizer`] when a character cannot be expressed, and for a text of more than 4 MiB.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding =
-            self.inner.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
-        Ok(self.prepend.into_iter().chain(encoding.get_ids().iter().copied()).collect())
+        let piece = self.encode_piece(text)?;
+        Ok(self.prepend.into_iter().chain(piece).collect())
     }
 
     /// As [`Tokenizer::encode`], without BOS or anything else around: for pieces of a text.
@@ -176,9 +170,13 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_piece(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding =
-            self.inner.encode_fast(text, false).map_err(|e| Error::Tokenizer(e.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        if text.len() > MAX_TEXT_BYTES {
+            return Err(Error::Tokenizer(format!(
+                "a text of {} bytes, more than {MAX_TEXT_BYTES}; cut it into shorter ones",
+                text.len()
+            )));
+        }
+        Ok(guarded(|| self.inner.encode_fast(text, false))?.get_ids().to_vec())
     }
 
     /// The text of tokens, special ones left out; bytes that are not UTF-8 become `U+FFFD`.
@@ -186,7 +184,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the decoder fails.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        self.inner.decode(tokens, true).map_err(|e| Error::Tokenizer(e.to_string()))
+        guarded(|| self.inner.decode(tokens, true))
     }
 
     /// A decoder that takes token after token and gives text as soon as it is whole.
@@ -237,26 +235,61 @@ impl TextStream<'_> {
     }
 }
 
-fn byte_level_bpe(
-    tokens: &[String],
-    merges: &[String],
+/// Calls the crate `tokenizers`, which panics where something in a file is not as it believes: that is an
+/// error of the file. (The program's panic hook has told of it then.)
+pub(crate) fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    // What it keeps between calls are finished words: a panic leaves nothing half made.
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|e| Error::Tokenizer(e.to_string())),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("a panic");
+            Err(Error::Tokenizer(format!("the crate tokenizers failed: {text}")))
+        }
+    }
+}
+
+/// Takes the memory of a merge from `room`.
+fn take_room(room: &mut usize, token: usize) -> Result<()> {
+    let Some(less) = room.checked_sub(MERGE_BYTES + token) else {
+        let expected = format!("{MAX_MERGES_BYTES} bytes at most");
+        return Err(Error::mismatch("merges of the tokenizer", expected, "more"));
+    };
+    *room = less;
+    Ok(())
+}
+
+fn texts(v: &Value) -> Option<Vec<&str>> {
+    match v {
+        Value::Array(items) => items.iter().map(Value::as_str).collect(),
+        _ => None,
+    }
+}
+
+pub(crate) fn byte_level_bpe(
+    tokens: &[&str],
+    merges: &[&str],
     pre: &str,
 ) -> Result<tokenizers::Tokenizer> {
     let failed = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
-    let vocab = tokens.iter().zip(0u32..).map(|(token, id)| (token.clone(), id));
+    let vocab = tokens.iter().zip(0u32..).map(|(&token, id)| (token.to_owned(), id));
+    let known: HashSet<&str> = tokens.iter().copied().collect();
+    let mut room = MAX_MERGES_BYTES;
     let merges = merges
         .iter()
-        .map(|merge| match merge.split_once(' ') {
-            Some((left, right)) => Ok((left.to_owned(), right.to_owned())),
-            None => Err(Error::Tokenizer(format!("{merge:?} is not a merge of two tokens"))),
+        .map(|merge| {
+            let Some((left, right)) = merge.split_once(' ') else {
+                return Err(Error::Tokenizer(format!("{merge:?} is not a merge of two tokens")));
+            };
+            take_room(&mut room, merge.len())?;
+            tokenizer_json::check_merge(left, right, "", |token| known.contains(token))?;
+            Ok((left.to_owned(), right.to_owned()))
         })
         .collect::<Result<Vec<_>>>()?;
     let llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
-    let model = BPE::builder()
-        .vocab_and_merges(vocab.collect::<Vocab>(), merges)
-        .ignore_merges(llama3)
-        .build()
-        .map_err(failed)?;
+    let model =
+        BPE::builder().vocab_and_merges(vocab.collect::<Vocab>(), merges).ignore_merges(llama3);
+    let model = guarded(|| model.build())?;
     let split = |pattern: &str| -> Result<PreTokenizerWrapper> {
         let pattern = SplitPattern::Regex(pattern.to_owned());
         Ok(Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(failed)?.into())
@@ -286,7 +319,7 @@ fn byte_level_bpe(
 /// the highest score are joined first; characters that no token has fall apart into bytes.
 ///
 /// GGUF files hold scores and no merges; every way to split a normal token into two is one.
-fn sentence_piece_bpe(file: &GgufFile, tokens: &[String]) -> Result<tokenizers::Tokenizer> {
+fn sentence_piece_bpe(file: &GgufFile, tokens: &[&str]) -> Result<tokenizers::Tokenizer> {
     let failed = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
     let floats = |v: &Value| match v {
         Value::Array(items) => items.iter().map(Value::as_f64).collect::<Option<Vec<_>>>(),
@@ -299,16 +332,16 @@ fn sentence_piece_bpe(file: &GgufFile, tokens: &[String]) -> Result<tokenizers::
         return Err(Error::mismatch("tokens of the tokenizer", tokens.len(), found));
     }
     let unknown = file.optional("tokenizer.ggml.unknown_token_id", "a token", Value::as_u64)?;
-    let unknown = unknown.and_then(|id| tokens.get(usize::try_from(id).ok()?)).cloned();
-    let vocab: Vocab = tokens.iter().cloned().zip(0u32..).collect();
+    let unknown = unknown.and_then(|id| tokens.get(usize::try_from(id).ok()?));
+    let vocab: Vocab = tokens.iter().map(|&token| token.to_owned()).zip(0u32..).collect();
     let mut model = BPE::builder()
         .vocab_and_merges(vocab, merges_by_score(tokens, &scores, &types)?)
         .byte_fallback(true)
         .fuse_unk(true);
     if let Some(unknown) = unknown {
-        model = model.unk_token(unknown);
+        model = model.unk_token((*unknown).to_owned());
     }
-    let mut inner = tokenizers::Tokenizer::new(model.build().map_err(failed)?);
+    let mut inner = tokenizers::Tokenizer::new(guarded(|| model.build())?);
     let prefix = file.optional("tokenizer.ggml.add_space_prefix", "true or false", flag)?;
     let prefix = prefix.unwrap_or(true);
     let mut normalizers = Vec::new();
@@ -326,30 +359,58 @@ fn sentence_piece_bpe(file: &GgufFile, tokens: &[String]) -> Result<tokenizers::
 }
 
 /// Merges of normal tokens into normal tokens, the highest score of the result first.
-fn merges_by_score(
-    tokens: &[String],
+pub(crate) fn merges_by_score(
+    tokens: &[&str],
     scores: &[f64],
     types: &[u64],
 ) -> Result<Vec<(String, String)>> {
     let normal = || tokens.iter().enumerate().filter(|&(id, _)| types[id] == NORMAL);
-    let ids: HashMap<&str, usize> = normal().map(|(id, token)| (token.as_str(), id)).collect();
+    // Of equal tokens the last one counts.
+    let ids: HashMap<&str, usize> = normal().map(|(id, &token)| (token, id)).collect();
+    let own: Vec<(&str, usize)> = ids.into_iter().collect();
+    let places: HashMap<&str, usize> = own.iter().zip(0..).map(|(own, at)| (own.0, at)).collect();
+    let beginnings = longest_beginnings(&own, |token| token.as_bytes().to_vec());
+    let endings = longest_beginnings(&own, |token| token.bytes().rev().collect());
+    let chain =
+        |of: &[Option<usize>], at: usize| std::iter::successors(of[at], |&at| of[at]).collect();
     let mut merges = Vec::new();
     let mut room = MAX_MERGES_BYTES;
-    for (id, token) in normal() {
-        for (at, _) in token.char_indices().skip(1) {
-            let (left, right) = token.split_at(at);
-            if let (Some(&left), Some(&right)) = (ids.get(left), ids.get(right)) {
-                let Some(less) = room.checked_sub(MERGE_BYTES + token.len()) else {
-                    let expected = format!("{MAX_MERGES_BYTES} bytes at most");
-                    return Err(Error::mismatch("merges of the tokenizer", expected, "more"));
-                };
-                room = less;
-                merges.push((id, left, right));
+    for (id, &token) in normal() {
+        let at = places[token];
+        let [lefts, rights]: [Vec<usize>; 2] = [chain(&beginnings, at), chain(&endings, at)];
+        // The longest left part belongs to the shortest right one.
+        let mut rights = rights.into_iter().map(|at| own[at]).rev().peekable();
+        for (left, left_id) in lefts.into_iter().map(|at| own[at]) {
+            let rest = token.len() - left.len();
+            while rights.next_if(|(right, _)| right.len() < rest).is_some() {}
+            if let Some((_, right_id)) = rights.next_if(|(right, _)| right.len() == rest) {
+                take_room(&mut room, token.len())?;
+                merges.push((id, left_id, right_id));
             }
         }
     }
     merges.sort_by(|a, b| scores[b.0].total_cmp(&scores[a.0]).then(a.cmp(b)));
-    Ok(merges.into_iter().map(|(_, l, r)| (tokens[l].clone(), tokens[r].clone())).collect())
+    Ok(merges.into_iter().map(|(_, l, r)| (tokens[l].to_owned(), tokens[r].to_owned())).collect())
+}
+
+/// Of each token, as `bytes` gives it, the longest other one that it begins with. That one's longest is the
+/// next shorter, and so on: no part is tried that is no token.
+fn longest_beginnings(
+    tokens: &[(&str, usize)],
+    bytes: impl Fn(&str) -> Vec<u8>,
+) -> Vec<Option<usize>> {
+    let texts: Vec<Vec<u8>> = tokens.iter().map(|(token, _)| bytes(token)).collect();
+    let mut order: Vec<usize> = (0..texts.len()).collect();
+    order.sort_unstable_by(|&a, &b| texts[a].cmp(&texts[b]));
+    let mut longest = vec![None; texts.len()];
+    // What the last token begins with, the shortest first.
+    let mut open: Vec<usize> = Vec::new();
+    for at in order {
+        while open.pop_if(|last| !texts[at].starts_with(&texts[*last])).is_some() {}
+        longest[at] = open.last().copied();
+        open.push(at);
+    }
+    longest
 }
 
 fn numbers(v: &Value) -> Option<Vec<u64>> {
@@ -370,13 +431,13 @@ fn flag(v: &Value) -> Option<bool> {
 fn add_special_tokens(
     inner: &mut tokenizers::Tokenizer,
     file: &GgufFile,
-    tokens: &[String],
+    tokens: &[&str],
 ) -> Result<()> {
     let key = "tokenizer.ggml.token_type";
     let types = file.optional(key, "an array of numbers", numbers)?.unwrap_or_default();
     let of_type = |wanted: u64| {
         let typed = tokens.iter().zip(&types);
-        typed.filter(move |&(_, &kind)| kind == wanted).map(|(token, _)| token.clone())
+        typed.filter(move |&(_, &kind)| kind == wanted).map(|(&token, _)| token.to_owned())
     };
     let special: Vec<_> = of_type(CONTROL).map(|token| AddedToken::from(token, true)).collect();
     let user: Vec<_> = of_type(USER_DEFINED)
