@@ -280,6 +280,19 @@ fn texts() {
     });
 }
 
+#[test]
+fn long_texts() {
+    let world = world();
+    world.write("long.txt", "a".repeat((4 << 20) + 1));
+    for arguments in [
+        DUMP.replace("text.txt", "long.txt").replace("--out dump", "--out d"),
+        "eval --model model --mask mask.safetensors --text long.txt --context 40".to_owned(),
+        "generate --model model --prompt-file long.txt".to_owned(),
+    ] {
+        bounded(&world, &arguments).assert_failed(&["long.txt", "larger than 4194304 bytes"]);
+    }
+}
+
 /// The record of layer 0 that learning from `dump` left, within the world.
 fn a_record(world: &World) -> String {
     let mut records = fs::read_dir(world.path("dump/learn")).unwrap();

@@ -12,8 +12,8 @@ use leank::{
 };
 use serde::Serialize;
 
-/// Largest text that is read: a hundred times what the longest dumps take of one.
-const MAX_BYTES: u64 = 256 << 20;
+/// Largest text that is read: what the tokenizer takes at once.
+const MAX_BYTES: u64 = 4 << 20;
 
 /// Reads the files, each under its own name.
 pub(crate) fn read(paths: &[PathBuf]) -> anyhow::Result<Vec<Text>> {
