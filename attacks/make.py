@@ -473,10 +473,18 @@ def gguf():
     changed("bos-2-63", "BOS is token 2⁶³", ["bos_token_id"], "tokenizer.ggml.bos_token_id", 1 << 63)
     changed("bos-beyond", "BOS is token 4000000000 of 12", ["4000000000"], "tokenizer.ggml.bos_token_id", 4000000000)
     changed("unknown-tokenizer", "a tokenizer that nobody knows", ["tokenizer"], "tokenizer.ggml.model", "../../x")
-    for name, what, merges in [("one", "a merge of one token", ["ab"]), ("missing", "a merge of tokens that there are not", ["x y"]), ("empty", "a merge of nothing", [" "])]:
+    third = "is not of two tokens to a third"
+    for name, what, merges, words in [
+        ("one", "a merge of one token", ["ab"], "tokenizer"),
+        ("missing", "a merge of tokens that there are not", ["x y"], f'"x y" {third}'),
+        ("empty", "a merge of nothing", [" "], "tokenizer"),
+        ("no-third", "a merge of two tokens to one that there is not", ["c d"], f'"c d" {third}'),
+        ("longer", "a merge to what is longer than any token", ["ab a"], f'"ab a" {third}'),
+        ("second", "a good merge, and one to what is longer than any token", ["a b", "ab c"], f'"ab c" {third}'),
+    ]:
         other = Model("qwen2")
         other.meta["tokenizer.ggml.merges"] = merges
-        file(f"merge-{name}", what, ["tokenizer"], other.bytes())
+        file(f"merge-{name}", what, [words], other.bytes())
 
     def tensor(name, what, words, change, **more):
         other = Model(**more)
@@ -578,6 +586,22 @@ def models():
     model("config-not-utf8", "`config.json` that is no text", ["config.json"], config__json=b'{"model_type": "\xff"}')
     model("tokenizer-nested", "`tokenizer.json` of 5000 open brackets", ["tokenizer.json"], tokenizer__json=b'{"a":' + b"[" * 5000)
     model("tokenizer-merges", "merges of tokens that there are not", ["tokenizer.json"], tokenizer__json=tokenizer.replace(b"[]", b'[["x", "y"]]'))
+    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+    steps = {"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": "/////wAA"}]}
+    padding = {"strategy": {"Fixed": 1 << 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 5}
+    model_json = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]]}
+    for name, what, words, fields in [
+        ("merge-longer", "a merge to what is longer than any token", ['"a b" is not of two tokens'], {"model": model_json}),
+        ("prefix", "a prefix of tokens within words that is longer than they", ['"a b" is not of two tokens'], {"model": model_json | {"continuing_subword_prefix": "##longer"}}),
+        ("template", "a token before every text that it does not list", ["post-processor"], {"post_processor": template | {"single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}]}}),
+        ("template-pair", "the second of two texts around one", ["post-processor"], {"post_processor": template | {"single": [{"Sequence": {"id": "B", "type_id": 0}}]}}),
+        ("pieces-0", "pieces of no length", ["no length"], {"pre_tokenizer": {"type": "FixedLength", "length": 0}}),
+        ("charsmap", "a map of characters that says it has 4 GB", ["precompiled_charsmap"], {"normalizer": steps}),
+        ("padding-2-40", "padding of each text to 2⁴⁰ tokens, which is not done", [], {"padding": padding}),
+        ("truncation", "truncation with a stride that is longer than what is left, which is not done", [], {"truncation": truncation}),
+    ]:
+        model(f"tokenizer-{name}", what, words, tokenizer__json=json.dumps(json.loads(tokenizer) | fields).encode())
     index = b'{"weight_map": {"a": "%s"}}'
     gone = {"model__safetensors": None}
     model("index-parent", "an index that names a file outside", ["not a file of the folder"], model__safetensors__index__json=index % b"../sound/model.safetensors", **gone)
@@ -781,7 +805,7 @@ README = """# Attack files
 What a stranger could hand to leank: files that lie about sizes, share bytes, ask for gigabytes, run code where
 somebody unpickles them. Each is refused with one message that names the file and says the words in the last
 column; no code of theirs runs, nothing is left behind, and no more than 1 GiB of memory is asked for. Files without
-words are sound: the others were made of them.
+words are sound, or what is bad in them is not done: the others were made of them.
 
 `python3 attacks/make.py` writes the files and this table. `leank/tests/command/attacks.rs` reads the table and hands
 each file to the library and to every command that takes such a file; it also cuts every sound file at each byte, and puts
