@@ -16,7 +16,10 @@ use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, SplitDelimiterBehavior};
+use tokenizers::{
+    AddedToken, Model as _, OffsetReferential, OffsetType, PreTokenizer as _,
+    SplitDelimiterBehavior,
+};
 
 use crate::gguf_file::{GgufFile, Value};
 use crate::{Error, Result, tokenizer_json};
@@ -176,7 +179,32 @@ impl Tokenizer {
                 text.len()
             )));
         }
-        Ok(guarded(|| self.inner.encode_fast(text, false))?.get_ids().to_vec())
+        guarded(|| self.pieces(text))
+    }
+
+    /// As `encode_fast` of the crate, which keeps the text and the place of every token until the end: half of
+    /// the memory.
+    fn pieces(&self, text: &str) -> tokenizers::Result<Vec<u32>> {
+        let (inner, model) = (&self.inner, self.inner.get_model());
+        let added = inner.get_added_vocabulary();
+        let mut pieces = added.extract_and_normalize(inner.get_normalizer(), text);
+        if let Some(pre_tokenizer) = inner.get_pre_tokenizer() {
+            pre_tokenizer.pre_tokenize(&mut pieces)?;
+        }
+        let mut ids = Vec::new();
+        for (piece, _, tokens) in pieces.get_splits(OffsetReferential::Normalized, OffsetType::None)
+        {
+            match tokens {
+                Some(tokens) => ids.extend(tokens.iter().map(|token| token.id)),
+                None => ids.extend(model.tokenize(piece)?.iter().map(|token| token.id)),
+            }
+        }
+        Ok(ids)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of_crate(&self, text: &str) -> Vec<u32> {
+        self.inner.encode_fast(text, false).unwrap().get_ids().to_vec()
     }
 
     /// The text of tokens, special ones left out; bytes that are not UTF-8 become `U+FFFD`.

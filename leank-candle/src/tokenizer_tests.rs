@@ -161,6 +161,33 @@ fn merges_take_memory_that_is_bounded() {
     assert!(error.to_string().contains("268435456 bytes at most"), "{error}");
 }
 
+#[test]
+fn tokens_are_those_of_the_crate() {
+    let tiny = TinyModel::llama();
+    for (place, value) in [
+        ("version", json!("1.0")),
+        ("pre_tokenizer", Value::Null),
+        ("normalizer", json!({"type": "Lowercase"})),
+        ("normalizer", json!({"type": "Replace", "pattern": {"String": "t"}, "content": ""})),
+        (
+            "pre_tokenizer",
+            json!({"type": "Metaspace", "replacement": "e", "prepend_scheme": "first", "split": true}),
+        ),
+    ] {
+        let model = with(&tiny, |file| file[place] = value.clone()).unwrap();
+        for text in [
+            "",
+            " ",
+            "t",
+            "The theory of <|end|> the<|end|><|start|> 42 Grüße 日本語 🦀\n\n the",
+            "the".repeat(3000).as_str(),
+        ] {
+            let tokens = model.tokenizer().encode_piece(text).unwrap();
+            assert_eq!(tokens, model.tokenizer().of_crate(text), "{place} {value} {text}");
+        }
+    }
+}
+
 /// Against trying every place where a token can be split.
 #[test]
 fn merges_by_score_are_all_there_are() {
