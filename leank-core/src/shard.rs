@@ -322,6 +322,20 @@ mod tests {
         ModelMask::new(layers, kv_heads, HEAD_DIM, heads).unwrap()
     }
 
+    #[test]
+    fn groups_begin_with_the_heaviest_heads() {
+        assert_eq!(heaviest_first(&[9, 8, 7, 6, 5, 4], 2, 3), [[0, 3, 4], [1, 2, 5]]);
+    }
+
+    #[test]
+    fn of_all_exchanges_the_best_is_found() {
+        assert_eq!(best_exchange(&[10, 3, 6], &[0], &[1, 2], 10), Some((0, 1)));
+        // The first one of two that are as good.
+        assert_eq!(best_exchange(&[10, 4, 6], &[0], &[1, 2], 10), Some((0, 0)));
+        assert_eq!(best_exchange(&[3, 2], &[0], &[1], 2), Some((0, 0)));
+        assert_eq!(best_exchange(&[3, 2], &[0], &[1], 1), None);
+    }
+
     /// The least that the heaviest of `world` equally large groups can have.
     fn least_possible(bytes: &[u64], world: usize) -> u64 {
         fn place(bytes: &[u64], sums: &mut [u64], room: &mut [usize]) -> u64 {

@@ -13,13 +13,14 @@ use leank_cpu::Executor as _;
 use leank_cpu::{Cpu, CpuCache, Isa, Pool, Prefetch, Serial};
 
 const LAYERS: usize = 2;
-const SHAPE: (usize, usize, usize) = (6, 3, 20);
+/// Query heads, KV heads, and channels: more than one scale of V in codes is for.
+const SHAPE: (usize, usize, usize) = (6, 3, 40);
 
 /// A head that keeps an odd number of channels, a dead one and a whole one.
 fn config(dtype: Dtype, lean: Dtype) -> CacheConfig {
     let (query_heads, kv_heads, head_dim) = SHAPE;
     let shape = ModelShape::new(LAYERS, query_heads, kv_heads, head_dim).unwrap();
-    let heads = [vec![1, 4, 7, 8, 19], vec![], (0..20).collect()];
+    let heads = [vec![1, 4, 7, 8, 39], vec![], (0..40).collect()];
     let masks = (0..LAYERS).flat_map(|_| heads.clone());
     let masks = masks.map(|kept| ChannelMask::new(head_dim, kept).unwrap()).collect();
     let mask = ModelMask::new(LAYERS, kv_heads, head_dim, masks).unwrap();
@@ -334,7 +335,7 @@ fn names_say_what_runs() {
     let id = cache.add_sequence();
     step(&mut cache, id, 1, 3);
     let shown = format!("{cache:?}");
-    assert!(shown.contains("head_dim: 20") && shown.contains("Memory {"), "{shown}");
+    assert!(shown.contains("head_dim: 40") && shown.contains("Memory {"), "{shown}");
 }
 
 /// An instruction set that was overlooked would leave out its tests, and say nothing.
