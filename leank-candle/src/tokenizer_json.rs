@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::Value;
 
 use crate::{Error, Result};
@@ -120,7 +121,7 @@ fn check_steps(step: &Value, list: &str) -> Result<()> {
 /// Whether SentencePiece's map of characters, in base64, stays within itself whatever is looked up: a
 /// double-array trie (its bytes as `u32`, then units of 32 bits) whose leaves are places in the text behind it.
 fn is_charsmap(map: &str) -> bool {
-    let Some(bytes) = base64(map) else { return false };
+    let Ok(bytes) = BASE64_STANDARD.decode(map) else { return false };
     let Some((size, rest)) = bytes.split_first_chunk::<4>() else { return false };
     let size = u32::from_le_bytes(*size) as usize / 4 * 4;
     let Some((trie, texts)) = rest.split_at_checked(size) else { return false };
@@ -137,24 +138,4 @@ fn is_charsmap(map: &str) -> bool {
             || (next | 0xff) < units.len() && (unit & 1 << 8 == 0 || leaf(&units[next]))
     };
     !units.is_empty() && units.iter().enumerate().all(sound)
-}
-
-fn base64(text: &str) -> Option<Vec<u8>> {
-    let (mut bits, mut count, mut bytes) = (0u32, 0, Vec::with_capacity(text.len() / 4 * 3));
-    for letter in text.trim_end_matches('=').bytes() {
-        let six = match letter {
-            b'A'..=b'Z' => letter - b'A',
-            b'a'..=b'z' => letter - b'a' + 26,
-            b'0'..=b'9' => letter - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            _ => return None,
-        };
-        (bits, count) = (bits << 6 | u32::from(six), count + 6);
-        if count >= 8 {
-            count -= 8;
-            bytes.push((bits >> count) as u8);
-        }
-    }
-    Some(bytes)
 }
