@@ -240,15 +240,22 @@ fn a_killed_dump_goes_on_where_it_was() {
     assert_eq!(read_all(&path).unwrap(), read_all(whole.dir()).unwrap());
 }
 
-/// A line of the journal that no writer wrote, with checksums that are right.
-#[test]
-fn lines_of_other_layers_and_sequences_mean_nothing() {
+/// A dump that was killed when its first sequence of layer 0 was written: the folder that it is for, its
+/// path, what it is of, and what it left.
+fn killed_at_first() -> (tempfile::TempDir, PathBuf, Synthetic, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("dump");
     let from = synthetic(7);
     let mut writer = DumpWriter::create(&path, from.manifest()).unwrap();
     write(&mut writer, &from, 0, 0);
     let left = kill(writer, folder.path());
+    (folder, path, from, left)
+}
+
+/// A line of the journal that no writer wrote, with checksums that are right.
+#[test]
+fn lines_of_other_layers_and_sequences_mean_nothing() {
+    let (_folder, path, from, left) = killed_at_first();
     let journal = left.join("written.txt");
     let line = fs::read_to_string(&journal).unwrap();
     let sums = line.trim_end().rsplit(' ').next().unwrap();
@@ -275,12 +282,7 @@ fn links_in_what_is_taken_over_are_not_written_through() {
         ("manifest.json".into(), false),
         ("manifest.json".into(), true),
     ] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("dump");
-        let from = synthetic(7);
-        let mut writer = DumpWriter::create(&path, from.manifest()).unwrap();
-        write(&mut writer, &from, 0, 0);
-        let left = kill(writer, folder.path());
+        let (folder, path, from, left) = killed_at_first();
         // All that the dump would take for its own.
         let elsewhere = tempfile::tempdir_in(folder.path()).unwrap();
         let target = elsewhere.path().join("thesis");
