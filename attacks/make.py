@@ -593,6 +593,7 @@ def models():
     model_json = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]]}
     for name, what, words, fields in [
         ("merge-longer", "a merge to what is longer than any token", ['"a b" is not of two tokens'], {"model": model_json}),
+        ("ids", "two tokens of one id", ['"c" and "d" are both token 2'], {"model": model_json | {"vocab": vocab | {"d": 2}, "merges": []}}),
         ("prefix", "a prefix of tokens within words that is longer than they", ['"a b" is not of two tokens'], {"model": model_json | {"continuing_subword_prefix": "##longer"}}),
         ("template", "a token before every text that it does not list", ["post-processor"], {"post_processor": template | {"single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}]}}),
         ("template-pair", "the second of two texts around one", ["post-processor"], {"post_processor": template | {"single": [{"Sequence": {"id": "B", "type_id": 0}}]}}),

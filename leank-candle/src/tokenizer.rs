@@ -212,6 +212,15 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the decoder fails.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        let (added, model) = (self.inner.get_added_vocabulary(), self.inner.get_model());
+        let is_shown = |&id: &u32| {
+            let token = added.simple_id_to_token(id).or_else(|| model.id_to_token(id));
+            token.is_some_and(|token| !added.is_special_token(&token))
+        };
+        // Decoders of the crate panic at no tokens.
+        if !tokens.iter().any(is_shown) {
+            return Ok(String::new());
+        }
         guarded(|| self.inner.decode(tokens, true))
     }
 

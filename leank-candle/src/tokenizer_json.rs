@@ -4,7 +4,7 @@
 //! are for training and batches and would quietly change what a text's tokens are. What is known of them is
 //! refused or taken out here.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::Value;
@@ -26,6 +26,7 @@ pub(crate) fn read(text: &str) -> Result<(Value, Option<u32>)> {
             model.remove("dropout");
         }
     }
+    check_ids(&file["model"]["vocab"])?;
     check_merges(&file["model"])?;
     check_steps(&file["normalizer"], "normalizers")?;
     check_steps(&file["pre_tokenizer"], "pretokenizers")?;
@@ -67,6 +68,18 @@ fn first_token(processor: &Value) -> Result<Option<u32>> {
         Some("ByteLevel") => Ok(None),
         _ => Err(wrong(format!("is of the unknown type {}", processor["type"]))),
     }
+}
+
+/// Refuses two tokens of one id: the crate's hash tables choose which of them it is, another one in each process.
+fn check_ids(vocab: &Value) -> Result<()> {
+    let mut tokens = HashMap::new();
+    for (token, id) in vocab.as_object().into_iter().flatten() {
+        if let Some(other) = id.as_u64().and_then(|id| tokens.insert(id, token)) {
+            let two = format!("{other:?} and {token:?} are both token {id}");
+            return Err(Error::Tokenizer(two));
+        }
+    }
+    Ok(())
 }
 
 fn check_merges(model: &Value) -> Result<()> {

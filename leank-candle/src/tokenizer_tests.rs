@@ -49,6 +49,7 @@ fn what_the_crate_would_panic_at_is_refused() {
     let split =
         json!({"type": "Sequence", "pretokenizers": [{"type": "FixedLength", "length": 0}]});
     for (place, value, words) in [
+        ("/model/vocab/x y", json!(0), "are both token 0"),
         ("/model/merges", json!([["the", "the"]]), "\"the the\" is not of two tokens to a third"),
         ("/model/merges", json!(["th th"]), "\"th th\" is not of"),
         ("/model/merges", json!([["th", "x y"]]), "\"th x y\" is not of"),
@@ -86,6 +87,31 @@ fn what_the_crate_would_panic_at_is_refused() {
     let empty = map(&format!("AAQA{}AAA=", "AAAA".repeat(341)));
     let model = with(&tiny, |file| file["normalizer"] = empty).unwrap();
     assert_eq!(model.tokenizer().encode("the").unwrap(), [257]);
+}
+
+#[test]
+fn no_tokens_are_no_text_whatever_the_decoder() {
+    let tiny = TinyModel::llama();
+    let strip = json!({"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 0, "stop": 1}]});
+    for decoder in [json!({"type": "BPEDecoder", "suffix": "</w>"}), strip] {
+        let model = with(&tiny, |file| {
+            file["decoder"] = decoder;
+            file["added_tokens"] = json!([{"id": 0, "content": "<s>", "special": true, "single_word": false,
+                "lstrip": false, "rstrip": false, "normalized": false}]);
+        });
+        let model = model.unwrap();
+        let special = model.tokenizer().encode("<s>").unwrap();
+        let beyond = u32::MAX;
+        let shown = model.tokenizer().encode("the").unwrap();
+        for none in [&[][..], &special, &[beyond]] {
+            assert_eq!(model.tokenizer().decode(none).unwrap(), "", "{none:?}");
+        }
+        let text = model.tokenizer().decode(&shown).unwrap();
+        assert!(text.contains("the"), "{text:?}");
+        let mut stream = model.tokenizer().stream();
+        let pieces: Vec<_> = shown.iter().map(|&token| stream.push(token).unwrap()).collect();
+        assert_eq!(pieces.concat(), text);
+    }
 }
 
 #[test]
