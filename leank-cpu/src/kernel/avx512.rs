@@ -395,9 +395,8 @@ impl<const WORDS: usize> CodeLanes<Avx512<true>> for CodeDot<WORDS> {
                 unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), digits) };
             }
         }
-        // Nor has what is infinite.
-        let factor = if bound < f32::INFINITY { bound / Digits::LARGEST } else { f32::NAN };
-        Linear { factor, offset: simd.sum(offset) }
+        // Nor has what is infinite: beside it all digits are zero, and an infinite factor makes them NaN.
+        Linear { factor: bound / Digits::LARGEST, offset: simd.sum(offset) }
     }
 }
 
