@@ -3,6 +3,8 @@
 #
 #     tools/sanitizers.sh address|thread
 #     tools/sanitizers.sh thread -p leank-cpu -E 'test(pool)'   # other arguments of cargo-nextest
+#     tools/sanitizers.sh address --all-features --no-fail-fast -p leank-candle -p leank -p leank-cuda \
+#         -E 'not test(larger_than_memory)'   # half an hour of compiling
 #
 # Needs an x86-64 Linux, Rust and cargo-nextest. The flags are unstable; RUSTC_BOOTSTRAP lets a stable compiler
 # take them. The standard library is instrumented too where its source is there (`rustup component add
@@ -33,8 +35,9 @@ fi
 export CARGO_PROFILE_TEST_OPT_LEVEL=${CARGO_PROFILE_TEST_OPT_LEVEL:-1}
 # Several times as slow as without: a part of the random cases.
 export PROPTEST_CASES=${PROPTEST_CASES:-16}
-# A test that asks for more memory than there is wants to be refused.
+# A test that asks for more memory than there is wants to be refused; limits of a process are too small for a sanitizer.
 export ASAN_OPTIONS=allocator_may_return_null=1:detect_stack_use_after_return=1:${ASAN_OPTIONS:-}
+export LEANK_ATTACK_MEMORY=unlimited
 export TSAN_OPTIONS=halt_on_error=0:${TSAN_OPTIONS:-}
 [ $# -gt 0 ] || set -- --all-features --no-fail-fast -p leank-core -p leank-cpu -p leank-train -p leank-testkit
 cargo nextest run --target x86_64-unknown-linux-gnu "${std[@]}" "$@"

@@ -27,7 +27,8 @@ use crate::world::{DUMP, LEARN, Outcome, World};
 
 const ATTACKS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../attacks");
 
-/// Memory that a command may ask for, in KiB. Two threads, the program and its libraries take half.
+/// Memory that a command may ask for, in KiB, where `LEANK_ATTACK_MEMORY` does not say another limit (sanitizers
+/// take terabytes). Two threads, the program and its libraries take half.
 const MEMORY_KIB: u64 = 1 << 20;
 /// Seconds of the processors that a command may take. It hangs after ten times as many by the clock.
 const SECONDS: u64 = 60;
@@ -100,8 +101,9 @@ fn the_table_is_of_what_is_there() {
 
 /// Runs the command within bounds of memory and time.
 fn bounded(world: &World, arguments: &str) -> Outcome {
+    let memory = std::env::var("LEANK_ATTACK_MEMORY").unwrap_or_else(|_| MEMORY_KIB.to_string());
     let script = format!(
-        "ulimit -v {MEMORY_KIB}; ulimit -t {SECONDS}; exec timeout -s KILL {} \"$@\"",
+        "ulimit -v {memory}; ulimit -t {SECONDS}; exec timeout -s KILL {} \"$@\"",
         10 * SECONDS
     );
     let plain = world.command(arguments);
