@@ -8,7 +8,7 @@ use leank_core::{
     Windows,
     files::{Format, to_bytes},
 };
-use leank_fuzz::{join, torch_archive};
+use leank_fuzz::{SOUND_TOKENIZERS, join, torch_archive};
 use leank_train::dump::{FORMAT_VERSION, Manifest, Probe, SequenceInfo};
 use sha2::{Digest as _, Sha256};
 
@@ -20,6 +20,7 @@ fn main() -> Result<(), Failure> {
     tables()?;
     manifests()?;
     models()?;
+    tokenizers()?;
     learning()?;
     kernels()?;
     operations()?;
@@ -167,6 +168,23 @@ fn models() -> Result<(), Failure> {
         let fields = changed.as_object_mut().ok_or("an object")?;
         fields.extend(changes.as_object().ok_or("an object")?.clone());
         write("model_folder", name, &join(changed.to_string().as_bytes(), &weights))?;
+    }
+    Ok(())
+}
+
+/// Sound tokenizers as they are, and unchanged with a text; a map of characters in which there are none.
+fn tokenizers() -> Result<(), Failure> {
+    for (of, (name, text)) in (0u8..).zip(SOUND_TOKENIZERS) {
+        let mut file: serde_json::Value = serde_json::from_str(text)?;
+        write("tokenizer", name, file.to_string().as_bytes())?;
+        let text = "The <s> ab, Cd 12\u{a0}\u{3b1}\u{301}";
+        write("tokenizer", &format!("{name}_text"), &[&[of, 0], text.as_bytes()].concat())?;
+        if name == "unigram" {
+            let map = format!("AAQA{}AAA=", "AAAA".repeat(341));
+            file["normalizer"] =
+                serde_json::json!({"type": "Precompiled", "precompiled_charsmap": map});
+            write("tokenizer", "charsmap", file.to_string().as_bytes())?;
+        }
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ mod kernels;
 mod learning;
 mod models;
 mod saved_sequence;
+mod tokenizers;
 
 use std::{
     io::{Cursor, Write},
@@ -29,18 +30,20 @@ pub use kernels::kernel;
 pub use learning::{dump, manifest, record};
 pub use models::{gguf, model_folder};
 pub use saved_sequence::saved_sequence;
+pub use tokenizers::{SOUND as SOUND_TOKENIZERS, tokenizer};
 
 /// A target takes any bytes.
 pub type Target = fn(&[u8]);
 
 /// The targets by name: the names of `fuzz_targets/` and `seeds/`.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 13] = [
     ("mask_native", mask_native),
     ("mask_pth", mask_pth),
     ("mask_npy", mask_npy),
     ("mask_tsv", mask_tsv),
     ("gguf", gguf),
     ("model_folder", model_folder),
+    ("tokenizer", tokenizer),
     ("manifest", manifest),
     ("dump", dump),
     ("record", record),
