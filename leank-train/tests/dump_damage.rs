@@ -252,6 +252,20 @@ fn killed_at_first() -> (tempfile::TempDir, PathBuf, Synthetic, PathBuf) {
     (folder, path, from, left)
 }
 
+#[test]
+fn what_was_left_too_long_is_written_anew() {
+    let (_folder, path, from, left) = killed_at_first();
+    let file = left.join(layer_file_name(Layer(0)));
+    fs::write(&file, [fs::read(&file).unwrap(), vec![0; 1 << 20]].concat()).unwrap();
+    let mut writer = DumpWriter::create(&path, from.manifest()).unwrap();
+    assert_eq!(written(&writer), []);
+    for (layer, sequence) in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] {
+        write(&mut writer, &from, layer, sequence);
+    }
+    writer.finish().unwrap();
+    Dump::open(&path).unwrap();
+}
+
 /// A line of the journal that no writer wrote, with checksums that are right.
 #[test]
 fn lines_of_other_layers_and_sequences_mean_nothing() {

@@ -150,9 +150,12 @@ impl DumpWriter {
             let path = layer_path(self.place.path(), layer);
             let left =
                 open_again(&path, File::options().read(true)).and_then(|file| file.metadata());
+            // With its header, and no longer than it will be: a reader wants the exact length.
+            let start = header.len() as u64;
+            let lengths = start..=start.saturating_add(self.layout.data_len);
             let is_there = match left {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-                left => left.map_err(Error::io(&path, "opening"))?.len() >= header.len() as u64,
+                left => lengths.contains(&left.map_err(Error::io(&path, "opening"))?.len()),
             };
             if !is_there {
                 let _ = fs::remove_file(&path);

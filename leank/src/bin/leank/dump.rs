@@ -95,7 +95,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     output::line(format!(
         "{}: {} of {}, {} sequences × {} positions, {}",
         args.out.display(),
-        manifest.model_id,
+        output::escaped(&manifest.model_id),
         manifest.shape,
         manifest.sequences.len(),
         manifest.positions,

@@ -35,7 +35,13 @@ pub(crate) fn about(path: &Path, error: impl Into<anyhow::Error>) -> anyhow::Err
 
 /// Prints a value as JSON.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    line(serde_json::to_string_pretty(value)?)
+    line(steerless(&serde_json::to_string_pretty(value)?))
+}
+
+/// JSON that says the same without what steers a terminal: of that, its writer leaves control characters beyond ASCII.
+fn steerless(json: &str) -> String {
+    let code = |c: char| format!("\\u{:04x}", u32::from(c));
+    json.chars().map(|c| if c != '\n' && steers(c) { code(c) } else { c.into() }).collect()
 }
 
 /// An empty table of numbers with a header.
@@ -86,10 +92,8 @@ pub(crate) fn message(error: &anyhow::Error) -> String {
 /// A text that may come from anywhere: what breaks lines or steers a terminal is shown, not done, and it ends
 /// where it takes pages.
 pub(crate) fn escaped(text: &str) -> String {
-    // Marks that turn the direction of writing make letters stand elsewhere than they are.
-    let turns = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     let mut escaped: String =
-        text.chars().take(MOST_LETTERS).map(|c| shown(c, c.is_control() || turns(c))).collect();
+        text.chars().take(MOST_LETTERS).map(|c| shown(c, steers(c))).collect();
     if text.chars().nth(MOST_LETTERS).is_some() {
         escaped.push('…');
     }
@@ -99,6 +103,13 @@ pub(crate) fn escaped(text: &str) -> String {
 /// What a model writes, for a terminal: its lines, and nothing that steers.
 pub(crate) fn written(text: &str) -> String {
     text.chars().map(|c| shown(c, c.is_control() && c != '\n' && c != '\t')).collect()
+}
+
+/// Control characters; separators of lines; and marks that turn the direction of writing, which make letters stand
+/// elsewhere than they are.
+fn steers(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 fn shown(c: char, escaped: bool) -> String {
@@ -117,7 +128,15 @@ mod tests {
         assert_eq!(long, "é".repeat(MOST_LETTERS) + "…");
         let longest = "\u{1b}".repeat(MOST_LETTERS);
         assert_eq!(escaped(&longest), "\\u{1b}".repeat(MOST_LETTERS));
-        assert_eq!(escaped("a\u{202e}b"), "a\\u{202e}b");
+        assert_eq!(escaped("a\u{202e}b\u{2028}\u{61c}"), "a\\u{202e}b\\u{2028}\\u{61c}");
+    }
+
+    #[test]
+    fn json_says_the_same_without_what_steers() {
+        let value = serde_json::json!({"name\u{9b}": ["a\u{7f}\u{202e}é\n", 1]});
+        let text = steerless(&serde_json::to_string_pretty(&value).unwrap());
+        assert!(text.chars().all(|c| c == '\n' || !steers(c)), "{text:?}");
+        assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap(), value);
     }
 
     #[test]
