@@ -30,7 +30,7 @@ pub use kernels::kernel;
 pub use learning::{dump, manifest, record};
 pub use models::{gguf, model_folder};
 pub use saved_sequence::saved_sequence;
-pub use tokenizers::{SOUND as SOUND_TOKENIZERS, tokenizer};
+pub use tokenizers::{SOUND as SOUND_TOKENIZERS, sound as sound_tokenizer, tokenizer};
 
 /// A target takes any bytes.
 pub type Target = fn(&[u8]);

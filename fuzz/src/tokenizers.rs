@@ -16,7 +16,7 @@ use crate::folder::Folder;
 const CONFIG: &[u8] = include_bytes!("../../attacks/models/sound/config.json");
 const WEIGHTS: &[u8] = include_bytes!("../../attacks/models/sound/model.safetensors");
 
-/// Sound tokenizers by name, which between them have every part that the crate `tokenizers` knows.
+/// Sound tokenizers by name, as [`sound`] reads them, which between them have every part that the crate `tokenizers` knows.
 pub const SOUND: [(&str, &str); 5] = [
     (
         "byte_level",
@@ -60,7 +60,7 @@ pub const SOUND: [(&str, &str); 5] = [
         r#"{"version":"1.0","added_tokens":[{"id":1,"content":"</s>","special":true}],
         "normalizer":{"type":"Sequence","normalizers":[
             {"type":"Strip","strip_left":true,"strip_right":false},{"type":"Nmt"},{"type":"Lowercase"},
-            {"type":"StripAccents"},{"type":"ByteLevel"}]},
+            {"type":"StripAccents"},{"type":"ByteLevel"},{"type":"Precompiled","precompiled_charsmap":"@"}]},
         "pre_tokenizer":{"type":"Sequence","pretokenizers":[{"type":"WhitespaceSplit"},{"type":"UnicodeScripts"},
             {"type":"Metaspace","replacement":"▁","prepend_scheme":"always","split":true}]},
         "post_processor":null,
@@ -164,9 +164,13 @@ pub fn tokenizer(data: &[u8]) {
     tokens_twice(file.to_string().as_bytes(), text);
 }
 
-fn sound(of: u8) -> Value {
+/// The tokenizer of `SOUND` with this number, round and round.
+#[must_use]
+pub fn sound(of: u8) -> Value {
     let (_, text) = SOUND[usize::from(of) % SOUND.len()];
-    serde_json::from_str(text).expect("it is JSON")
+    // SentencePiece's map of characters: 256 units in which nothing is found.
+    let map = format!("AAQA{}AAA=", "AAAA".repeat(341));
+    serde_json::from_str(&text.replace('@', &map)).expect("it is JSON")
 }
 
 /// The part behind `left` others.

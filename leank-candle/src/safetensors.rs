@@ -135,7 +135,7 @@ fn token_id(value: &Value) -> Option<u32> {
 }
 
 /// Largest `config.json`, `tokenizer.json` or index that is read; the largest tokenizers take some 30 MB.
-const MAX_TEXT_BYTES: u64 = 256 << 20;
+const MAX_TEXT_BYTES: u64 = 64 << 20;
 
 fn read_text(path: &Path) -> Result<String> {
     let text = read_regular(path, MAX_TEXT_BYTES).and_then(|bytes| {

@@ -30,16 +30,19 @@ const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}
 
 /// Longest token of a vocabulary in a GGUF file; real ones take 512 bytes at most (runs of spaces). A token
 /// has as many merges as places where it can be split into two others.
-const MAX_TOKEN_BYTES: usize = 1024;
+pub(crate) const MAX_TOKEN_BYTES: usize = 1024;
 
 /// Most memory for the merges of a vocabulary, each `MERGE_BYTES` and the text of its token; of 262 144 real
 /// tokens with scores they take some 80 MB.
-const MAX_MERGES_BYTES: usize = 1 << 28;
+pub(crate) const MAX_MERGES_BYTES: usize = 1 << 28;
 const MERGE_BYTES: usize = 128;
 
 /// Longest text whose tokens are told at once, a million of English: until they are, each byte takes some
 /// 140 in memory, a digit that is a token 300.
 const MAX_TEXT_BYTES: usize = 4 << 20;
+
+/// Most times as long as it is that a tokenizer makes a text of `MAX_TEXT_BYTES`.
+const USUAL_GROWTH: usize = 16;
 
 /// Stands for a space in SentencePiece's vocabularies.
 const SPACE: &str = "▁";
@@ -57,6 +60,8 @@ pub struct Tokenizer {
     prepend: Option<u32>,
     bos: Option<u32>,
     eos: Vec<u32>,
+    /// Longest text in bytes.
+    max_text: usize,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -75,10 +80,11 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the text is not one.
     pub(crate) fn from_json(text: &str, bos: Option<u32>, eos: Vec<u32>) -> Result<Self> {
-        let (file, first) = tokenizer_json::read(text)?;
-        let inner = guarded(|| Ok(serde_json::from_value(file)?))?;
-        let prepend = first.filter(|id| bos.is_none_or(|bos| bos == *id));
-        Ok(Self { inner, prepend, bos: bos.or(prepend), eos })
+        let file = tokenizer_json::read(text)?;
+        let inner = guarded(|| Ok(serde_json::from_value(file.content)?))?;
+        let prepend = file.first.filter(|id| bos.is_none_or(|bos| bos == *id));
+        let max_text = MAX_TEXT_BYTES / file.growth.div_ceil(USUAL_GROWTH);
+        Ok(Self { inner, prepend, bos: bos.or(prepend), eos, max_text })
     }
 
     /// From the metadata of a GGUF file whose embedding has `vocab` rows.
@@ -131,7 +137,7 @@ impl Tokenizer {
             let expected = format!("one of the {vocab} tokens of the embedding");
             return Err(Error::mismatch("token before every text", expected, token));
         }
-        Ok(Self { inner, prepend, bos, eos })
+        Ok(Self { inner, prepend, bos, eos, max_text: MAX_TEXT_BYTES })
     }
 
     /// Tokens of the vocabulary.
@@ -162,7 +168,8 @@ impl Tokenizer {
     /// in the text become these tokens.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] when a character cannot be expressed, and for a text of more than 4 MiB.
+    /// [`Error::Tokenizer`] when a character cannot be expressed, and for a text of more than 4 MiB (less where the
+    /// tokenizer makes texts more than 16 times as long).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let piece = self.encode_piece(text)?;
         Ok(self.prepend.into_iter().chain(piece).collect())
@@ -173,10 +180,11 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_piece(&self, text: &str) -> Result<Vec<u32>> {
-        if text.len() > MAX_TEXT_BYTES {
+        if text.len() > self.max_text {
             return Err(Error::Tokenizer(format!(
-                "a text of {} bytes, more than {MAX_TEXT_BYTES}; cut it into shorter ones",
-                text.len()
+                "a text of {} bytes, more than {}; cut it into shorter ones",
+                text.len(),
+                self.max_text
             )));
         }
         guarded(|| self.pieces(text))
@@ -287,7 +295,7 @@ pub(crate) fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result
 }
 
 /// Takes the memory of a merge from `room`.
-fn take_room(room: &mut usize, token: usize) -> Result<()> {
+pub(crate) fn take_room(room: &mut usize, token: usize) -> Result<()> {
     let Some(less) = room.checked_sub(MERGE_BYTES + token) else {
         let expected = format!("{MAX_MERGES_BYTES} bytes at most");
         return Err(Error::mismatch("merges of the tokenizer", expected, "more"));

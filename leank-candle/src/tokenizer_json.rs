@@ -9,11 +9,33 @@ use std::collections::{HashMap, HashSet};
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde_json::Value;
 
+use crate::tokenizer::{MAX_MERGES_BYTES, MAX_TOKEN_BYTES, take_room};
 use crate::{Error, Result};
 
-/// A tokenizer as its file says it, without what would cut a text's tokens, add to them or leave them to
-/// chance; and the token that the file puts before every text.
-pub(crate) fn read(text: &str) -> Result<(Value, Option<u32>)> {
+/// Most times as long as it is that steps may make a text. SentencePiece's take 12, and with its map of characters
+/// some 400.
+const MAX_GROWTH: usize = 1024;
+
+/// Most memory for what the steps make of added tokens.
+const MAX_ADDED_BYTES: usize = 1 << 26;
+
+/// Longest word of WordPiece, which tries every part of it at every place; usual is the same.
+const MAX_WORD_CHARS: u64 = 100;
+
+/// Longest token of a unigram model, of which all that fit are tried at every place; SentencePiece's have 16 letters.
+const MAX_PIECE_BYTES: usize = 128;
+
+/// A `tokenizer.json` that was looked at.
+pub(crate) struct File {
+    /// Without what would cut a text's tokens, add to them or leave them to chance.
+    pub(crate) content: Value,
+    /// The token that the file puts before every text.
+    pub(crate) first: Option<u32>,
+    /// Most times as long as it is that a text can become before it is cut into tokens.
+    pub(crate) growth: usize,
+}
+
+pub(crate) fn read(text: &str) -> Result<File> {
     let mut file: Value =
         serde_json::from_str(text).map_err(|e| Error::Tokenizer(e.to_string()))?;
     let mut first = None;
@@ -26,11 +48,16 @@ pub(crate) fn read(text: &str) -> Result<(Value, Option<u32>)> {
             model.remove("dropout");
         }
     }
-    check_ids(&file["model"]["vocab"])?;
+    check_vocab(&file["model"])?;
     check_merges(&file["model"])?;
-    check_steps(&file["normalizer"], "normalizers")?;
-    check_steps(&file["pre_tokenizer"], "pretokenizers")?;
-    Ok((file, first))
+    let growth = growth(&file["normalizer"], "normalizers")?
+        .saturating_mul(growth(&file["pre_tokenizer"], "pretokenizers")?);
+    if growth.max(self::growth(&file["decoder"], "decoders")?) > MAX_GROWTH {
+        let what = format!("its steps make a text more than {MAX_GROWTH} times as long");
+        return Err(Error::Tokenizer(what));
+    }
+    check_added(&file["added_tokens"], growth)?;
+    Ok(File { content: file, first, growth })
 }
 
 /// The token that a post-processor puts first.
@@ -71,9 +98,23 @@ fn first_token(processor: &Value) -> Result<Option<u32>> {
 }
 
 /// Refuses two tokens of one id: the crate's hash tables choose which of them it is, another one in each process.
-fn check_ids(vocab: &Value) -> Result<()> {
+/// And what takes the square of a text's length in time, or its cube.
+fn check_vocab(model: &Value) -> Result<()> {
+    let named = model["vocab"].as_object().into_iter().flatten();
+    let scored = model["vocab"].as_array().into_iter().flatten();
+    let tokens = named.clone().map(|(token, _)| (token.as_str(), MAX_TOKEN_BYTES));
+    let pieces = scored.filter_map(|token| Some((token[0].as_str()?, MAX_PIECE_BYTES)));
+    if let Some((long, most)) = tokens.chain(pieces).find(|(token, most)| token.len() > *most) {
+        let what = format!("a token of {} bytes, more than {most}", long.len());
+        return Err(Error::Tokenizer(what));
+    }
+    let word = &model["max_input_chars_per_word"];
+    if word.as_u64().is_some_and(|chars| chars > MAX_WORD_CHARS) {
+        let what = format!("words of {word} characters, more than {MAX_WORD_CHARS}");
+        return Err(Error::Tokenizer(what));
+    }
     let mut tokens = HashMap::new();
-    for (token, id) in vocab.as_object().into_iter().flatten() {
+    for (token, id) in named {
         if let Some(other) = id.as_u64().and_then(|id| tokens.insert(id, token)) {
             let two = format!("{other:?} and {token:?} are both token {id}");
             return Err(Error::Tokenizer(two));
@@ -89,6 +130,7 @@ fn check_merges(model: &Value) -> Result<()> {
     };
     let vocab: HashSet<&str> = vocab.keys().map(String::as_str).collect();
     let prefix = model["continuing_subword_prefix"].as_str().unwrap_or_default();
+    let mut room = MAX_MERGES_BYTES;
     for merge in merges {
         let parts = match merge {
             Value::String(line) if line.starts_with("#version") => None,
@@ -96,6 +138,7 @@ fn check_merges(model: &Value) -> Result<()> {
             pair => pair[0].as_str().zip(pair[1].as_str()),
         };
         if let Some((left, right)) = parts {
+            take_room(&mut room, left.len() + right.len())?;
             check_merge(left, right, prefix, |token| vocab.contains(token))?;
         }
     }
@@ -118,27 +161,71 @@ pub(crate) fn check_merge(
     Err(Error::Tokenizer(format!("the merge {merge:?} is not of two tokens to a third")))
 }
 
-/// Looks at what is done to a text before its merges, and at the steps of it in the field `list`.
-fn check_steps(step: &Value, list: &str) -> Result<()> {
+/// Refuses added tokens that take more than there is, in loading or in a text.
+fn check_added(tokens: &Value, growth: usize) -> Result<()> {
+    let mut bytes = 0usize;
+    for token in tokens.as_array().into_iter().flatten() {
+        let content = token["content"].as_str().unwrap_or_default();
+        bytes = bytes.saturating_add(content.len().saturating_mul(growth));
+        if bytes > MAX_ADDED_BYTES {
+            return Err(Error::Tokenizer(format!(
+                "its steps make more than {MAX_ADDED_BYTES} bytes of its added tokens"
+            )));
+        }
+        // Each space would take all that follow it along.
+        if token["rstrip"] == true && content.starts_with(char::is_whitespace) {
+            return Err(Error::Tokenizer(format!(
+                "the added token {content:?} begins with a space and takes those behind it"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Looks at what is done to a text, or to one of tokens, and at the steps of it in the field `list`; most times as
+/// long as it is that it makes a text.
+fn growth(step: &Value, list: &str) -> Result<usize> {
+    let kind = step["type"].as_str().unwrap_or_default();
     if step["length"].as_u64() == Some(0) {
         return Err(Error::Tokenizer("it cuts texts into pieces of no length".into()));
     }
-    if let Some(map) = step["precompiled_charsmap"].as_str()
-        && !is_charsmap(map)
-    {
-        return Err(Error::Tokenizer("its precompiled_charsmap leads beyond itself".into()));
+    let bytes = |field: &str| step[field].as_str().map_or(0, str::len);
+    let mut growth = match kind {
+        // Bytes that are letters of two; spaces around letters of three; a space in the place of nothing.
+        "ByteLevel" | "BertNormalizer" | "BPEDecoder" | "CTC" => 2,
+        "Precompiled" => {
+            let map = step["precompiled_charsmap"].as_str().and_then(longest_of_charsmap);
+            let what = || Error::Tokenizer("its precompiled_charsmap leads beyond itself".into());
+            map.ok_or_else(what)?.max(1)
+        }
+        "Replace" => {
+            let content = bytes("content");
+            match step["pattern"]["String"].as_str() {
+                Some(text) if !text.is_empty() => content.div_ceil(text.len()).max(1),
+                // A regular expression may find nothing, before and behind each letter.
+                _ => 1 + 2 * content,
+            }
+        }
+        // Once before each piece, which may be a letter.
+        "Prepend" => 1 + bytes("prepend"),
+        "Metaspace" => 1 + bytes("replacement"),
+        _ => 1,
+    };
+    for step in step[list].as_array().into_iter().flatten() {
+        growth = growth.saturating_mul(self::growth(step, list)?);
     }
-    step[list].as_array().into_iter().flatten().try_for_each(|step| check_steps(step, list))
+    Ok(growth)
 }
 
-/// Whether SentencePiece's map of characters, in base64, stays within itself whatever is looked up: a
-/// double-array trie (its bytes as `u32`, then units of 32 bits) whose leaves are places in the text behind it.
-fn is_charsmap(map: &str) -> bool {
-    let Ok(bytes) = BASE64_STANDARD.decode(map) else { return false };
-    let Some((size, rest)) = bytes.split_first_chunk::<4>() else { return false };
+/// The longest text that SentencePiece's map of characters, in base64, puts in the place of others; `None` where it
+/// does not stay within itself whatever is looked up: a double-array trie (its bytes as `u32`, then units of 32 bits)
+/// whose leaves are places in the text behind it.
+fn longest_of_charsmap(map: &str) -> Option<usize> {
+    let bytes = BASE64_STANDARD.decode(map).ok()?;
+    let (size, rest) = bytes.split_first_chunk::<4>()?;
     let size = u32::from_le_bytes(*size) as usize / 4 * 4;
-    let Some((trie, texts)) = rest.split_at_checked(size) else { return false };
-    let Ok(texts) = std::str::from_utf8(texts) else { return false };
+    let (trie, texts) = rest.split_at_checked(size)?;
+    let texts = std::str::from_utf8(texts).ok()?;
     let units: Vec<usize> = trie
         .chunks_exact(4)
         .map(|unit| unit.iter().rev().fold(0, |bits, &byte| bits << 8 | usize::from(byte)))
@@ -147,8 +234,10 @@ fn is_charsmap(map: &str) -> bool {
         let value = 1 << 31;
         let next = at ^ (unit >> 10 << ((unit & 1 << 9) >> 6));
         let leaf = |unit: &usize| texts.is_char_boundary(unit & (value - 1));
-        unit & value != 0
+        // What is not told for the first one, where every search begins.
+        (at != 0 && unit & value != 0)
             || (next | 0xff) < units.len() && (unit & 1 << 8 == 0 || leaf(&units[next]))
     };
-    !units.is_empty() && units.iter().enumerate().all(sound)
+    let is_sound = !units.is_empty() && units.iter().enumerate().all(sound);
+    is_sound.then(|| texts.split('\0').map(str::len).max().unwrap_or(0))
 }

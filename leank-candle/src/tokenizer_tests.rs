@@ -70,6 +70,14 @@ fn what_the_crate_would_panic_at_is_refused() {
         ("/normalizer", map("AAAAAA=="), "precompiled_charsmap"),
         ("/normalizer", map("////////"), "precompiled_charsmap"),
         ("/normalizer", map("é"), "precompiled_charsmap"),
+        ("/normalizer", json!({"type": "Precompiled"}), "precompiled_charsmap"),
+        (
+            "/normalizer",
+            json!({"type": "Precompiled", "precompiled_charsmap": 1}),
+            "precompiled_charsmap",
+        ),
+        // 256 units, the first of which leads beyond them, with a bit that its label has no use for.
+        ("/normalizer", map(&format!("AAQAAAD8////{}", "A".repeat(1360))), "precompiled_charsmap"),
         // Four units, of which the first leads to others.
         ("/normalizer", map(&format!("EAAA{}", "A".repeat(23))), "precompiled_charsmap"),
     ] {
@@ -87,6 +95,62 @@ fn what_the_crate_would_panic_at_is_refused() {
     let empty = map(&format!("AAQA{}AAA=", "AAAA".repeat(341)));
     let model = with(&tiny, |file| file["normalizer"] = empty).unwrap();
     assert_eq!(model.tokenizer().encode("the").unwrap(), [257]);
+}
+
+/// Small files that would take all memory, or time without end.
+#[test]
+fn what_grows_without_bound_is_refused() {
+    let tiny = TinyModel::llama();
+    let times =
+        |n: usize, list: &str, step: Value| json!({"type": "Sequence", list: vec![step; n]});
+    let twice = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
+    let letters = json!({"type": "Replace", "pattern": {"Regex": "."}, "content": "aa"});
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let added = |content: &str, rstrip: bool| json!([{"id": 9999, "content": content, "single_word": false, "lstrip": false, "rstrip": rstrip, "normalized": true, "special": false}]);
+    let grows = "more than 1024 times as long";
+    for (place, value, words) in [
+        ("/normalizer", times(11, "normalizers", twice.clone()), grows),
+        ("/normalizer", json!({"type": "Prepend", "prepend": "a".repeat(1024)}), grows),
+        ("/pre_tokenizer", times(11, "pretokenizers", bytes), grows),
+        ("/decoder", times(5, "decoders", letters), grows),
+        ("/added_tokens", added(&"a".repeat((1 << 25) + 1), false), "of its added tokens"),
+        ("/added_tokens", added("\u{a0} a", true), "takes those behind it"),
+        ("/model/vocab", json!({"a".repeat(1025): 0}), "a token of 1025 bytes"),
+        (
+            "/model",
+            json!({"type": "Unigram", "unk_id": 0, "vocab": [["a".repeat(129), 0.0]]}),
+            "a token of 129 bytes",
+        ),
+        (
+            "/model",
+            json!({"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##", "max_input_chars_per_word": 101, "vocab": {"a": 0}}),
+            "words of 101 characters",
+        ),
+        (
+            "/model/merges",
+            json!(vec![json!(["t", "h"]); (1 << 28) / 130 + 1]),
+            "merges of the tokenizer",
+        ),
+    ] {
+        let error = with(&tiny, |file| {
+            let (object, key) = place.rsplit_once('/').unwrap();
+            file.pointer_mut(object).unwrap()[key] = value;
+        });
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(words), "{place}: {error}");
+    }
+    // Up to 1024 times is done, for texts that are as much shorter.
+    let model = with(&tiny, |file| {
+        file["normalizer"] = times(5, "normalizers", twice);
+        file["pre_tokenizer"] = Value::Null;
+    });
+    let tokenizer = model.unwrap();
+    let tokenizer = tokenizer.tokenizer();
+    assert_eq!(tokenizer.encode("a").unwrap().len(), 32);
+    let text = "b".repeat(1 << 21);
+    assert_eq!(tokenizer.encode(&text).unwrap().len(), 1 << 21);
+    let error = tokenizer.encode(&(text + "b")).unwrap_err().to_string();
+    assert!(error.contains("a text of 2097153 bytes, more than 2097152"), "{error}");
 }
 
 #[test]
