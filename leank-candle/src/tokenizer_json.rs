@@ -25,6 +25,11 @@ const MAX_WORD_CHARS: u64 = 100;
 /// Longest token of a unigram model, of which all that fit are tried at every place; SentencePiece's have 16 letters.
 const MAX_PIECE_BYTES: usize = 128;
 
+/// Steps that the crate knows by their fields alone, and fields of others, which it could take them for.
+const GUESSED: [&str; 2] = ["BertNormalizer", "CharDelimiterSplit"];
+const OTHERS: [&str; 6] =
+    ["pattern", "prepend", "replacement", "precompiled_charsmap", "normalizers", "pretokenizers"];
+
 /// A `tokenizer.json` that was looked at.
 pub(crate) struct File {
     /// Without what would cut a text's tokens, add to them or leave them to chance.
@@ -185,12 +190,17 @@ fn check_added(tokens: &Value, growth: usize) -> Result<()> {
 /// Looks at what is done to a text, or to one of tokens, and at the steps of it in the field `list`; most times as
 /// long as it is that it makes a text.
 fn growth(step: &Value, list: &str) -> Result<usize> {
+    if step.is_null() {
+        return Ok(1);
+    }
     let kind = step["type"].as_str().unwrap_or_default();
     if step["length"].as_u64() == Some(0) {
         return Err(Error::Tokenizer("it cuts texts into pieces of no length".into()));
     }
     let bytes = |field: &str| step[field].as_str().map_or(0, str::len);
-    let mut growth = match kind {
+    let is_guessed =
+        GUESSED.contains(&kind) && OTHERS.iter().any(|&field| step.get(field).is_some());
+    let mut growth = match if is_guessed { "" } else { kind } {
         // Bytes that are letters of two; spaces around letters of three; a space in the place of nothing.
         "ByteLevel" | "BertNormalizer" | "BPEDecoder" | "CTC" => 2,
         "Precompiled" => {
@@ -209,7 +219,15 @@ fn growth(step: &Value, list: &str) -> Result<usize> {
         // Once before each piece, which may be a letter.
         "Prepend" => 1 + bytes("prepend"),
         "Metaspace" => 1 + bytes("replacement"),
-        _ => 1,
+        "BertPreTokenizer" | "ByteFallback" | "CharDelimiterSplit" | "Digits" | "FixedLength"
+        | "Fuse" | "Lowercase" | "NFC" | "NFD" | "NFKC" | "NFKD" | "Nmt" | "Punctuation"
+        | "Sequence" | "Split" | "Strip" | "StripAccents" | "UnicodeScripts" | "Whitespace"
+        | "WhitespaceSplit" | "WordPiece" => 1,
+        // The crate guesses it by its fields, as of `GUESSED` too.
+        _ => {
+            let what = format!("a step is of the unknown type {}", step["type"]);
+            return Err(Error::Tokenizer(what));
+        }
     };
     for step in step[list].as_array().into_iter().flatten() {
         growth = growth.saturating_mul(self::growth(step, list)?);

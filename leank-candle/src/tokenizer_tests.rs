@@ -113,6 +113,17 @@ fn what_grows_without_bound_is_refused() {
         ("/normalizer", json!({"type": "Prepend", "prepend": "a".repeat(1024)}), grows),
         ("/pre_tokenizer", times(11, "pretokenizers", bytes), grows),
         ("/decoder", times(5, "decoders", letters), grows),
+        ("/normalizer", json!({"pattern": {"String": "a"}, "content": "aa"}), "unknown type null"),
+        (
+            "/normalizer",
+            json!({"type": "BertNormalizer", "pattern": {"String": "a"}, "content": "aa"}),
+            "unknown type \"BertNormalizer\"",
+        ),
+        (
+            "/decoder",
+            json!({"type": "Sequence", "decoders": [{"type": "Other"}]}),
+            "unknown type \"Other\"",
+        ),
         ("/added_tokens", added(&"a".repeat((1 << 25) + 1), false), "of its added tokens"),
         ("/added_tokens", added("\u{a0} a", true), "takes those behind it"),
         ("/model/vocab", json!({"a".repeat(1025): 0}), "a token of 1025 bytes"),
