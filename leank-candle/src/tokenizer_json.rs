@@ -25,10 +25,18 @@ const MAX_WORD_CHARS: u64 = 100;
 /// Longest token of a unigram model, of which all that fit are tried at every place; SentencePiece's have 16 letters.
 const MAX_PIECE_BYTES: usize = 128;
 
-/// Steps that the crate knows by their fields alone, and fields of others, which it could take them for.
-const GUESSED: [&str; 2] = ["BertNormalizer", "CharDelimiterSplit"];
-const OTHERS: [&str; 6] =
-    ["pattern", "prepend", "replacement", "precompiled_charsmap", "normalizers", "pretokenizers"];
+/// Fields by which a step makes texts longer, and the types that have them. Where the crate does not know a type, or
+/// not in this place, it takes any step for one that has these fields.
+const LENGTHENING: [(&str, &[&str]); 8] = [
+    ("content", &["Replace", "Strip"]),
+    ("pattern", &["Replace", "Split"]),
+    ("prepend", &["Prepend"]),
+    ("replacement", &["Metaspace"]),
+    ("precompiled_charsmap", &["Precompiled"]),
+    ("normalizers", &["Sequence"]),
+    ("pretokenizers", &["Sequence"]),
+    ("decoders", &["Sequence"]),
+];
 
 /// A `tokenizer.json` that was looked at.
 pub(crate) struct File {
@@ -198,9 +206,11 @@ fn growth(step: &Value, list: &str) -> Result<usize> {
         return Err(Error::Tokenizer("it cuts texts into pieces of no length".into()));
     }
     let bytes = |field: &str| step[field].as_str().map_or(0, str::len);
-    let is_guessed =
-        GUESSED.contains(&kind) && OTHERS.iter().any(|&field| step.get(field).is_some());
-    let mut growth = match if is_guessed { "" } else { kind } {
+    let unknown = || Error::Tokenizer(format!("a step is of the unknown type {}", step["type"]));
+    let is_other =
+        |(field, kinds): &(&str, &[&str])| step.get(field).is_some() && !kinds.contains(&kind);
+    let mut growth = match kind {
+        _ if LENGTHENING.iter().any(is_other) => return Err(unknown()),
         // Bytes that are letters of two; spaces around letters of three; a space in the place of nothing.
         "ByteLevel" | "BertNormalizer" | "BPEDecoder" | "CTC" => 2,
         "Precompiled" => {
@@ -223,11 +233,7 @@ fn growth(step: &Value, list: &str) -> Result<usize> {
         | "Fuse" | "Lowercase" | "NFC" | "NFD" | "NFKC" | "NFKD" | "Nmt" | "Punctuation"
         | "Sequence" | "Split" | "Strip" | "StripAccents" | "UnicodeScripts" | "Whitespace"
         | "WhitespaceSplit" | "WordPiece" => 1,
-        // The crate guesses it by its fields, as of `GUESSED` too.
-        _ => {
-            let what = format!("a step is of the unknown type {}", step["type"]);
-            return Err(Error::Tokenizer(what));
-        }
+        _ => return Err(unknown()),
     };
     for step in step[list].as_array().into_iter().flatten() {
         growth = growth.saturating_mul(self::growth(step, list)?);

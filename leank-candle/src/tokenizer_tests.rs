@@ -19,6 +19,14 @@ fn with(tiny: &TinyModel, change: impl FnOnce(&mut Value)) -> Result<Model> {
     load(&folder, Precision::F32)
 }
 
+/// The tiny model with another value in one place of `tokenizer.json`.
+fn with_value(tiny: &TinyModel, place: &str, value: Value) -> Result<Model> {
+    with(tiny, |file| {
+        let (object, key) = place.rsplit_once('/').unwrap();
+        file.pointer_mut(object).unwrap()[key] = value;
+    })
+}
+
 #[test]
 fn what_would_change_a_texts_tokens_is_not_done() {
     let tiny = TinyModel::llama();
@@ -33,10 +41,7 @@ fn what_would_change_a_texts_tokens_is_not_done() {
         ("/padding", padding(1 << 40)),
         ("/model/dropout", json!(1.0)),
     ] {
-        let model = with(&tiny, |file| {
-            let (object, key) = place.rsplit_once('/').unwrap();
-            file.pointer_mut(object).unwrap()[key] = value.clone();
-        });
+        let model = with_value(&tiny, place, value.clone());
         assert_eq!(model.unwrap().tokenizer().encode(text).unwrap(), tokens, "{place} {value}");
     }
 }
@@ -81,10 +86,7 @@ fn what_the_crate_would_panic_at_is_refused() {
         // Four units, of which the first leads to others.
         ("/normalizer", map(&format!("EAAA{}", "A".repeat(23))), "precompiled_charsmap"),
     ] {
-        let error = with(&tiny, |file| {
-            let (object, key) = place.rsplit_once('/').unwrap();
-            file.pointer_mut(object).unwrap()[key] = value.clone();
-        });
+        let error = with_value(&tiny, place, value.clone());
         let error = error.unwrap_err();
         assert!(matches!(error, Error::Damaged { format: "tokenizer.json", .. }), "{error}");
         let message = error.to_string();
@@ -124,6 +126,16 @@ fn what_grows_without_bound_is_refused() {
             json!({"type": "Sequence", "decoders": [{"type": "Other"}]}),
             "unknown type \"Other\"",
         ),
+        (
+            "/decoder",
+            json!({"type": "Lowercase", "pattern": {"String": "a"}, "content": "aa"}),
+            "unknown type \"Lowercase\"",
+        ),
+        (
+            "/normalizer",
+            json!({"type": "Split", "pattern": {"String": "a"}, "content": "aa"}),
+            "unknown type \"Split\"",
+        ),
         ("/added_tokens", added(&"a".repeat((1 << 25) + 1), false), "of its added tokens"),
         ("/added_tokens", added("\u{a0} a", true), "takes those behind it"),
         ("/model/vocab", json!({"a".repeat(1025): 0}), "a token of 1025 bytes"),
@@ -143,10 +155,7 @@ fn what_grows_without_bound_is_refused() {
             "merges of the tokenizer",
         ),
     ] {
-        let error = with(&tiny, |file| {
-            let (object, key) = place.rsplit_once('/').unwrap();
-            file.pointer_mut(object).unwrap()[key] = value;
-        });
+        let error = with_value(&tiny, place, value);
         let error = error.unwrap_err().to_string();
         assert!(error.contains(words), "{place}: {error}");
     }
