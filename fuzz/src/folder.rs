@@ -1,6 +1,6 @@
 //! A folder for what can only be read from files.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use tempfile::TempDir;
 
@@ -12,6 +12,15 @@ impl Folder {
         let memory = Path::new("/dev/shm");
         let folder = tempfile::tempdir_in(memory).or_else(|_| tempfile::tempdir());
         Self(folder.expect("a folder can be made"))
+    }
+
+    /// One with these files.
+    pub(crate) fn of(files: &[(&str, &[u8])]) -> Self {
+        let folder = Self::new();
+        for (name, bytes) in files {
+            fs::write(folder.path().join(name), bytes).expect("there is space");
+        }
+        folder
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -1,6 +1,6 @@
 //! Bytes that claim to be a model.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use leank_candle::{
     DenseAttention, Error, LeanAttention, LoadOptions, Model, Precision, SlidingKv, SlidingRows,
@@ -20,9 +20,8 @@ const TOKENIZER: &str = r#"{"version":"1.0","model":{"type":"BPE","vocab":{"a":0
 
 /// A GGUF file.
 pub fn gguf(data: &[u8]) {
-    let folder = Folder::new();
+    let folder = Folder::of(&[("model.gguf", data)]);
     let path = folder.path().join("model.gguf");
-    fs::write(&path, data).expect("there is space");
     load(&path, LoadOptions::default());
     load(&path, LoadOptions::with_precision(Precision::AsStored));
 }
@@ -30,14 +29,11 @@ pub fn gguf(data: &[u8]) {
 /// A model in a folder: `config.json` behind its length (two bytes), then `model.safetensors`.
 pub fn model_folder(data: &[u8]) {
     let Some((config, weights)) = split(data) else { return };
-    let folder = Folder::new();
-    for (name, bytes) in [
+    let folder = Folder::of(&[
         ("config.json", config),
         ("tokenizer.json", TOKENIZER.as_bytes()),
         ("model.safetensors", weights),
-    ] {
-        fs::write(folder.path().join(name), bytes).expect("there is space");
-    }
+    ]);
     load(folder.path(), LoadOptions::default());
 }
 
@@ -45,11 +41,7 @@ pub fn model_folder(data: &[u8]) {
 fn load(path: &Path, options: LoadOptions) {
     let model = match Model::load(path, options) {
         Ok(model) => model,
-        Err(error) => {
-            let message = error.to_string();
-            assert!(message.contains(&*path.to_string_lossy()), "no file is named: {message}");
-            return;
-        }
+        Err(error) => return names(&error, path),
     };
     let Ok(mut tokens) = model.tokenizer().encode("abc dé") else { return };
     tokens.truncate(MAX_TOKENS);
@@ -73,6 +65,12 @@ fn load(path: &Path, options: LoadOptions) {
         Err(Error::Token { .. } | Error::Context { .. } | Error::Mismatch { .. }) => {}
         Err(error) => panic!("{error}"),
     }
+}
+
+/// A refusal says of which file it is.
+pub(crate) fn names(error: &Error, path: &Path) {
+    let message = error.to_string();
+    assert!(message.contains(&*path.to_string_lossy()), "no file is named: {message}");
 }
 
 /// Three more tokens from a lean cache, with sliding layers beside it.

@@ -1,7 +1,6 @@
 //! Bytes that claim to be a `tokenizer.json`.
 
 use std::{
-    fs,
     panic::{Location, set_hook, take_hook},
     sync::Once,
 };
@@ -10,13 +9,14 @@ use arbitrary::{Arbitrary, Unstructured};
 use leank_candle::{Error, LoadOptions, Model, Tokenizer};
 use serde_json::Value;
 
-use crate::folder::Folder;
+use crate::{folder::Folder, models::names};
 
 /// The other files of the model.
 const CONFIG: &[u8] = include_bytes!("../../attacks/models/sound/config.json");
 const WEIGHTS: &[u8] = include_bytes!("../../attacks/models/sound/model.safetensors");
 
-/// Sound tokenizers by name, as [`sound`] reads them, which between them have every part that the crate `tokenizers` knows.
+/// Sound tokenizers by name, as [`sound`] reads them, which between them have every part that the crate `tokenizers`
+/// knows.
 pub const SOUND: [(&str, &str); 5] = [
     (
         "byte_level",
@@ -248,23 +248,18 @@ fn new(to: &New) -> Option<Value> {
 /// What a program does with a text, twice: refused by the file's name, or the same tokens and the same text again,
 /// whatever the order of a hash table is.
 fn tokens_twice(file: &[u8], text: &str) {
-    let folder = Folder::new();
-    for (name, bytes) in
-        [("config.json", CONFIG), ("model.safetensors", WEIGHTS), ("tokenizer.json", file)]
-    {
-        fs::write(folder.path().join(name), bytes).expect("there is space");
-    }
+    let folder = Folder::of(&[
+        ("config.json", CONFIG),
+        ("model.safetensors", WEIGHTS),
+        ("tokenizer.json", file),
+    ]);
     let run = || {
         let model = Model::load(folder.path(), LoadOptions::default())?;
         Ok::<_, Error>(there_and_back(model.tokenizer(), text))
     };
     match run() {
         Ok(first) => assert_eq!(first, run().expect("it was loaded before")),
-        Err(error) => {
-            let message = error.to_string();
-            let named = message.contains(&*folder.path().to_string_lossy());
-            assert!(named, "no file is named: {message}");
-        }
+        Err(error) => names(&error, folder.path()),
     }
 }
 
