@@ -27,3 +27,9 @@ impl Folder {
         self.0.path()
     }
 }
+
+/// A refusal says of which file it is.
+pub(crate) fn names(error: &impl std::fmt::Display, path: &Path) {
+    let message = error.to_string();
+    assert!(message.contains(&*path.to_string_lossy()), "no file is named: {message}");
+}

@@ -11,7 +11,10 @@ use leank_train::{
     synthetic::Synthetic,
 };
 
-use crate::{folder::Folder, split};
+use crate::{
+    folder::{Folder, names},
+    split,
+};
 
 /// The manifest of an activation dump.
 pub fn manifest(data: &[u8]) {
@@ -40,12 +43,9 @@ pub fn dump(data: &[u8]) {
     {
         mark.copy_from_slice(id.as_bytes());
     }
-    let folder = Folder::new();
-    fs::write(folder.path().join("manifest.json"), manifest).expect("there is space");
-    fs::write(folder.path().join("layer-000.safetensors"), layer).expect("there is space");
+    let folder = Folder::of(&[("manifest.json", manifest), ("layer-000.safetensors", &layer)]);
     if let Err(error) = read_all(&folder) {
-        let message = error.to_string();
-        assert!(message.contains(&*folder.path().to_string_lossy()), "no file is named: {message}");
+        names(&error, folder.path());
     }
 }
 

@@ -9,7 +9,10 @@ use leank_candle::{
 use leank_core::{Backend as _, Cache as _, CacheConfig, StepEntry};
 use leank_cpu::Cpu;
 
-use crate::{folder::Folder, split};
+use crate::{
+    folder::{Folder, names},
+    split,
+};
 
 /// Most tokens that a model which could be loaded is run over.
 const MAX_TOKENS: usize = 6;
@@ -65,12 +68,6 @@ fn load(path: &Path, options: LoadOptions) {
         Err(Error::Token { .. } | Error::Context { .. } | Error::Mismatch { .. }) => {}
         Err(error) => panic!("{error}"),
     }
-}
-
-/// A refusal says of which file it is.
-pub(crate) fn names(error: &Error, path: &Path) {
-    let message = error.to_string();
-    assert!(message.contains(&*path.to_string_lossy()), "no file is named: {message}");
 }
 
 /// Three more tokens from a lean cache, with sliding layers beside it.

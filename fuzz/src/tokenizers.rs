@@ -9,7 +9,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use leank_candle::{Error, LoadOptions, Model, Tokenizer};
 use serde_json::Value;
 
-use crate::{folder::Folder, models::names};
+use crate::folder::{Folder, names};
 
 /// The other files of the model.
 const CONFIG: &[u8] = include_bytes!("../../attacks/models/sound/config.json");
